@@ -1,0 +1,410 @@
+"""
+Products with picked rows of a frozen weight, and the few elementwise kernels that pay: tensors in, tensors out.
+
+    T rows of the stream, D model width, N rows of a weight w (N, D), idx (C,) the kept ones (int64, sorted, on the device),
+    hd head width, I hidden width of the MLP, r rank of the predictor's factors.
+
+A sparse layer computes C of N channels. Weights are stored with the sparse axis first, so what is read of them is whole
+rows, row = idx[c]: each is D contiguous elements, streamed to shared memory by asynchronous copies as in a dense product.
+Two products serve the forward and the backward of everything (w never gets a gradient):
+
+    gather_matmul_nt   y[t, c] = sum_d x[t, d] w[idx[c], d]    "output side": qkv, gate/up; dh = dy Wd[idx].T; dO's columns
+    gather_matmul_nn   y[t, d] = sum_c x[t, c] w[idx[c], d]    "reduction side": down, o; dx = dg Wg[idx]; dx of qkv
+
+                      FLOPs               bytes moved (e = element size), each operand once
+    dense             2 T N D             e (T D + N D + T N)
+    picked            2 T C D             e (T D + C D + T C)       scattered y: out's other columns are not touched
+    index_select + mm 2 T C D             e (T D + 3 C D + T C)     the copy is read, written, and read again
+                                          + 2 e T C with a scattered result or a gathered operand (one more pass each)
+    swiglu            ~ 5 T C             3 e T C, backward 5 e T C
+    mlp_scores        4 T I r + 6 T I     4 I: no (T, I) tensor
+    rope              6 T n_rot hd/2      2 e T N (+ e grid N zeros, only if the grid has holes)
+
+Every operation: formula, torch reference, Triton kernel, launcher. CUDA tensors in fp32, bf16 and fp16 take the kernel
+(accumulation in fp32), everything else the reference, which therefore is the CPU path and written to be fast there.
+With TRITON_INTERPRET=1 set before the import, CPU tensors take the kernels too: that is how tests see them without a GPU.
+The paper's code gathers with a copy (`weight[idx]`) and then calls the library; see `use_library` for where we do so too.
+"""
+import os
+
+import torch
+import torch.nn.functional as F
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # macOS, Windows, a bare CPU: only the references are left, and the kernels below are never called
+    triton = None
+
+    class tl:
+        constexpr = None
+
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1" and triton is not None
+jit = triton.jit if triton is not None else lambda f: f
+
+
+def tuned(*configs):
+    """Autotune a matmul kernel over (BLOCK_M, BLOCK_N, BLOCK_K, stages, warps), once per bucket of shapes. T changes with
+    every batch and C along a ramp: keyed on exact values, training would tune for ever. Buckets are powers of two."""
+    if triton is None:
+        return lambda f: f
+    if INTERPRET:
+        configs = [(32, 32, 32, 1, 4)]  # a single config is never timed, and odd sizes meet every mask
+    configs = [triton.Config(dict(BLOCK_M=m, BLOCK_N=n, BLOCK_K=k), num_stages=s, num_warps=w) for m, n, k, s, w in configs]
+    tune = triton.autotune(configs, key=["T_BUCKET", "C_BUCKET", "D", "MODE"])
+    return lambda f: tune(triton.jit(f, do_not_specialize=["T", "T_BUCKET", "C_BUCKET"]))
+
+
+def bucket(n):
+    return max(16, 1 << (n - 1).bit_length())
+
+
+def on_kernel(x):
+    if INTERPRET:  # its tl.dot reads bf16 as integers
+        return x.dtype in (torch.float32, torch.float16)
+    return x.is_cuda and triton is not None and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+
+
+def precision(x):
+    """fp32 products are exact unless the user has allowed TF32 for torch's own."""
+    return "tf32" if x.dtype == torch.float32 and x.is_cuda and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def use_library(op, T, C, D):
+    """Whether index_select + library matmul (the *_ref functions) serves CUDA tensors instead of our kernel; this is the one
+    place for it. op: "nt" compact, "nt_scatter", "nn" compact, "nn_gather".
+    UNMEASURED: no GPU has run this yet, so everything goes to our kernels. The kernel table of `python -m tools.bench` times
+    both for the shapes that a model uses; where the library wins by more than noise, its condition and numbers belong here."""
+    return False
+
+
+def gather_first(T, C, D):
+    """nn with a gathered x: copy x[:, idx] out in one pass (2 e T C more bytes), or gather inside the product?
+    Inside, each of the D / BLOCK_N column blocks reads the scattered columns again, two bytes at a time, and cp.async
+    moves no less than four. By that count the copy is the better one. UNMEASURED, decided by the same table."""
+    return True
+
+
+@jit
+def tile(pid, n_m, n_n, GROUP: tl.constexpr):
+    """Program number -> block row and column, so that GROUP block rows share their w blocks in the L2 cache."""
+    group = pid // (GROUP * n_n)
+    size = min(n_m - group * GROUP, GROUP)
+    return group * GROUP + (pid % (GROUP * n_n)) % size, (pid % (GROUP * n_n)) // size
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# y = x w[idx].T (+ bias[idx]), compact (T, C), or written to columns idx of out (T, N)
+
+def gather_matmul_nt_ref(x, w, idx, out=None, bias=None):
+    y = x @ w.index_select(0, idx).T
+    if bias is not None:
+        y += bias.index_select(0, idx)
+    if out is None:
+        return y
+    if x.is_cuda:
+        return out.index_copy_(1, idx, y)
+    return out.scatter_(1, idx.expand_as(y), y)  # CPU, 1536 x 1024 of 4096: .36 ms; index_copy_ .78, out[:, idx] = y 1.25
+
+
+@tuned((128, 128, 64, 4, 8), (128, 256, 64, 3, 8), (128, 64, 64, 4, 4), (64, 128, 64, 4, 4), (64, 64, 64, 4, 4),
+       (64, 64, 32, 4, 4))
+def nt_kernel(x, w, idx, bias, y, T, C, x_stride, w_stride, y_stride, T_BUCKET, C_BUCKET, D: tl.constexpr,
+              MODE: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
+              BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    m, n = tile(tl.program_id(0), tl.cdiv(T, BLOCK_M), tl.cdiv(C, BLOCK_N), 8)
+    t = m * BLOCK_M + tl.arange(0, BLOCK_M)
+    c = n * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    row = tl.load(idx + c, mask=c < C, other=0)  # int64, as are all row offsets: T * N may pass 2^31
+    x_block = x + (t % T).to(tl.int64)[:, None] * x_stride + k[None, :]  # rows past T wrap: no mask in the loop
+    w_block = w + row[:, None] * w_stride + k[None, :]
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for i in range(0, D, BLOCK_K):
+        if D % BLOCK_K == 0:
+            a, b = tl.load(x_block), tl.load(w_block)
+        else:
+            a = tl.load(x_block, mask=k[None, :] < D - i, other=0.0)
+            b = tl.load(w_block, mask=k[None, :] < D - i, other=0.0)
+        acc = tl.dot(a, tl.trans(b), acc, input_precision=PRECISION)
+        x_block += BLOCK_K
+        w_block += BLOCK_K
+    if BIAS:
+        acc += tl.load(bias + row).to(tl.float32)[None, :]
+    col = row if MODE == "scatter" else c
+    y_block = y + t.to(tl.int64)[:, None] * y_stride + col[None, :]
+    tl.store(y_block, acc.to(y.dtype.element_ty), mask=(t < T)[:, None] & (c < C)[None, :])
+
+
+def nt_triton(x, w, idx, out=None, bias=None):
+    T, D, C = x.shape[0], x.shape[1], idx.shape[0]
+    y = x.new_empty(T, C) if out is None else out
+    if T and C:
+        grid = lambda meta: (triton.cdiv(T, meta["BLOCK_M"]) * triton.cdiv(C, meta["BLOCK_N"]),)
+        nt_kernel[grid](x, w, idx, x if bias is None else bias, y, T, C, x.stride(0), w.stride(0), y.stride(0), bucket(T),
+                        bucket(C), D, "compact" if out is None else "scatter", bias is not None, precision(x))
+    return y
+
+
+def gather_matmul_nt(x, w, idx, out=None, bias=None):
+    """x (T, D), w (N, D), idx (C,) -> x @ w[idx].T (+ bias[idx]), compact (T, C); or written into columns idx of out (T, N),
+    whose other columns keep what they hold. Only writes: running it twice gives the same."""
+    op = "nt" if out is None else "nt_scatter"
+    if not on_kernel(x) or x.is_cuda and use_library(op, x.shape[0], len(idx), x.shape[1]):
+        return gather_matmul_nt_ref(x, w, idx, out, bias)
+    return nt_triton(x, w, idx, out, bias)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# y = x w[idx] with x compact (T, C), or gathered from (T, N): y = x[:, idx] w[idx]
+
+def columns(x, idx):
+    """x[:, idx]. CPU, 1024 of 4096 columns of 1536 rows: gather .39 ms, index_select .64, x[:, idx] 1.17."""
+    return x.index_select(1, idx) if x.is_cuda else x.gather(1, idx.expand(x.shape[0], -1))
+
+
+def gather_matmul_nn_ref(x, w, idx, gather=False, out=None):
+    x = columns(x, idx) if gather else x
+    if out is None:
+        return x @ w.index_select(0, idx)
+    return torch.mm(x, w.index_select(0, idx), out=out)
+
+
+@tuned((128, 128, 64, 4, 8), (128, 256, 64, 3, 8), (128, 128, 32, 4, 4), (64, 128, 64, 4, 4), (64, 256, 32, 4, 4),
+       (64, 64, 32, 4, 4))
+def nn_kernel(x, w, idx, y, T, C, x_stride, w_stride, y_stride, T_BUCKET, C_BUCKET, D: tl.constexpr,
+              MODE: tl.constexpr, PRECISION: tl.constexpr,
+              BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    m, n = tile(tl.program_id(0), tl.cdiv(T, BLOCK_M), tl.cdiv(D, BLOCK_N), 8)
+    t = m * BLOCK_M + tl.arange(0, BLOCK_M)
+    d = n * BLOCK_N + tl.arange(0, BLOCK_N)
+    x_rows = x + (t % T).to(tl.int64)[:, None] * x_stride
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for i in range(0, C, BLOCK_K):
+        c = i + tl.arange(0, BLOCK_K)
+        row = tl.load(idx + c, mask=c < C, other=0)
+        col = row if MODE == "gather" else c
+        a = tl.load(x_rows + col[None, :], mask=(c < C)[None, :], other=0.0)
+        w_block = w + row[:, None] * w_stride + d[None, :]
+        if D % BLOCK_N == 0:
+            b = tl.load(w_block)  # rows past C read row 0, times a zero of a
+        else:
+            b = tl.load(w_block, mask=(d < D)[None, :], other=0.0)
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    y_block = y + t.to(tl.int64)[:, None] * y_stride + d[None, :]
+    tl.store(y_block, acc.to(y.dtype.element_ty), mask=(t < T)[:, None] & (d < D)[None, :])
+
+
+def nn_triton(x, w, idx, gather=False, out=None):
+    T, D, C = x.shape[0], w.shape[1], idx.shape[0]
+    y = x.new_empty(T, D) if out is None else out
+    if T:  # C = 0 runs the loop no times and writes zeros
+        grid = lambda meta: (triton.cdiv(T, meta["BLOCK_M"]) * triton.cdiv(D, meta["BLOCK_N"]),)
+        nn_kernel[grid](x, w, idx, y, T, C, x.stride(0), w.stride(0), y.stride(0), bucket(T), bucket(max(C, 1)), D,
+                        "gather" if gather else "compact", precision(x))
+    return y
+
+
+def gather_matmul_nn(x, w, idx, gather=False, out=None):
+    """x (T, C), w (N, D), idx (C,) -> x @ w[idx] (T, D); with gather, x is (T, N) and its columns idx are used."""
+    T, C, D = x.shape[0], len(idx), w.shape[1]
+    if not on_kernel(x) or x.is_cuda and use_library("nn_gather" if gather else "nn", T, C, D):
+        return gather_matmul_nn_ref(x, w, idx, gather, out)
+    if gather and x.is_cuda and gather_first(T, C, D):
+        return nn_triton(columns(x, idx), w, idx, False, out)
+    return nn_triton(x, w, idx, gather, out)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# h = silu(g) u of gu = [g | u] (T, 2C);  backward: dg = dh u s (1 + g (1 - s)), du = dh g s, s = sigmoid(g)
+
+def row_blocks(C, *tensors):
+    """Rows in blocks of 2^19 elements, which stay in the cache from one pass to the next (1536 x 4096: 11 -> 6 ms)."""
+    return zip(*(t.split(max(1, 2 ** 19 // max(C, 1))) for t in tensors))
+
+
+def swiglu_ref(gu):
+    C = gu.shape[1] // 2
+    return F.silu(gu[:, :C]).mul_(gu[:, C:])
+
+
+def swiglu_backward_ref(dh, gu, out=None):
+    C = dh.shape[1]
+    out = torch.empty_like(gu) if out is None else out
+    for d, x, o in row_blocks(C, dh, gu, out):
+        g, dsilu = x[:, :C], d * x[:, C:]
+        torch.mul(F.silu(g), d, out=o[:, C:])
+        torch.ops.aten.silu_backward.grad_input(dsilu, g, grad_input=o[:, :C])
+    return out
+
+
+@jit
+def swiglu_kernel(gu, h, C, gu_stride, h_stride, BLOCK: tl.constexpr):
+    t = tl.program_id(0).to(tl.int64)
+    c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    g = tl.load(gu + t * gu_stride + c, mask=c < C).to(tl.float32)
+    u = tl.load(gu + t * gu_stride + C + c, mask=c < C).to(tl.float32)
+    tl.store(h + t * h_stride + c, (g * tl.sigmoid(g) * u).to(h.dtype.element_ty), mask=c < C)
+
+
+@jit
+def swiglu_backward_kernel(dh, gu, dgu, C, dh_stride, gu_stride, dgu_stride, BLOCK: tl.constexpr):
+    t = tl.program_id(0).to(tl.int64)
+    c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    d = tl.load(dh + t * dh_stride + c, mask=c < C).to(tl.float32)
+    g = tl.load(gu + t * gu_stride + c, mask=c < C).to(tl.float32)
+    u = tl.load(gu + t * gu_stride + C + c, mask=c < C).to(tl.float32)
+    s = tl.sigmoid(g)
+    dg = d * u * s * (1 + g * (1 - s))
+    tl.store(dgu + t * dgu_stride + c, dg.to(dgu.dtype.element_ty), mask=c < C)
+    tl.store(dgu + t * dgu_stride + C + c, (d * g * s).to(dgu.dtype.element_ty), mask=c < C)
+
+
+def swiglu(gu):
+    """gu (T, 2C) = [gate | up] -> h (T, C) = silu(gate) * up"""
+    if not on_kernel(gu):
+        return swiglu_ref(gu)
+    T, C = gu.shape[0], gu.shape[1] // 2
+    h = gu.new_empty(T, C)
+    if T and C:
+        block = min(1024, bucket(C))
+        swiglu_kernel[(T, triton.cdiv(C, block))](gu, h, C, gu.stride(0), h.stride(0), block)
+    return h
+
+
+def swiglu_backward(dh, gu, out=None):
+    """dh (T, C), gu (T, 2C) -> dgu (T, 2C). out may be gu itself, which the gradient then overwrites."""
+    if not on_kernel(gu):
+        return swiglu_backward_ref(dh, gu, out)
+    T, C = dh.shape
+    out = torch.empty_like(gu) if out is None else out
+    if T and C:
+        block = min(1024, bucket(C))
+        swiglu_backward_kernel[(T, triton.cdiv(C, block))](dh, gu, out, C, dh.stride(0), gu.stride(0), out.stride(0), block)
+    return out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# scores[i] = sum_t (silu(zg[t] . qg[:, i]) * (zu[t] . qu[:, i]))^2: energies of MLP channels from rank-r factors
+
+def mlp_scores_ref(zg, zu, qg, qu):
+    """In blocks of channels that hold 2^18 activations (T 1536, I 4096: 3.1 ms; blocks of rows at best 4.3, whole 9.5)."""
+    if zg.dtype != torch.float64:  # sums of T squares need more than 8 or 11 bits
+        zg, zu, qg, qu = zg.float(), zu.float(), qg.float(), qu.float()
+    scores = zg.new_empty(qg.shape[1])
+    block = max(16, 2 ** 18 // max(len(zg), 1))
+    for qg, qu, s in zip(qg.split(block, 1), qu.split(block, 1), scores.split(block)):
+        h = F.silu(zg @ qg, inplace=True).mul_(zu @ qu)
+        torch.sum(h.square_(), 0, out=s)
+    return scores.float()
+
+
+@jit
+def mlp_scores_kernel(zg, zu, qg, qu, part, T, I, r, ROWS: tl.constexpr, R: tl.constexpr, PRECISION: tl.constexpr,
+                      BLOCK_T: tl.constexpr, BLOCK_I: tl.constexpr):
+    i = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
+    j = tl.arange(0, R)  # the rank, padded to the 16 that tl.dot wants
+    first = tl.program_id(1) * ROWS
+    q_mask = (j < r)[:, None] & (i < I)[None, :]
+    a = tl.load(qg + j[:, None] * I + i[None, :], mask=q_mask, other=0.0)
+    b = tl.load(qu + j[:, None] * I + i[None, :], mask=q_mask, other=0.0)
+    acc = tl.zeros((BLOCK_I,), tl.float32)
+    for block in range(0, ROWS, BLOCK_T):
+        t = first + block + tl.arange(0, BLOCK_T)
+        z_mask = (t < T)[:, None] & (j < r)[None, :]  # rows past T give 0
+        g = tl.dot(tl.load(zg + t[:, None] * r + j[None, :], mask=z_mask, other=0.0), a, input_precision=PRECISION)
+        u = tl.dot(tl.load(zu + t[:, None] * r + j[None, :], mask=z_mask, other=0.0), b, input_precision=PRECISION)
+        h = g * tl.sigmoid(g) * u
+        acc += tl.sum(h * h, 0)
+    tl.store(part + tl.program_id(1) * I + i, acc, mask=i < I)
+
+
+def mlp_scores(zg, zu, qg, qu):
+    """zg, zu (T, r), qg, qu (r, I) -> (I,) float32. No (T, I) tensor: each program sums its 512 rows of a block of channels,
+    and the parts (T/512, I) are added in a fixed order, so that equal inputs keep equal channels."""
+    if not on_kernel(zg) or len(zg) == 0:
+        return mlp_scores_ref(zg, zu, qg, qu)
+    (T, r), I, rows = zg.shape, qg.shape[1], 512
+    zg, zu, qg, qu = (t.contiguous() for t in (zg, zu, qg, qu))
+    part = zg.new_empty(triton.cdiv(T, rows), I, dtype=torch.float32)
+    grid = (triton.cdiv(I, 64), part.shape[0])
+    mlp_scores_kernel[grid](zg, zu, qg, qu, part, T, I, r, rows, bucket(r), precision(zg), 64, 64)
+    return part.sum(0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# RoPE and the move between the stream's rows and the (batch, position) grid, in one pass. In each of the first n_rot heads
+# (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin), halves as Hugging Face splits them; the other heads are copied.
+
+def halves(x, n_rot, hd):
+    return x[:, :n_rot * hd].unflatten(1, (n_rot, 2, hd // 2)).unbind(2)  # two views (T, n_rot, hd/2)
+
+
+def rope_scatter_ref(qkv, cos, sin, rows, n_rot, hd, grid_rows):
+    n, cos, sin = n_rot * hd, cos[:, None].to(qkv.dtype), sin[:, None].to(qkv.dtype)
+    rotated = qkv.new_empty(len(qkv), n)
+    (x1, x2), (y1, y2) = halves(qkv, n_rot, hd), halves(rotated, n_rot, hd)
+    torch.mul(x1, cos, out=y1).addcmul_(x2, sin, value=-1)
+    torch.mul(x2, cos, out=y2).addcmul_(x1, sin)
+    grid = qkv.new_zeros(grid_rows, qkv.shape[1])
+    grid[:, :n].index_copy_(0, rows, rotated)
+    grid[:, n:].index_copy_(0, rows, qkv[:, n:])
+    return grid
+
+
+def rope_gather_backward_ref(dgrid, cos, sin, rows, n_rot, hd):
+    dqkv = dgrid.index_select(0, rows)
+    d1, d2 = halves(dqkv, n_rot, hd)
+    cos, sin = cos[:, None].to(dqkv.dtype), sin[:, None].to(dqkv.dtype)
+    d1_sin = d1 * sin
+    d1.mul_(cos).addcmul_(d2, sin)
+    d2.mul_(cos).sub_(d1_sin)
+    return dqkv
+
+
+@jit
+def rope_kernel(src, dst, cos, sin, rows, n_rot, n_heads, src_stride, dst_stride, HALF: tl.constexpr, SCATTER: tl.constexpr,
+                BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr):
+    """dst[rows[t]] = rotate(src[t]), or, transposed, dst[t] = rotate back(src[rows[t]])."""
+    t = tl.program_id(0).to(tl.int64)
+    row = tl.load(rows + t)
+    h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    d = tl.arange(0, BLOCK_D)
+    c = tl.load(cos + t * HALF + d, mask=d < HALF).to(tl.float32)[None, :]
+    s = tl.load(sin + t * HALF + d, mask=d < HALF).to(tl.float32)[None, :]
+    if SCATTER:
+        src_row, dst_row = t, row
+    else:
+        src_row, dst_row, s = row, t, -s
+    at = h[:, None] * (2 * HALF) + d[None, :]
+    mask = (h < n_heads)[:, None] & (d < HALF)[None, :]
+    x1 = tl.load(src + src_row * src_stride + at, mask=mask).to(tl.float32)
+    x2 = tl.load(src + src_row * src_stride + at + HALF, mask=mask).to(tl.float32)
+    rotate = (h < n_rot)[:, None]
+    y1 = tl.where(rotate, x1 * c - x2 * s, x1).to(dst.dtype.element_ty)
+    y2 = tl.where(rotate, x2 * c + x1 * s, x2).to(dst.dtype.element_ty)
+    tl.store(dst + dst_row * dst_stride + at, y1, mask=mask)
+    tl.store(dst + dst_row * dst_stride + at + HALF, y2, mask=mask)
+
+
+def rope_triton(src, dst, cos, sin, rows, n_rot, hd, scatter):
+    T, n_heads, block = len(rows), src.shape[1] // hd, 8
+    if T:
+        rope_kernel[(T, triton.cdiv(n_heads, block))](src, dst, cos.contiguous(), sin.contiguous(), rows, n_rot, n_heads,
+                                                      src.stride(0), dst.stride(0), hd // 2, scatter, block, bucket(hd // 2))
+    return dst
+
+
+def rope_scatter(qkv, cos, sin, rows, n_rot, hd, grid_rows):
+    """qkv (T, N), cos and sin (T, hd/2), rows (T,) without repeats -> (grid_rows, N), zero where no row lands"""
+    if not on_kernel(qkv):
+        return rope_scatter_ref(qkv, cos, sin, rows, n_rot, hd, grid_rows)
+    new = qkv.new_empty if len(rows) == grid_rows else qkv.new_zeros  # a full grid needs no zeros
+    return rope_triton(qkv, new(grid_rows, qkv.shape[1]), cos, sin, rows, n_rot, hd, True)
+
+
+def rope_gather_backward(dgrid, cos, sin, rows, n_rot, hd):
+    """dgrid (grid_rows, N) -> dqkv (T, N): the transpose of rope_scatter"""
+    if not on_kernel(dgrid):
+        return rope_gather_backward_ref(dgrid, cos, sin, rows, n_rot, hd)
+    return rope_triton(dgrid, dgrid.new_empty(len(rows), dgrid.shape[1]), cos, sin, rows, n_rot, hd, False)
