@@ -1,0 +1,764 @@
+"""LLaMA, written out: weights from a Hugging Face directory or hub id, LoRA, generation with a KV cache, adapters in PEFT's format.
+
+    block:  x += attention(norm(x));  x += mlp(norm(x))        norm: RMSNorm; attention: RoPE, grouped queries; mlp: SwiGLU
+
+    T rows of the batch's stream    D model width    H query heads    K key/value heads    hd head dim    Nq = H hd, Nkv = K hd
+    I MLP width    V vocabulary    L blocks    R LoRA rank    B examples    S longest example    n sparse rows
+
+A batch is a stream of T real tokens, without padding, in the order that data.collate gives them (sparse rows first). Everything but
+attention runs on these rows; attention alone needs the order of the text, so q, k, v are scattered into a (B, S) grid and back.
+After the last block's keys and values nothing reads a context row any more: its query, output projection and MLP, the final norm
+and the head run on the loss rows only.
+
+Weights are stored as sparse.py wants them, sparse axis first, q/k/v fused and gate/up fused:
+
+    attn.qkv (Nq + 2 Nkv, D)    attn.o (Nq, D): transposed    mlp.gate_up (2 I, D)    mlp.down (I, D): transposed
+
+Memory of LLaMA-3-8B: 8.03 G weights of 2 bytes = 16.06 GB, streamed from the shards tensor by tensor to their place. LoRA of r = 32 on
+q, k, v, o: 27 M weights, 4 bytes each, and twice that for AdamW.
+"""
+import json
+import math
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch.utils.checkpoint import checkpoint
+
+import kernels
+import sparse
+from config import UserError
+
+
+TARGETS = {"q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.o_proj",
+           "gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj"}
+
+
+# ---- config.json -----------------------------------------------------------------------------------------------------------------
+
+@dataclass
+class ModelConfig:
+    """The fields of config.json that matter here, under Hugging Face's names; raw is the whole file."""
+    model_type: str
+    vocab_size: int
+    hidden_size: int  # D
+    intermediate_size: int  # I
+    num_hidden_layers: int  # L
+    num_attention_heads: int  # H
+    num_key_value_heads: int  # K
+    head_dim: int  # hd
+    rms_norm_eps: float
+    rope_theta: float
+    rope_scaling: dict  # {} where RoPE is not scaled
+    tie_word_embeddings: bool
+    qkv_bias: bool  # qwen2
+    qk_norm: bool  # qwen3
+    sliding_window: int  # 0: none
+    eos_token_id: tuple  # all ids that end a text
+    raw: dict = field(repr=False, default_factory=dict)
+
+    @staticmethod
+    def from_dict(c, where="config.json"):
+        """c: config.json as a dict. UserError names the field that is missing or that this model cannot express."""
+        kind = c.get("model_type")
+        if kind not in ("llama", "mistral", "qwen2", "qwen3"):
+            raise UserError(f"{where}: model_type {kind!r} is not one of llama, mistral, qwen2, qwen3")
+        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        for key in sizes:
+            if not isinstance(c.get(key), int) or c[key] <= 0:
+                raise UserError(f"{where}: {key} must be a positive integer, not {c.get(key)!r}")
+        if c.get("hidden_act", "silu") != "silu" or c.get("mlp_bias") or (c.get("attention_bias") and kind != "qwen2"):
+            raise UserError(f"{where}: only SwiGLU without biases is written here (hidden_act={c.get('hidden_act')!r}, "
+                            f"mlp_bias={c.get('mlp_bias')}, attention_bias={c.get('attention_bias')})")
+        rope = c.get("rope_parameters") or {**(c.get("rope_scaling") or {}), "rope_theta": c.get("rope_theta", 10000.0)}
+        rope_type = rope.get("rope_type", rope.get("type", "default"))
+        if rope_type not in ("default", "linear", "llama3"):
+            raise UserError(f"{where}: RoPE scaling of type {rope_type!r} is not written here (default, linear and llama3 are)")
+        heads = c["num_attention_heads"]
+        kv = c.get("num_key_value_heads") or heads
+        if heads % kv:
+            raise UserError(f"{where}: num_attention_heads {heads} is no multiple of num_key_value_heads {kv}")
+        eos = c.get("eos_token_id")
+        window = c.get("sliding_window") if kind == "mistral" or c.get("use_sliding_window") else None
+        return ModelConfig(kind, *(c[k] for k in sizes), kv, c.get("head_dim") or c["hidden_size"] // heads,
+                           c.get("rms_norm_eps", 1e-6), float(rope.get("rope_theta", 10000.0)), {} if rope_type == "default" else rope,
+                           bool(c.get("tie_word_embeddings", False)), kind == "qwen2", kind == "qwen3", window or 0,
+                           tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,), c)
+
+    @staticmethod
+    def from_dir(path):
+        """Reads path/config.json, and the end-of-text ids of generation_config.json where there is one."""
+        c = read_json(Path(path) / "config.json")
+        generation = Path(path) / "generation_config.json"
+        if generation.exists():
+            c = {**c, "eos_token_id": read_json(generation).get("eos_token_id", c.get("eos_token_id"))}
+        return ModelConfig.from_dict(c, f"{path}/config.json")
+
+
+def read_json(path):
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: a model is a Hugging Face directory or hub id with a config.json and safetensors") from None
+    except ValueError as e:
+        raise UserError(f"{path} is not valid JSON: {e}") from None
+
+
+def resolve(path):
+    """A directory stays itself; a hub id is downloaded (safetensors, JSON and tokenizer files only; HF_TOKEN gives the token)."""
+    if Path(path).is_dir():
+        return Path(path)
+    if str(path).startswith((".", "/", "~")) or str(path).count("/") != 1:
+        raise UserError(f"model {str(path)!r} is neither a directory nor a hub id of the form owner/name")
+    from huggingface_hub import snapshot_download
+    try:
+        return Path(snapshot_download(str(path), allow_patterns=["*.safetensors", "*.json", "tokenizer.model"],
+                                      ignore_patterns=["consolidated*", "original/*", "onnx/*"]))
+    except Exception as e:
+        reason = (str(e).splitlines() or [type(e).__name__])[0]
+        raise UserError(f"model {path} could not be downloaded ({type(e).__name__}: {reason}): give a local directory with "
+                        "--model=DIR, or set HF_TOKEN if it is gated") from None
+
+
+# ---- layers ----------------------------------------------------------------------------------------------------------------------
+
+def weight(*shape, dtype, device):
+    return nn.Parameter(torch.empty(*shape, dtype=dtype, device=device), requires_grad=False)
+
+
+class Part(nn.Module):
+    """What attention and MLP share: LoRA factors by target, and a place for a predictor.Predictor."""
+
+    def __init__(self):
+        super().__init__()
+        self.lora = nn.ParameterDict()  # "q.A" (R, in), "q.B" (out, R): fp32 masters
+        self.lora_scale = 0.0  # alpha / R
+        self.predictor = None
+        self.channels = None  # the kept channels of the last forward, None when dense
+
+    def pairs(self, targets):
+        """[(target, A, B)] of those targets that have LoRA."""
+        return [(t, self.lora[t + "/A"], self.lora[t + "/B"]) for t in targets if t + "/A" in self.lora]
+
+    def choose(self, x, n):
+        """x (T, D), n sparse rows -> what to keep of this part in this forward: None (all), KeepMLP or KeepAttention."""
+        keep = self.predictor.select(x[:n]) if self.predictor is not None and self.predictor.c and n else None
+        self.channels = None if keep is None else keep.channels
+        return keep
+
+    def measuring(self, n):
+        """The buffer for this forward's true energies, with predictor "measured" in a dense training step; else None."""
+        if self.predictor is None or not self.predictor.measures() or not n:
+            return None
+        self.predictor.fresh = True
+        return self.predictor.energies
+
+    def sharded(self):
+        """True where FSDP has cut the frozen weights up over ranks."""
+        return any(hasattr(p, "full_tensor") for p in self.parameters(recurse=False))
+
+
+class Attention(Part):
+    def __init__(self, c, **kw):
+        super().__init__()
+        self.n_heads, self.n_kv_heads, self.head_dim, self.eps = c.num_attention_heads, c.num_key_value_heads, c.head_dim, c.rms_norm_eps
+        q, kv = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
+        self.qkv = weight(q + 2 * kv, c.hidden_size, **kw)
+        self.qkv_bias = weight(q + 2 * kv, **kw) if c.qkv_bias else None
+        self.o = weight(q, c.hidden_size, **kw)
+        self.q_norm = weight(self.head_dim, **kw) if c.qk_norm else None
+        self.k_norm = weight(self.head_dim, **kw) if c.qk_norm else None
+        self.spans = {"q": (0, q), "k": (q, q + kv), "v": (q + kv, q + 2 * kv)}
+
+    def project(self, x, lo, hi, keep=None, n=0):
+        """x (T, D) -> (T, hi - lo): rows lo:hi of the fused weight, with the LoRA of the projections that lie in them."""
+        whole = (lo, hi) == (0, self.qkv.shape[0])
+        w = self.qkv if whole else self.qkv[lo:hi]
+        b = self.qkv_bias if whole or self.qkv_bias is None else self.qkv_bias[lo:hi]
+        pairs = self.pairs([t for t, (a, z) in self.spans.items() if lo <= a and z <= hi])
+        spans = [(self.spans[t][0] - lo, self.spans[t][1] - lo) for t, _, _ in pairs]
+        y = sparse.ProjectOut.apply(x, w, b, keep and keep.qkv, n, self.lora_scale, spans, *[p for _, A, B in pairs for p in (A, B)])
+        return y if self.q_norm is None else self.norm_heads(y, lo, hi)
+
+    def norm_heads(self, y, lo, hi):
+        """qwen3: RMSNorm of each query and each key head. y (T, hi - lo)."""
+        out = []
+        for t, w in (("q", self.q_norm), ("k", self.k_norm), ("v", None)):
+            a, z = self.spans[t]
+            if lo <= a and z <= hi:
+                part = y[:, a - lo:z - lo].view(len(y), -1, self.head_dim)  # (T, heads, hd)
+                out.append((part if w is None else F.rms_norm(part, (self.head_dim,), w, self.eps)).flatten(1))
+        return torch.cat(out, 1)
+
+    def output(self, x, keep=None, n=0):
+        """x (T, Nq) -> (T, D)."""
+        pairs = self.pairs(["o"])
+        spans = [(0, self.o.shape[1])] * len(pairs)
+        return sparse.ProjectIn.apply(x, self.o, keep and keep.o, n, self.lora_scale, spans, *[p for _, A, B in pairs for p in (A, B)])
+
+    def grid(self, y, batch, rope, rows, heads, n_rot):
+        """y (T', heads hd) -> (B, heads, S, hd): the first n_rot heads rotated, each row at its place, zeros elsewhere."""
+        B, S = batch.shape
+        cos, sin = rope[0][rows], rope[1][rows]
+        g = sparse.RopeScatter.apply(y, cos, sin, batch.rows[rows], n_rot, self.head_dim, B * S)  # (B*S, heads hd)
+        return g.view(B, S, heads, self.head_dim).transpose(1, 2)
+
+    def forward(self, x, batch, rope, keep, energies, last, cache):
+        """x (T, D) -> (T, D), in the last block (T_loss, D). rope: cos, sin (T, hd/2)."""
+        H, K, N = self.n_heads, self.n_kv_heads, self.qkv.shape[0]
+        n, every, wanted = batch.n_sparse, slice(0, len(x)), batch.loss if last else slice(0, len(x))
+        if last:  # queries for the loss rows only
+            q = self.grid(self.project(x[wanted], 0, H * self.head_dim), batch, rope, wanted, H, H)
+            kv = self.grid(self.project(x, H * self.head_dim, N), batch, rope, every, 2 * K, K)
+        else:
+            y = self.project(x, 0, N, keep, n)  # (T, N)
+            if energies is not None:
+                energies += sparse.energy(y[:n].detach())
+            q, kv = self.grid(y, batch, rope, every, H + 2 * K, H + K).split([H, 2 * K], 1)  # (B, H, S, hd), (B, 2 K, S, hd)
+        k, v = kv.split([K, K], 1)
+        if cache is not None:
+            cache.fill(k, v)
+        a = attend(q, k, v)  # (B, H, S, hd)
+        a = sparse.Gather.apply(a.transpose(1, 2).flatten(2).flatten(0, 1), batch.rows[wanted])  # (T or T_loss, Nq)
+        return self.output(a, None if last else keep, n)
+
+    def decode(self, x, rope, cache):
+        """One new token for each of B texts: x (B, D) -> (B, D). cache: this block's keys and values."""
+        H, K, hd, B = self.n_heads, self.n_kv_heads, self.head_dim, len(x)
+        y = self.project(x, 0, self.qkv.shape[0])
+        y = kernels.rope_scatter(y, *rope, cache.lanes, H + K, hd, B).view(B, -1, hd)  # (B, H + 2 K, hd)
+        k, v = cache.append(y[:, H:H + K], y[:, H + K:])  # (B, K, S, hd)
+        # the G query heads of a group stand in for query positions: no key or value is repeated
+        q = y[:, :H].view(B, K, H // K, hd)
+        a = F.scaled_dot_product_attention(q, k, v, attn_mask=cache.mask)  # (B, K, G, hd)
+        return self.output(a.reshape(B, H * hd))
+
+    def activations(self, x):
+        """The true q, k, v of x (n, D), LoRA and bias included: (n, Nq + 2 Nkv)."""
+        return self.project(x, 0, self.qkv.shape[0])
+
+    def predicted_weights(self):
+        return [self.qkv[lo:hi] for lo, hi in self.spans.values()]
+
+
+def attend(q, k, v):
+    """Causal attention, q (B, H, S, hd), k and v (B, K, S, hd). Rows behind an example's end are zero and come later: no mask."""
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+
+
+class MLP(Part):
+    def __init__(self, c, **kw):
+        super().__init__()
+        self.gate_up = weight(2 * c.intermediate_size, c.hidden_size, **kw)
+        self.down = weight(c.intermediate_size, c.hidden_size, **kw)
+
+    def lora_six(self):
+        return [self.lora[f"{t}/{m}"] if f"{t}/{m}" in self.lora else None for t in ("gate", "up", "down") for m in "AB"]
+
+    def forward(self, x, n=0, keep=None, energies=None):
+        """x (T, D) -> (T, D)."""
+        return sparse.SwiGLU.apply(x, self.gate_up, self.down, keep, n, self.lora_scale, energies, *self.lora_six())
+
+    def activations(self, x):
+        """The true h = silu(g) u of x (n, D): (n, I)."""
+        return sparse.mlp_hidden(x, self.gate_up, None, sparse.kept_lora(self.lora_six(), None, x.dtype), self.lora_scale)[2]
+
+    def predicted_weights(self):
+        return list(self.gate_up.chunk(2))
+
+
+class Block(nn.Module):
+    def __init__(self, c, **kw):
+        super().__init__()
+        self.attn_norm, self.mlp_norm = weight(c.hidden_size, **kw), weight(c.hidden_size, **kw)
+        self.attn, self.mlp = Attention(c, **kw), MLP(c, **kw)
+        self.eps = c.rms_norm_eps
+
+    def norm(self, x, w):
+        return F.rms_norm(x, w.shape, w, self.eps)
+
+    def forward(self, x, batch, rope, last, chosen, cache=None):
+        """x (T, D) -> (T, D), in the last block (T_loss, D). chosen: an empty dict; a recomputation of this forward gets it filled, so
+        that it keeps the same channels and measures nothing twice."""
+        n = batch.n_sparse
+        h = self.norm(x, self.attn_norm)
+        if "attn" not in chosen:
+            chosen["attn"] = self.attn.choose(h, n)
+            energies = self.attn.measuring(n)
+        else:
+            energies = None
+        a = self.attn(h, batch, rope, chosen["attn"], energies, last, cache)
+        if last:
+            x, n = x[batch.loss], 0
+        x = x + a
+        h = self.norm(x, self.mlp_norm)
+        if "mlp" not in chosen:
+            chosen["mlp"] = self.mlp.choose(h, n)
+            energies = self.mlp.measuring(n)
+        else:
+            energies = None
+        return x + self.mlp(h, n, chosen["mlp"], energies)
+
+    def decode(self, x, rope, cache):
+        x = x + self.attn.decode(self.norm(x, self.attn_norm), rope, cache)
+        return x + self.mlp(self.norm(x, self.mlp_norm))
+
+
+# ---- the model -------------------------------------------------------------------------------------------------------------------
+
+class LLaMA(nn.Module):
+    """LLaMA(ModelConfig, dtype, device) has random weights; LLaMA.from_pretrained(...) has a checkpoint's. Frozen until add_lora or
+    train_all. dtype: torch.float32, bfloat16 or float16 (float64: everything in it)."""
+
+    def __init__(self, config, dtype=torch.float32, device="cpu"):
+        super().__init__()
+        c, kw = config, dict(dtype=dtype, device=device)
+        self.config, self.dtype, self.recompute, self.scale = c, dtype, False, 0.0
+        self.embed = weight(c.vocab_size, c.hidden_size, **kw)
+        self.blocks = nn.ModuleList(Block(c, **kw) for _ in range(c.num_hidden_layers))
+        self.final_norm = weight(c.hidden_size, **kw)
+        self.head = self.embed if c.tie_word_embeddings else weight(c.vocab_size, c.hidden_size, **kw)
+        self.lora_r = self.lora_alpha = 0
+        self.lora_targets = ()
+        if torch.device(device).type != "meta":
+            self.init_weights()
+
+    def init_weights(self, seed=None):
+        """Normal(0, .02), output projections scaled down by sqrt(2 L) as in GPT-2; norms 1, biases 0."""
+        with torch.no_grad():
+            for name, p in self.named_parameters():
+                if p.dim() == 1:
+                    p.fill_(0.0 if "bias" in name else 1.0)
+                else:
+                    p.normal_(0, .02 / (math.sqrt(2 * len(self.blocks)) if name.endswith((".o", ".down")) else 1))
+
+    @property
+    def device(self):
+        return self.embed.device
+
+    # ---- weights in and out
+
+    def named_sources(self):
+        """{Hugging Face name: (parameter, first row, rows, transposed)}: where each tensor of a checkpoint lies in ours. The one table
+        for reading and writing weights."""
+        c, out = self.config, {}
+        Nq, Nkv, inner = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim, c.intermediate_size
+        for i, b in enumerate(self.blocks):
+            at, a, m = f"model.layers.{i}.", b.attn, b.mlp
+            for t, (lo, hi) in a.spans.items():
+                out[f"{at}self_attn.{t}_proj.weight"] = (a.qkv, lo, hi - lo, False)
+                if a.qkv_bias is not None:
+                    out[f"{at}self_attn.{t}_proj.bias"] = (a.qkv_bias, lo, hi - lo, False)
+            out[at + "self_attn.o_proj.weight"] = (a.o, 0, Nq, True)
+            if a.q_norm is not None:
+                out[at + "self_attn.q_norm.weight"] = (a.q_norm, 0, c.head_dim, False)
+                out[at + "self_attn.k_norm.weight"] = (a.k_norm, 0, c.head_dim, False)
+            out[at + "mlp.gate_proj.weight"] = (m.gate_up, 0, inner, False)
+            out[at + "mlp.up_proj.weight"] = (m.gate_up, inner, inner, False)
+            out[at + "mlp.down_proj.weight"] = (m.down, 0, inner, True)
+            out[at + "input_layernorm.weight"] = (b.attn_norm, 0, c.hidden_size, False)
+            out[at + "post_attention_layernorm.weight"] = (b.mlp_norm, 0, c.hidden_size, False)
+        out["model.embed_tokens.weight"] = (self.embed, 0, c.vocab_size, False)
+        out["model.norm.weight"] = (self.final_norm, 0, c.hidden_size, False)
+        if self.head is not self.embed:
+            out["lm_head.weight"] = (self.head, 0, c.vocab_size, False)
+        return out
+
+    @classmethod
+    def from_pretrained(cls, path, dtype=torch.float32, device="cpu", shard=None):
+        """path: a directory or a hub id with config.json and safetensors. Tensors are streamed from the files straight to their place:
+        never more than the model and one tensor. shard: called on the model while it has no storage yet (FSDP)."""
+        folder = resolve(path)
+        config = ModelConfig.from_dir(folder)
+        files = weight_files(folder)
+        model = cls(config, dtype, "meta")
+        if shard is not None:
+            shard(model)
+        model.to_empty(device=device)
+        if config.tie_word_embeddings:
+            model.head = model.embed
+        load_weights(model, files)
+        return model.eval()
+
+    def save_pretrained(self, path):
+        """Writes config.json and model.safetensors as transformers reads them, in the model's dtype, and makes path if need be."""
+        Path(path).mkdir(parents=True, exist_ok=True)
+        tensors = {}
+        for name, (p, lo, rows, transposed) in self.named_sources().items():
+            t = p.detach()[lo:lo + rows]
+            tensors[name] = (t.T if transposed else t).contiguous().cpu()
+        write_safetensors(Path(path) / "model.safetensors", tensors, {"format": "pt"})
+        raw = {**self.config.raw, "torch_dtype": str(self.dtype).removeprefix("torch.")}
+        write_text(Path(path) / "config.json", json.dumps(raw, indent=2) + "\n")
+
+    def train_all(self):
+        """All weights get gradients: lora_r = 0."""
+        for p in self.parameters():
+            p.requires_grad_(True)
+
+    # ---- LoRA
+
+    def add_lora(self, r, alpha, targets=("q", "k", "v", "o"), rslora=False):
+        """Adapters of rank r, scaled by alpha / r (alpha / sqrt(r) with rslora), on targets (a list or "q,k,v,o"). A Kaiming-uniform as
+        in PEFT, B zero; fp32 (fp64 in an fp64 model). Errors: an unknown target, r not positive."""
+        targets = [t.strip() for t in targets.split(",")] if isinstance(targets, str) else list(targets)
+        unknown = [t for t in targets if t not in TARGETS]
+        if unknown or not targets or r <= 0:
+            raise UserError(f"LoRA of rank {r} on {unknown or targets}: the rank must be positive and targets some of {','.join(TARGETS)}")
+        dtype = torch.promote_types(self.dtype, torch.float32)
+        self.lora_r, self.lora_alpha, self.lora_targets, self.rslora = r, alpha, tuple(t for t in TARGETS if t in targets), rslora
+        c = self.config
+        Nq, Nkv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+        D, inner = c.hidden_size, c.intermediate_size
+        shape = dict(q=(D, Nq), k=(D, Nkv), v=(D, Nkv), o=(Nq, D), gate=(D, inner), up=(D, inner), down=(inner, D))
+        for b in self.blocks:
+            b.attn.lora_scale = b.mlp.lora_scale = alpha / (math.sqrt(r) if rslora else r)
+            for t in self.lora_targets:
+                n_in, n_out = shape[t]
+                bound = 1 / math.sqrt(n_in)  # kaiming_uniform_ with a = sqrt(5)
+                part = b.attn if t in "qkvo" else b.mlp
+                part.lora[t + "/A"] = nn.Parameter(torch.empty(r, n_in, dtype=dtype).uniform_(-bound, bound).to(self.device))
+                part.lora[t + "/B"] = nn.Parameter(torch.zeros(n_out, r, dtype=dtype, device=self.device))
+
+    def lora_parameters(self):
+        """{PEFT's name: Parameter}."""
+        out = {}
+        for i, b in enumerate(self.blocks):
+            for t in self.lora_targets:
+                lora = (b.attn if t in "qkvo" else b.mlp).lora
+                for m in "AB":
+                    out[f"base_model.model.model.layers.{i}.{TARGETS[t]}.lora_{m}.weight"] = lora[f"{t}/{m}"]
+        return out
+
+    def lora_state(self, grads=False):
+        """{PEFT's name: tensor}: the adapter's weights, or their gradients (zeros where there is none yet)."""
+        if grads:
+            return {k: torch.zeros_like(p) if p.grad is None else p.grad for k, p in self.lora_parameters().items()}
+        return {k: p.detach() for k, p in self.lora_parameters().items()}
+
+    @torch.no_grad()
+    def load_lora(self, state):
+        """state: {PEFT's name: tensor} for exactly the adapters that add_lora made."""
+        own = self.lora_parameters()
+        odd = sorted(own.keys() ^ state.keys())
+        if odd:
+            raise UserError(f"the adapter and lora_targets = {','.join(self.lora_targets)} disagree about {len(odd)} tensors, {odd[0]} first")
+        for name, p in own.items():
+            if p.shape != state[name].shape:
+                raise UserError(f"adapter tensor {name} has shape {tuple(state[name].shape)}, this base needs {tuple(p.shape)}")
+            p.copy_(state[name])
+
+    def save_adapter(self, path, base=""):
+        """Writes adapter_model.safetensors and adapter_config.json as PEFT has them. base: the base model's path or hub id."""
+        Path(path).mkdir(parents=True, exist_ok=True)
+        config = dict(peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=str(base), r=self.lora_r, lora_alpha=self.lora_alpha,
+                      target_modules=[TARGETS[t].split(".")[1] for t in self.lora_targets], lora_dropout=0.0, bias="none",
+                      fan_in_fan_out=False, inference_mode=True, use_rslora=self.rslora, use_dora=False, modules_to_save=None)
+        state = {k: v.cpu().contiguous() for k, v in self.lora_state().items()}
+        write_safetensors(Path(path) / "adapter_model.safetensors", state, {"format": "pt"})
+        write_text(Path(path) / "adapter_config.json", json.dumps(config, indent=2) + "\n")
+
+    # ---- forward
+
+    def set_sparsity(self, scale):
+        """The one switch: 0 dense, 1 the attached ratios, between them all ratios times scale."""
+        self.scale = float(scale)
+        for b in self.blocks:
+            for part in (b.attn, b.mlp):
+                if part.predictor is not None:
+                    part.predictor.set_scale(self.scale)
+
+    def rope(self, positions):
+        """cos and sin (T, hd/2) of positions (T,), in fp32 (fp64 in an fp64 model)."""
+        high = torch.promote_types(self.dtype, torch.float32)
+        freq = inverse_frequencies(self.config).to(device=positions.device, dtype=high)  # (hd/2,)
+        angles = positions.to(high)[:, None] * freq
+        return angles.cos(), angles.sin()
+
+    def hidden(self, batch, cache=None):
+        """batch -> the final norm's output on the loss rows, (T_loss, D)."""
+        window = self.config.sliding_window
+        if window and batch.shape[1] > window:
+            raise UserError(f"a text of {batch.shape[1]} tokens is longer than the model's sliding window of {window}: lower max_seq_len")
+        rope = self.rope(batch.positions)
+        x = F.embedding(batch.tokens, self.embed)  # (T, D)
+        for i, block in enumerate(self.blocks):
+            args = (x, batch, rope, i == len(self.blocks) - 1, {}, cache and cache.blocks[i])
+            if self.recompute and torch.is_grad_enabled():  # nothing here draws random numbers, so their state need not be kept
+                x = checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(*args)
+        return F.rms_norm(x, self.final_norm.shape, self.final_norm, self.config.rms_norm_eps)
+
+    def loss(self, batch):
+        """batch (data.Batch, on the model's device) -> the weighted sum of the loss over its loss rows, a scalar in fp32; the training
+        loop divides by the sum of weights. Obeys set_sparsity alone, in training mode or not."""
+        x = self.hidden(batch)
+        head = self.head if torch.is_grad_enabled() else self.head.detach()
+        return sparse.CrossEntropy.apply(x, head, batch.targets, batch.weights)
+
+    @torch.no_grad()
+    def logits(self, tokens):
+        """tokens (B, S) int64, right-padded -> logits (B, S, V). Always dense."""
+        B, S = tokens.shape
+        rows = torch.arange(B * S, device=tokens.device)
+        batch = SimpleNamespace(tokens=tokens.flatten(), positions=rows % S, rows=rows, n_sparse=0, loss=slice(0, B * S), shape=(B, S))
+        return (self.hidden(batch) @ self.head.T).view(B, S, -1)  # no sparse rows: dense at any set_sparsity
+
+    @torch.no_grad()
+    def generate(self, prompts, max_new_tokens, temperature=0.0, top_p=1.0, stop=None, seed=0, stream=None):
+        """prompts: lists of token ids, of any lengths -> lists of new ids, without the one that ended them. Always dense.
+
+        temperature 0 is greedy; top_p keeps the likeliest tokens that hold that share. stop: ids that end a text (default: all of the
+        checkpoint's eos_token_id). stream: called with a list of (prompt number, token) after each step."""
+        if not prompts:
+            return []
+        if min(map(len, prompts)) == 0:
+            raise UserError("a prompt of no tokens cannot be continued: give at least one token")
+        stop = set(self.config.eos_token_id if stop is None else stop)
+        rng = torch.Generator(self.device).manual_seed(seed)
+        out, lanes = [[] for _ in prompts], list(range(len(prompts)))  # lanes: prompt numbers of the cache's rows
+        cache = KVCache(self, prompts, max_new_tokens)
+        x = self.hidden(prompt_batch(prompts, self.device), cache)  # (B, D): each prompt's last row
+        for step in range(max_new_tokens):
+            new = sample(x @ self.head.T, temperature, top_p, rng).tolist()
+            alive = [j for j, t in enumerate(new) if t not in stop]
+            for j in alive:
+                out[lanes[j]].append(new[j])
+            if stream is not None:
+                stream([(lanes[j], new[j]) for j in alive])
+            if not alive or step == max_new_tokens - 1:
+                break
+            if len(alive) <= .75 * len(lanes):  # ended texts leave the batch, in few copies of the cache
+                cache.select(alive)
+                lanes, new = [lanes[j] for j in alive], [new[j] for j in alive]
+            x = self.decode(torch.tensor(new, device=self.device), cache)
+        return out
+
+    def decode(self, tokens, cache):
+        """tokens (B,), the next of each text -> the final norm's output (B, D)."""
+        rope = self.rope(cache.lengths)
+        cache.advance()
+        x = F.embedding(tokens, self.embed)
+        for block, kv in zip(self.blocks, cache.blocks):
+            x = block.decode(x, rope, kv)
+        return F.rms_norm(x, self.final_norm.shape, self.final_norm, self.config.rms_norm_eps)
+
+    # ---- counting
+
+    def flops(self, batch):
+        """(dense, sparse): multiplications and additions of one training step of this batch, forward and backward, all that is computed
+        and nothing that is not: LoRA, the predictor, attention over the (B, S) grid, the loss. Sparse at the present set_sparsity.
+        A recomputation is not counted. The count equals torch.utils.flop_counter's (tested)."""
+        return tuple(sum(self.flops_by_part(batch, on).values()) for on in (False, True))
+
+    def flops_by_part(self, batch, sparse_on=True):
+        """{"0.attn": FLOPs, "0.mlp": ..., "head": ...} of one training step."""
+        c, out = self.config, {}
+        D, hd, inner, R = c.hidden_size, c.head_dim, c.intermediate_size, self.lora_r
+        Nq, Nkv = c.num_attention_heads * hd, c.num_key_value_heads * hd
+        T, T_loss, (B, S) = len(batch.tokens), batch.loss.stop - batch.loss.start, batch.shape
+        full = not R and self.embed.requires_grad
+        need = full  # does this block's input need a gradient? the first block's does not, unless the embedding is trained
+
+        def lora(t, n_in, n_out, need):  # x A.T and z B.T; dz, dB, dA and, where it is wanted, dx
+            return 2 * R * t * ((2 + need) * n_in + 3 * n_out)
+
+        for i, b in enumerate(self.blocks):
+            last = i == len(self.blocks) - 1
+            pa, pm = (p.predictor if sparse_on and p.predictor is not None and p.predictor.c and batch.n_sparse else None
+                      for p in (b.attn, b.mlp))
+            n = 0 if last else batch.n_sparse
+            t = T_loss if last else T
+            G = c.num_attention_heads // c.num_key_value_heads
+            cols = (n * pa.c * (G + 2) + (T - n) * (Nq + 2 * Nkv)) if pa else (t * Nq + T * 2 * Nkv)  # rows x channels of qkv
+            f = 2 * D * cols * (1 + need + full) + (pa.flops(n) if pa else 0)
+            f += sum(lora(t if x == "q" else T, D, m, need) for x, m in (("q", Nq), ("k", Nkv), ("v", Nkv)) if x in self.lora_targets)
+            inner_need = need or full or any(x in self.lora_targets for x in "qkv")
+            f += 4 * B * S * S * Nq * (1 + 2.5 * inner_need)
+            f += 2 * D * (n * pa.c * G + (T - n) * Nq if pa else t * Nq) * (1 + inner_need + full)
+            f += lora(t, Nq, D, inner_need) if "o" in self.lora_targets else 0
+            out[f"{i}.attn"] = f
+            need = inner_need or "o" in self.lora_targets
+            cols = n * pm.c + (T - n) * inner if pm else t * inner  # rows x channels of the MLP
+            f = 2 * D * cols * (4 + 2 * need + 3 * full) + (pm.flops(n) if pm else 0)  # forward 3, dh 1, dx 2, weights 3
+            for x in ("gate", "up", "down"):
+                if x in self.lora_targets:
+                    f += 2 * R * ((2 + need if x != "down" else 3) * t * D + 3 * cols)
+            out[f"{i}.mlp"] = f
+            need = True
+        out["head"] = 2 * T_loss * D * c.vocab_size * (2 + full)
+        return out
+
+
+# ---- generation ------------------------------------------------------------------------------------------------------------------
+
+def prompt_batch(prompts, device):
+    """B lists of ids -> a batch of all their tokens, the last of each first: the rows that the last block and the head go on with."""
+    last = [(i, len(p) - 1) for i, p in enumerate(prompts)]
+    at = last + [(i, j) for i, p in enumerate(prompts) for j in range(len(p) - 1)]
+    B, S = len(prompts), max(map(len, prompts))
+    tensors = [torch.tensor(v, device=device) for v in ([prompts[i][j] for i, j in at], [j for _, j in at], [i * S + j for i, j in at])]
+    return SimpleNamespace(tokens=tensors[0], positions=tensors[1], rows=tensors[2], n_sparse=0, loss=slice(0, B), shape=(B, S))
+
+
+class KVCache:
+    """Keys and values of B texts of different lengths, each text's at its own positions 0 .. length - 1."""
+
+    def __init__(self, model, prompts, max_new_tokens):
+        self.lengths = torch.tensor([len(p) for p in prompts], device=model.device)  # (B,), also the next token's position
+        self.lanes = torch.arange(len(prompts), device=model.device)  # (B,)
+        self.size = max(map(len, prompts))  # positions in use by the longest
+        self.capacity = self.size + max_new_tokens
+        self.blocks = [BlockCache(self) for _ in model.blocks]
+
+    def advance(self):
+        """Makes room for one more token of each text."""
+        self.write, self.lengths, self.size = self.lengths, self.lengths + 1, self.size + 1
+        self.mask = (torch.arange(self.size, device=self.lengths.device) <= self.write[:, None])[:, None, None]  # (B, 1, 1, size)
+
+    def select(self, alive):
+        """Goes on with these texts only. alive: their numbers among the present ones."""
+        idx = torch.tensor(alive, device=self.lanes.device)
+        self.lengths, self.lanes = self.lengths[idx], self.lanes[:len(alive)]
+        for b in self.blocks:
+            b.k, b.v = b.k.index_select(0, idx), b.v.index_select(0, idx)
+
+
+class BlockCache:
+    """One block's part of a KVCache: k and v (B, K, capacity, hd)."""
+
+    def __init__(self, owner):
+        self.owner = owner
+
+    def fill(self, k, v):
+        """k, v (B, K, S, hd) of the prompts."""
+        B, K, S, hd = k.shape
+        self.k, self.v = k.new_zeros(B, K, self.owner.capacity, hd), v.new_zeros(B, K, self.owner.capacity, hd)
+        self.k[:, :, :S], self.v[:, :, :S] = k, v
+
+    def append(self, k, v):
+        """k, v (B, K, hd) of one new token each -> all keys and values in use, (B, K, size, hd)."""
+        o = self.owner
+        self.k[o.lanes, :, o.write], self.v[o.lanes, :, o.write] = k, v
+        return self.k[:, :, :o.size], self.v[:, :, :o.size]
+
+    @property
+    def lanes(self):
+        return self.owner.lanes
+
+    @property
+    def mask(self):
+        return self.owner.mask
+
+
+def sample(logits, temperature, top_p, rng):
+    """logits (B, V) -> ids (B,). temperature 0: the likeliest; else drawn from the smallest set of tokens that holds top_p."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    p, ids = (logits.float() / temperature).softmax(-1).sort(-1, descending=True)
+    p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0)  # the first token always stays
+    return ids.gather(1, torch.multinomial(p, 1, generator=rng))[:, 0]
+
+
+# ---- RoPE, files -----------------------------------------------------------------------------------------------------------------
+
+def inverse_frequencies(c):
+    """theta^(-2i / hd), i < hd/2, in fp64, with the checkpoint's scaling: "linear" divides positions by a factor, "llama3" only the long
+    wavelengths' (those over original_max_position_embeddings / low_freq_factor), blending between the two."""
+    freq = c.rope_theta ** (-torch.arange(0, c.head_dim, 2, dtype=torch.float64) / c.head_dim)  # (hd/2,)
+    s = c.rope_scaling
+    if not s:
+        return freq
+    if s.get("rope_type", s.get("type")) == "linear":
+        return freq / s["factor"]
+    turns = s["original_max_position_embeddings"] * freq / (2 * math.pi)  # of each frequency over the original context
+    low, high = s["low_freq_factor"], s["high_freq_factor"]
+    keep = ((turns - low) / (high - low)).clamp(0, 1)  # 0: divided by the factor, 1: as it was
+    return freq * (keep + (1 - keep) / s["factor"])
+
+
+def weight_files(folder):
+    """The safetensors files of a checkpoint. UserError where there are none, a shard is missing, or one is not in the index."""
+    folder = Path(folder)
+    index, present = folder / "model.safetensors.index.json", sorted(folder.glob("*.safetensors"))
+    if index.exists():
+        names = set(read_json(index).get("weight_map", {}).values())
+        for name in sorted(names):
+            if not (folder / name).exists():
+                raise UserError(f"{folder}: shard {name} of model.safetensors.index.json is missing; download it again")
+        extra = [p.name for p in present if p.name.startswith("model-") and p.name not in names]
+        if extra:
+            raise UserError(f"{folder}: {extra[0]} is not in model.safetensors.index.json; remove it, or the index of another checkpoint")
+        return [folder / n for n in sorted(names)]
+    if (folder / "model.safetensors").exists():
+        return [folder / "model.safetensors"]
+    if any(folder.glob("*.bin")) or any(folder.glob("*.pt*")):
+        raise UserError(f"{folder} has only pickled weights, which can execute code when they are opened; convert them to safetensors")
+    raise UserError(f"{folder} has no model.safetensors" + (f" (but {present[0].name})" if present else ""))
+
+
+@torch.no_grad()
+def load_weights(model, files):
+    """Streams every tensor to its place. Each rank of a sharded model reads only the rows that it keeps."""
+    sources, seen = model.named_sources(), set()
+    for path in files:
+        try:
+            with safe_open(path, "pt") as f:
+                for name in f.keys():
+                    if name in sources:
+                        load_tensor(f.get_slice(name), *sources[name], f"{path.name}: {name}")
+                        seen.add(name)
+                    elif not name.endswith(("rotary_emb.inv_freq", "lm_head.weight")):
+                        raise UserError(f"{path}: tensor {name} has no place in this architecture (config.json's model_type, layers, biases)")
+        except UserError:
+            raise
+        except Exception as e:  # safetensors has one error class for all that can be wrong with a file
+            raise UserError(f"{path} is not a readable safetensors file ({e}); download it again") from None
+    missing = sorted(sources.keys() - seen)
+    if missing:
+        raise UserError(f"{files[0].parent}: {len(missing)} tensors are missing from the safetensors files, {missing[0]} first")
+
+
+def load_tensor(source, p, first, rows, transposed, name):
+    """Copies a safetensors slice into rows first : first + rows of p, of which a sharded p holds only some."""
+    shape = list(source.get_shape())
+    want = [p.shape[1], rows] if transposed else [rows, *p.shape[1:]]
+    if shape != want:
+        raise UserError(f"{name} has shape {shape}, config.json says {want}")
+    local, offset = (p.to_local(), row_offset(p)) if hasattr(p, "to_local") else (p, 0)
+    lo, hi = max(first, offset), min(first + rows, offset + local.shape[0])
+    if lo < hi:
+        a, z = lo - first, hi - first
+        t = source[:, a:z].T if transposed else source[a:z]
+        local[lo - offset:hi - offset].copy_(t)
+
+
+def row_offset(p):
+    """First row that this rank holds of a DTensor that is cut along dim 0 (FSDP2 cuts like torch.chunk)."""
+    return p.device_mesh.get_local_rank() * -(-p.shape[0] // p.device_mesh.size())
+
+
+def write_text(path, text):
+    """Writes a whole file or nothing: a temporary name, flushed to the disk, then renamed."""
+    tmp = Path(f"{path}.tmp")
+    with open(tmp, "w", encoding="utf-8") as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(tmp, path)
+
+
+def write_safetensors(path, tensors, metadata=None):
+    """The same for a safetensors file."""
+    tmp = Path(f"{path}.tmp")
+    save_file(tensors, tmp, metadata)
+    with open(tmp, "rb+") as f:
+        os.fsync(f.fileno())
+    os.replace(tmp, path)
