@@ -1,6 +1,6 @@
 """What every data/NAME/prepare.py shares: find or download an original file, hold some out, write JSON lines.
 
-    records(["math_10k.json"], source, url=...)   -> list of dicts, from a folder or from the publisher
+    records(["test.jsonl"], fields, source, url)  -> list of dicts, from a folder or from the publisher
     split(rows, n_val, tests)                     -> (train, val): seeded, and nothing that a test set holds
     write(__file__, "train", rows)                -> data/NAME/train.jsonl, whole or not at all
     run(main)                                     -> `python data/NAME/prepare.py [--source=DIR]`
@@ -16,27 +16,29 @@ import urllib.request
 from config import UserError
 
 
-def records(names, source=None, url=None, repo=None, sha256=None, optional=False):
-    """The records of one original file. `names`: what it may be called, the published name first.
+def records(names, fields, source=None, url=None, repo=None, sha256=None, optional=False):
+    """The records of one original file. `names`: what it may be called, the published name first; `fields`: what
+    texts each record must have.
 
     With `source` it is read from that folder, under any of its names; else it comes from `url` over HTTPS, or
     from the data set `repo` on the Hugging Face hub. `optional`: when `source` lacks it, that is a note and
-    an empty list, not an error. `sha256` is checked on a download only: a local copy may be a part, or your own.
+    an empty list, not an error. `sha256` is checked on a download only: a local copy may be a part of it.
     """
     if source is None:
-        return parse(download(names[0], url, repo, sha256), names[0])
+        return parse(download(names[0], url, repo, sha256), names[0], fields)
+    source = os.path.expanduser(source)
     if not os.path.isdir(source):
         raise UserError(f"--source={source} is not a directory; give the folder that holds {names[0]}")
     for name in names:
         path = os.path.join(source, name)
         if os.path.isfile(path):
             with open(path, "rb") as f:
-                return parse(f.read(), path)
+                return parse(f.read(), path, fields)
     if optional:
         print(f"note: {source} has no {' or '.join(names)}; left out")
         return []
-    raise UserError(f"{source} has no {' or '.join(names)}; "
-                    f"put the file there (it is published at {url or hub_page(repo)})")
+    raise UserError(f"{source} has no {' or '.join(names)}; put the file there "
+                    f"(it is published at {url or hub_page(repo)})")
 
 
 def download(name, url, repo, sha256):
@@ -45,8 +47,8 @@ def download(name, url, repo, sha256):
         content = https_file(url) if url else hub_file(repo, name)
     except Exception as e:
         reason = " ".join(f"{type(e).__name__}: {e}".split())[:160]
-        raise UserError(f"cannot download {os.path.basename(name)} from {url or hub_page(repo)} ({reason}); put "
-                        f"that file into a folder DIR and run this data set's prepare.py with --source=DIR") from e
+        raise UserError(f"cannot download {os.path.basename(name)} from {url or hub_page(repo)} ({reason}); "
+                        "put it into a folder DIR and give --source=DIR to this data set's prepare.py") from e
     found = hashlib.sha256(content).hexdigest()
     if sha256 and found != sha256:
         raise UserError(f"{url} has sha256 {found}, not {sha256}: damaged, or changed since; "
@@ -78,7 +80,7 @@ def hub_page(repo):
     return f"https://huggingface.co/datasets/{repo}"
 
 
-def parse(content, name):
+def parse(content, name, fields):
     """A JSON array or JSON lines, gzipped or not: told by the content."""
     try:
         text = (gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content).decode()
@@ -88,7 +90,35 @@ def parse(content, name):
         raise UserError(f"{name} is neither a JSON array nor JSON lines ({e}); fetch it again") from e
     if not rows:
         raise UserError(f"{name} holds no records; fetch it again")
+    for i, row in enumerate(rows, 1):
+        for field in fields:
+            if not isinstance(row, dict) or not isinstance(row.get(field), str):
+                raise UserError(f"{name}: record {i} has no text {field!r}; is this the file it should be?")
     return rows
+
+
+LLM_ADAPTERS = "https://raw.githubusercontent.com/AGI-Edgerunners/LLM-Adapters/main/"
+
+
+def llm_adapters(names, source, path=None, optional=False):
+    """Examples of a file of the LLM-Adapters repository: instruction, input, output and answer."""
+    path = path or "ft-training_set/" + names[0]
+    examples = []
+    fields = ["instruction", "output"]
+    for row in records([*names, path], fields, source, LLM_ADAPTERS + path, optional=optional):
+        prompt = f"{row['instruction']}\n{row.get('input', '')}".strip()
+        answer = str(row.get("answer", ""))
+        examples.append({"prompt": prompt, "response": row["output"].strip(), "answer": answer})
+    return examples
+
+
+def llm_adapters_tests(names, source):
+    """{name in small letters: examples} of those test sets that are there."""
+    tests = {}
+    for name in names:
+        accepted = [f"{name}_test.json", f"llm_adapters_{name.lower()}_test.json"]
+        tests[name.lower()] = llm_adapters(accepted, source, f"dataset/{name}/test.json", optional=True)
+    return {name: examples for name, examples in tests.items() if examples}
 
 
 def split(rows, n_val, tests=(), seed=0):

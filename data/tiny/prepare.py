@@ -238,7 +238,7 @@ def base_example(r):
 
 
 def splits(draw, sizes, seed, repeats=False):
-    """{"test": rows, "val": ..., "train": ...}: no prompt in two of them, nor (without `repeats`) twice in one."""
+    """{"test": rows, "val": ..., "train": ...}: no prompt in two; nor twice in one, but for `repeats`."""
     r, seen, drawn = random.Random(seed), set(), {}
     for name, size in sizes.items():
         rows, own = [], set()
