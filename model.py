@@ -20,6 +20,7 @@ q, k, v, o: 27 M weights, 4 bytes each, and twice that for AdamW.
 import json
 import math
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -448,7 +449,8 @@ class LLaMA(nn.Module):
         own = self.lora_parameters()
         odd = sorted(own.keys() ^ state.keys())
         if odd:
-            raise UserError(f"the adapter and lora_targets = {','.join(self.lora_targets)} disagree about {len(odd)} tensors, {odd[0]} first")
+            raise UserError(f"the adapter and LoRA on {','.join(self.lora_targets)} of {len(self.blocks)} blocks disagree about "
+                            f"{len(odd)} tensors, {odd[0]} first")
         for name, p in own.items():
             if p.shape != state[name].shape:
                 raise UserError(f"adapter tensor {name} has shape {tuple(state[name].shape)}, this base needs {tuple(p.shape)}")
@@ -595,6 +597,55 @@ class LLaMA(nn.Module):
             need = True
         out["head"] = 2 * T_loss * D * c.vocab_size * (2 + full)
         return out
+
+
+# ---- adapters in PEFT's format ---------------------------------------------------------------------------------------------------
+
+VARIANTS = ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "layers_to_transform", "layer_replication", "lora_bias",
+            "fan_in_fan_out", "target_parameters", "trainable_token_indices", "alora_invocation_tokens", "use_qalora", "use_bdlora",
+            "arrow_config", "kasa_config", "monteclora_config", "velora_config")  # PEFT's options that plain LoRA does not have
+CHANGED_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga", "mica")  # initializations that also changed the base's weights
+
+
+def read_adapter(path):
+    """Directory or hub id -> (adapter_config.json as a dict, {PEFT's name: tensor}). UserError for all that is not plain LoRA."""
+    folder = resolve(path)
+    if not (folder / "adapter_config.json").exists():
+        raise UserError(f"{path} holds no adapter: adapter_config.json is missing")
+    c = read_json(folder / "adapter_config.json")
+    odd = [f"{k} = {c[k]!r}" for k in VARIANTS if c.get(k)]
+    odd += [f"{k} = {c[k]!r}" for k, plain in (("peft_type", "LORA"), ("bias", "none")) if c.get(k, plain) != plain]
+    if str(c.get("init_lora_weights")).lower().startswith(CHANGED_BASE):
+        odd.append(f"init_lora_weights = {c['init_lora_weights']!r}")
+    if odd:
+        raise UserError(f"{path}/adapter_config.json has {odd[0]}, and only plain LoRA can be read: merge that adapter with PEFT first")
+    if not (isinstance(c.get("r"), int) and c["r"] > 0 and isinstance(c.get("lora_alpha"), (int, float))):
+        raise UserError(f"{path}/adapter_config.json needs a positive r and lora_alpha, not {c.get('r')!r} and {c.get('lora_alpha')!r}")
+    file = folder / "adapter_model.safetensors"
+    if not file.exists():
+        raise UserError(f"{path} has no adapter_model.safetensors: save the adapter with PEFT >= 0.6, whose default it is")
+    try:
+        with safe_open(file, "pt") as f:
+            return c, {k: f.get_tensor(k) for k in f.keys()}
+    except Exception as e:  # as in load_weights
+        raise UserError(f"{file} is not a readable safetensors file ({e}); copy it again") from None
+
+
+def load_adapter(model, path):
+    """Gives the model the adapter in path, written by save_adapter or by PEFT: add_lora and load_lora in one. Which targets it has is
+    read off its tensors' names, for target_modules may be a list, full names or a regex."""
+    c, state = read_adapter(path)
+    blocks = {int(i) for k in state for i in re.findall(r"\.layers\.(\d+)\.", k)}
+    if blocks and max(blocks) >= len(model.blocks):
+        raise UserError(f"the adapter in {path} is for another base: it has {max(blocks) + 1} blocks, this one {len(model.blocks)}")
+    targets = [t for t, name in TARGETS.items() if any(f".{name}.lora_" in k for k in state)]
+    if not targets:
+        raise UserError(f"the adapter in {path} changes none of {', '.join(TARGETS)}: {sorted(state)[:1]} cannot be read")
+    model.add_lora(c["r"], c["lora_alpha"], targets, bool(c.get("use_rslora")))
+    try:
+        model.load_lora(state)
+    except UserError as e:
+        raise UserError(f"{path} does not fit: {e}") from None
 
 
 # ---- generation ------------------------------------------------------------------------------------------------------------------
