@@ -66,7 +66,7 @@ class Tokenizer:
         self.stop = {*eos, *best[:1]}
 
     def decode(self, ids):
-        """[int] -> str. Broken UTF-8 becomes U+FFFD; ids without a token (padded vocabularies) are skipped."""
+        """[int] -> str. Broken UTF-8 becomes U+FFFD; ids without a token (padded vocabulary) are skipped."""
         text = b"".join(self.spelling.get(i, b"") for i in ids).decode("utf-8", "replace")
         return text[1:] if self.drop_space and text.startswith(" ") else text
 
@@ -187,7 +187,7 @@ def piece_pattern(pre):
         if kinds == ["Split", "ByteLevel"] and not by_regex and "Regex" in first["pattern"]:
             if (first["behavior"], bool(first.get("invert"))) in (("Isolated", False), ("Removed", True)):
                 return first["pattern"]["Regex"]
-    raise UserError(f"tokenizer.json has the pre_tokenizer {'+'.join(kinds)} with settings that are not those "
+    raise UserError(f"tokenizer.json has the pre_tokenizer {'+'.join(kinds)} with settings other than those "
                     "of LLaMA-3, Qwen or SmolLM2")
 
 
@@ -276,8 +276,8 @@ def find_files(dir_or_repo):
         return snapshot_download(dir_or_repo, allow_patterns=FILES)
     except Exception as e:  # the hub's client raises a dozen kinds, of three libraries
         why = " ".join(str(e).split())[:200] or type(e).__name__
-        raise UserError(f"the tokenizer of {dir_or_repo!r} could not be fetched ({why}): download it elsewhere "
-                        "and give its directory as --model") from e
+        raise UserError(f"the tokenizer of {dir_or_repo!r} could not be fetched ({why}): download it elsewhere"
+                        " and give its directory as --model") from e
 
 
 def read_json(path, name):
