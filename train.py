@@ -1,0 +1,498 @@
+"""SparseLoRA fine-tuning. The one training loop: load, dense warm-up, sparse, evaluate, save.
+
+    python train.py                                  the embedded default on a CPU, about two minutes
+    python train.py config/math.py                   LLaMA-3-8B on a GPU
+    python train.py config/math.py --model=DIR --batch_size=4 --resume=True
+    python train.py -h                               every option with its default
+
+A step: micro-batches forward and backward (the loss is a sum, not a mean), the flat LoRA gradient divided by the sum of the loss
+weights of all of them (so that accumulation equals the big batch), clipped, AdamW. The host never waits for the device between the
+first forward and the optimizer's step: metrics are read when the next step has been launched.
+"""
+import json
+import math
+import shutil
+import signal
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+import config
+import data
+import data.tokenizer
+import predictor
+from config import UserError
+from model import LLaMA, ModelConfig, load_adapter, resolve, write_text
+from tools import dist, state
+
+PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40": 181e12, "A6000": 155e12, "4090": 165e12, "3090": 71e12}  # dense bf16
+
+
+def say(*args):
+    if dist.rank() == 0:
+        print(*args, flush=True)
+
+
+# ---- the parts of a run ----------------------------------------------------------------------------------------------------------
+
+def load_data(run):
+    """run.examples and run.tokenized: {"train", "val", "test": lists}; prints their statistics and one example, scored part marked."""
+    cfg, run.examples, run.tokenized = run.cfg, {}, {}
+    for split in ("train", "val", "test") if cfg.test_examples else ("train", "val"):
+        run.examples[split] = data.load_split(cfg, split)
+        run.tokenized[split] = data.tokenize(run.examples[split], run.tokenizer, cfg.max_seq_len, cfg.prompt_format, cfg.prompt_weight)
+        say(f"{split:5s} {data.statistics(run.examples[split], run.tokenized[split])}")
+    say("first example, [[scored]]: " + repr(data.marked(run.tokenized["train"][0], run.tokenizer)))
+
+
+def load_model(cfg, folder, device, tokenizer):
+    """The frozen base with LoRA, or with lora_r = 0 all weights trained, from random ones where the directory has none."""
+    dtype = getattr(torch, cfg.dtype)
+    if cfg.lora_r == 0 and not any(folder.glob("*.safetensors")):
+        model = LLaMA(ModelConfig.from_dir(folder), dtype, device)
+    else:
+        model = LLaMA.from_pretrained(folder, dtype, device, shard=dist.fsdp(device) if cfg.fsdp else None)
+    c, L = model.config, len(model.blocks)
+    if tokenizer.n_vocab > c.vocab_size:
+        raise UserError(f"the tokenizer of {folder} has {tokenizer.n_vocab} tokens, the model's vocab_size is {c.vocab_size}: they belong to "
+                        "different models")
+    if c.sliding_window and c.sliding_window < cfg.max_seq_len:
+        raise UserError(f"max_seq_len = {cfg.max_seq_len} is longer than the model's sliding window of {c.sliding_window}: lower it")
+    mlp, attn = config.ratios(cfg.mlp_sparsity, L, "mlp_sparsity"), config.ratios(cfg.attn_sparsity, L, "attn_sparsity")
+    if cfg.lora_r == 0:
+        model.train_all()
+        mlp = attn = [0.0] * L  # a weight that is trained needs all its rows
+    elif cfg.init_adapter:
+        load_adapter(model, cfg.init_adapter)
+    else:
+        model.add_lora(cfg.lora_r, cfg.lora_alpha, cfg.lora_targets)
+    model.recompute = cfg.recompute
+    predictor.attach(model, mlp, attn, cfg.predictor_rank, cfg.predictor, seed=cfg.seed + dist.rank())
+    return model
+
+
+def flatten(params):
+    """Makes all trained tensors views of one flat vector and their gradients of another, which has two more places, for the loss and
+    the sum of its weights. So one all-reduce, one norm and one fused AdamW serve a step, and the state of a run is three vectors.
+    Returns (flat (n,), grad (n + 2,), number of elements in matrices, which come first)."""
+    params = sorted(params, key=lambda p: p.dim() < 2)
+    flat = torch.cat([p.detach().flatten() for p in params])  # (n,)
+    grad, i = flat.new_zeros(len(flat) + 2), 0
+    for p in params:
+        p.data, p.grad = (t[i:i + p.numel()].view_as(p) for t in (flat, grad))
+        i += p.numel()
+    return flat, grad, sum(p.numel() for p in params if p.dim() >= 2)
+
+
+def make_optimizer(cfg, flat, grad, matrices):
+    """AdamW on the flat vector; weight decay on matrices only (norms and biases are trained with lora_r = 0)."""
+    groups = []
+    for part, decay in ((slice(0, matrices), cfg.weight_decay), (slice(matrices, len(flat)), 0.0)):
+        p = torch.nn.Parameter(flat[part])
+        p.grad = grad[part]
+        if p.numel():
+            groups.append(dict(params=[p], weight_decay=decay))
+    optimizer = torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(0.9, cfg.beta2), fused=True)
+    optimizer.skipped = torch.zeros((), device=flat.device)  # steps skipped in a row
+    return optimizer
+
+
+def update(run, lr):
+    """One optimizer step from the summed gradients. Returns (3,) on the device: loss, gradient norm, steps skipped in a row. A loss or
+    gradient that is not finite skips the step; AdamW's found_inf decides so on the device, without the host."""
+    optimizer = run.optimizer
+    dist.all_reduce(run.grad)
+    g, (loss, weights) = run.grad[:-2], run.grad[-2:].clone()
+    g /= weights
+    norm = torch.linalg.vector_norm(g)
+    if run.cfg.grad_clip:
+        g *= (run.cfg.grad_clip / (norm + 1e-6)).clamp(max=1)
+    bad = 1 - (torch.isfinite(norm) & torch.isfinite(loss)).float()
+    optimizer.grad_scale, optimizer.found_inf = None, bad
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    optimizer.skipped = (optimizer.skipped + 1) * bad
+    run.grad.zero_()
+    return torch.stack([loss / weights, norm, optimizer.skipped])
+
+
+def learning_rate(cfg, step, max_steps):
+    """Linear warm-up, then a cosine, or a line, down to 0."""
+    warmup = cfg.warmup_steps if cfg.warmup_steps >= 1 else round(cfg.warmup_steps * max_steps)
+    if step < warmup:
+        return cfg.learning_rate * (step + 1) / (warmup + 1)
+    f = (step - warmup) / max(1, max_steps - warmup)
+    return cfg.learning_rate * (1 - f if cfg.lr_schedule == "linear" else 0.5 + 0.5 * math.cos(math.pi * f))
+
+
+def sparsity(cfg, step, max_steps):
+    """The schedule: 0 (dense) before sparse_start and from sparse_end on; between, growing to 1 over sparse_ramp (0: at once)."""
+    f = step / max_steps
+    if f < cfg.sparse_start or f >= cfg.sparse_end:
+        return 0.0
+    return min(1.0, (f - cfg.sparse_start + 1 / max_steps) / cfg.sparse_ramp) if cfg.sparse_ramp else 1.0
+
+
+def make_batches(run, split, idx, seed=0):
+    """The micro-batches of these examples that are this rank's, on the device. seed: of split = "random"."""
+    cfg, share = run.cfg, idx[dist.rank()::dist.world()]
+    size = min(cfg.micro_batch_size or cfg.batch_size, -(-cfg.batch_size // dist.world()))
+    return [data.collate([run.tokenized[split][j] for j in share[i:i + size]], cfg.split, seed=seed + i).to(run.device)
+            for i in range(0, len(share), size)]
+
+
+# ---- evaluation: dense, between steps; `run` holds what a run has (see main) -----------------------------------------------------
+
+class Interrupted(Exception):
+    """A signal came in the middle of an evaluation."""
+
+
+def look(run):
+    if run.stop:
+        raise Interrupted
+
+
+@torch.no_grad()
+def mean_loss(run, split, n):
+    """Mean loss per scored token of the split's first n examples, dense."""
+    run.model.eval()
+    run.model.set_sparsity(0)
+    tokenized = run.tokenized[split][:n]
+    order = sorted(range(len(tokenized)), key=lambda i: len(tokenized[i].tokens))
+    total = torch.zeros(2, dtype=torch.float64, device=run.device)
+    for i in range(0, len(order), run.cfg.batch_size):
+        look(run)
+        for b in make_batches(run, split, order[i:i + run.cfg.batch_size]):
+            total += torch.stack([run.model.loss(b).double(), b.weights.sum().double()])
+    dist.all_reduce(total)
+    return (total[0] / total[1]).item()
+
+
+def accuracy(run, split, n):
+    """(share that greedy generation gets right of the split's first n examples with an answer, their number); (None, 0) without any."""
+    run.model.eval()
+    examples = [e for e in run.examples[split] if e.answer][:n]
+    mine = examples[dist.rank()::dist.world()]
+    prompts = [data.prompt_ids(e, run.tokenizer, run.cfg.prompt_format) for e in mine]
+    order, right = sorted(range(len(mine)), key=lambda i: len(prompts[i])), 0
+    for i in range(0, len(order), 128):
+        look(run)
+        some = order[i:i + 128]
+        outs = run.model.generate([prompts[j] for j in some], run.cfg.max_new_tokens, stop=run.tokenizer.stop)
+        right += sum(data.is_correct(run.tokenizer.decode(o), mine[j].answer) for j, o in zip(some, outs))
+    total = torch.tensor([right, len(mine)], dtype=torch.float64, device=run.device)
+    dist.all_reduce(total)
+    right, n = total.tolist()
+    return (right / n, int(n)) if n else (None, 0)
+
+
+def selection(run, scale):
+    """Prints, and returns, what share of the true energy the kept channels hold on one validation batch, and how far sparsity moves
+    its loss: a selection that fails shows here."""
+    if not predictor.predictors(run.model):
+        return {}
+    run.model.eval()
+    batch = data.collate(run.tokenized["val"][:run.cfg.micro_batch_size or run.cfg.batch_size], run.cfg.split).to(run.device)
+    total = batch.weights.sum().item()
+    with torch.no_grad():
+        run.model.set_sparsity(0)
+        dense = run.model.loss(batch).item() / total
+        run.model.set_sparsity(scale)
+        sparse, held = run.model.loss(batch).item() / total, predictor.energy_held(run.model, batch)
+    for kind in ("attn", "mlp"):
+        shares = [f"{k.split('.')[0]}:{v:.2f}" for k, v in held.items() if k.endswith(kind)]
+        if shares:
+            say(f"  true energy held by the kept {kind} channels, by block: " + " ".join(shares))
+    say(f"  one validation batch: loss {dense:.4f} dense, {sparse:.4f} sparse ({sparse - dense:+.4f})")
+    return dict(held=held, dense_loss=dense, sparse_loss=sparse)
+
+
+def time_ratio(run, batches):
+    """Seconds of forward and backward, sparse over dense, median over the same batches in turn. batches: lists of example numbers."""
+    run.model.eval()
+    ratios = []
+    for k, idx in enumerate(batches):
+        look(run)
+        micro, seconds = make_batches(run, "train", idx), {}
+        for scale in ((0, 1) if k % 2 else (1, 0)):
+            run.model.set_sparsity(scale)
+            synchronize(run.device)
+            t = time.perf_counter()
+            for b in micro:
+                run.model.loss(b).backward()
+            synchronize(run.device)
+            seconds[scale] = time.perf_counter() - t
+        ratios.append(seconds[1] / seconds[0])
+    run.grad.zero_()
+    return sorted(ratios[1:])[len(ratios[1:]) // 2]  # the first warms up
+
+
+def synchronize(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+# ---- the loop --------------------------------------------------------------------------------------------------------------------
+
+def main(cfg, command="python train.py"):
+    """One run, from its config to its adapter. Returns the summary that is also written to out_dir/result.json, a dict; None where a
+    signal stopped the run or it was finished before. command: how to start this run again, for the message that says so."""
+    run = SimpleNamespace(cfg=cfg, stop=[], device=dist.setup(cfg), out=Path(cfg.out_dir), command=command)
+    torch.manual_seed(cfg.seed)
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+    run.folder = resolve(cfg.model)
+    run.tokenizer = data.tokenizer.load(run.folder)
+    load_data(run)
+    run.model = model = load_model(cfg, run.folder, run.device, run.tokenizer)
+    run.flat, run.grad, matrices = flatten([p for p in model.parameters() if p.requires_grad])
+    run.optimizer = make_optimizer(cfg, run.flat, run.grad, matrices)
+    lengths = [len(t.tokens) for t in run.tokenized["train"]]
+    per_epoch = len(data.batches(lengths, cfg.batch_size, cfg.seed, 0))
+    run.max_steps = cfg.max_steps or math.ceil(cfg.epochs * per_epoch)
+    run.lock = state.lock(run.out)
+    run.info = dict(step=0, seconds=0.0, tokens=0, flops=0, dense_flops=0, best_val=None, before=None, finished=False)
+    resume(run)
+    if run.info["finished"]:
+        return say(f"{run.out} is finished: its adapter lies there; another run needs another --out_dir")
+    say_plan(run)
+    for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(s, lambda signum, frame: run.stop.append(signum))
+    try:
+        if run.info["before"] is None and cfg.test_examples:
+            run.info["before"], n = accuracy(run, "test", cfg.test_examples)
+            say(f"before training: {run.info['before']:.1%} of {n} test problems right" if n else "no test example has an answer")
+        loop(run, lengths, per_epoch)
+        return finish(run, lengths)
+    except Interrupted:
+        save(run)
+        say(f"stopped by signal {run.stop[0]} after step {run.info['step']} of {run.max_steps}; go on with:\n  {command} --resume=True")
+
+
+def loop(run, lengths, per_epoch):
+    """From the step of run.info to the last. Raises Interrupted between steps when a signal came."""
+    cfg, model, info, pending, dense_before = run.cfg, run.model, run.info, None, True
+    log = open(run.out / "metrics.jsonl", "a", buffering=1) if dist.rank() == 0 else None
+    while info["step"] < run.max_steps:
+        step = info["step"]
+        epoch, i = divmod(step, per_epoch)
+        batch = data.batches(lengths, cfg.batch_size, cfg.seed, epoch)[i]  # numbers of examples
+        micro = make_batches(run, "train", batch, seed=step * cfg.batch_size)
+
+        scale = sparsity(cfg, step, run.max_steps)  # dense or sparse: this line
+        if scale and dense_before:
+            start_sparse(run, micro, scale)
+        elif scale and cfg.predictor_refresh and step % cfg.predictor_refresh == 0:
+            predictor.forget(model)  # and measure anew in one dense step
+            scale = 0.0
+        dense_before = scale == 0
+        start = time.perf_counter()
+        model.train()
+        model.set_sparsity(scale)
+        for b in micro:
+            loss = model.loss(b)  # a weighted sum: update() divides by the sum of weights
+            loss.backward()
+            run.grad[-2:] += torch.stack([loss.detach(), b.weights.sum()])
+        lr = learning_rate(cfg, step, run.max_steps)
+        metrics = update(run, lr)
+
+        report(run, log, pending)  # the step before: waiting for it does not hold this one up
+        dense, sparse = (sum(f) for f in zip(*map(model.flops, micro)))
+        seconds, tokens = time.perf_counter() - start, sum(len(b.tokens) for b in micro)
+        pending = (metrics, batch, dict(step=step, lr=lr, scale=scale, seconds=seconds, tokens=tokens, dense_flops=dense, flops=sparse))
+        info["step"] += 1
+        for key in ("seconds", "tokens", "dense_flops", "flops"):
+            info[key] += pending[2][key]
+
+        evaluate_now = cfg.eval_interval and info["step"] % cfg.eval_interval == 0 and info["step"] < run.max_steps
+        save_now = cfg.save_interval and info["step"] % cfg.save_interval == 0
+        if evaluate_now or save_now or run.stop or info["step"] == run.max_steps:
+            report(run, log, pending)
+            pending = None
+        if run.stop:
+            raise Interrupted
+        if evaluate_now:
+            evaluate(run, log)
+        if save_now:
+            save(run)
+
+
+def start_sparse(run, micro, scale):
+    """The dense-to-sparse switch: `measured` fixes its channels, after one forward pass if no dense step came before."""
+    if run.cfg.predictor == "measured":
+        if not any(p.fresh or p.fixed for _, p in predictor.predictors(run.model)):
+            run.model.train()
+            run.model.set_sparsity(0)
+            with torch.no_grad():
+                for b in micro:
+                    run.model.loss(b)
+        for e in predictor.energies(run.model).values():
+            dist.all_reduce(e)  # so that all ranks keep the same channels
+    say(f"sparse from step {run.info['step']} on")
+    selection(run, scale)
+
+
+def report(run, log, pending):
+    """Reads a step's metrics from the device, writes them to metrics.jsonl, and every log_interval steps prints a line."""
+    if pending is None:
+        return
+    metrics, batch, m = pending
+    m["loss"], m["grad_norm"], skipped = metrics.tolist()
+    if log:
+        log.write(json.dumps(m) + "\n")
+    if skipped:
+        say(f"step {m['step']}: loss {m['loss']} or gradient norm {m['grad_norm']} is not finite; the step is skipped")
+        if skipped >= 3:
+            write_text(run.out / "bad_batch.jsonl", "".join(json.dumps(run.tokenizer.decode(run.tokenized["train"][j].tokens)) + "\n" for j in batch))
+            raise UserError(f"three steps in a row were not finite; the last batch is in {run.out}/bad_batch.jsonl: lower the learning rate "
+                            f"({run.cfg.learning_rate}), or use bfloat16 or float32 where dtype is float16")
+    if m["step"] % run.cfg.log_interval == 0 or m["step"] == run.max_steps - 1:
+        left = run.info["seconds"] / run.info["step"] * (run.max_steps - m["step"] - 1)
+        gpu = ""
+        if run.device.type == "cuda":
+            peak = next((v for k, v in PEAK.items() if k in torch.cuda.get_device_name()), None)
+            gpu = f" {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" + (f" mfu {m['flops'] / m['seconds'] / peak:.0%}" if peak else "")
+        say(f"step {m['step']:4d}/{run.max_steps} {'sparse' if m['scale'] else 'dense '} loss {m['loss']:.4f} grad {m['grad_norm']:.2f} "
+            f"lr {m['lr']:.1e} | {m['tokens'] / m['seconds']:,.0f} tok/s {m['seconds'] * 1e3:.0f} ms, "
+            f"{1 - m['flops'] / m['dense_flops']:.0%} FLOPs saved{gpu} | {clock(left)} left")
+
+
+def clock(seconds):
+    return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}" if seconds >= 3600 else f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+def evaluate(run, log):
+    """Validation loss and answers, dense, and what the selection is worth."""
+    n, info = run.cfg.eval_examples, run.info
+    loss = mean_loss(run, "val", n)
+    right, answered = accuracy(run, "val", n)
+    info["best_val"] = min(loss, info["best_val"] or math.inf)
+    say(f"step {info['step']}: validation loss {loss:.4f}" + (f", {right:.1%} of {answered} answers right" if answered else ""))
+    scale = sparsity(run.cfg, info["step"] - 1, run.max_steps)
+    seen = selection(run, scale) if scale else {}
+    if log:
+        log.write(json.dumps(dict(step=info["step"], val_loss=loss, val_accuracy=right, **seen)) + "\n")
+    return loss, right
+
+
+# ---- beginning and end -----------------------------------------------------------------------------------------------------------
+
+def say_plan(run):
+    cfg, model = run.cfg, run.model
+    for key, value in config.differences(cfg).items():
+        say(f"  {key} = {value!r}")
+    frozen = sum(p.numel() for p in model.parameters()) - run.flat.numel()
+    say(f"{cfg.model}: {frozen / 1e6:,.1f} M frozen and {run.flat.numel() / 1e6:,.2f} M trained weights, {run.max_steps} steps of {cfg.batch_size} examples")
+    model.set_sparsity(1)
+    sample = data.collate(run.tokenized["train"][:cfg.batch_size], cfg.split)
+    dense, sparse = model.flops(sample)
+    first, end = round(cfg.sparse_start * run.max_steps), round(cfg.sparse_end * run.max_steps)
+    say(f"dense for {first} steps, then sparse ({cfg.predictor}) until step {end}: a sparse step computes {sparse / dense:.0%} of a dense one's "
+        f"{dense / 1e9:,.1f} GFLOP" if predictor.predictors(model) else "dense throughout")
+
+
+def optimizer_tensors(run):
+    out = {"flat": run.flat}
+    for i, group in enumerate(run.optimizer.param_groups):
+        p = group["params"][0]
+        s = run.optimizer.state[p]
+        if not s:  # before the first step
+            s.update(step=torch.zeros((), device=p.device), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+        out.update({f"{k}.{i}": v.detach() for k, v in s.items()})
+    return out
+
+
+def run_tensors(run):
+    """{name: tensor} of all that a run is made of: weights, moments, measured energies and random number generators."""
+    out = {**optimizer_tensors(run), "skipped": run.optimizer.skipped, "rng.cpu": torch.get_rng_state(), "rng.select": run.model.selection_rng.get_state()}
+    if run.device.type == "cuda":
+        out["rng.cuda"] = torch.cuda.get_rng_state()
+    return {**out, **{"energies." + k: v for k, v in predictor.energies(run.model).items()}}
+
+
+def save(run):
+    if dist.rank() == 0:
+        state.save(run.out, run_tensors(run), {**run.info, "config": asdict(run.cfg)})
+
+
+def resume(run):
+    """Goes on from out_dir's newest good state where cfg.resume asks for it and there is one; metrics of later steps are dropped."""
+    found = state.load(run.out) if run.cfg.resume else None
+    metrics = run.out / "metrics.jsonl"
+    if found is None:
+        if not run.cfg.resume and (run.out / "state").exists():
+            raise UserError(f"out_dir = {run.out} holds another run: go on with it with --resume=True, or choose another --out_dir")
+        return write_text(metrics, "")
+    tensors, info = found
+    run.info.update({k: info[k] for k in run.info})
+    for name, t in run_tensors(run).items():
+        if not name.startswith("rng."):
+            t.copy_(tensors[name])
+    predictor.load_energies(run.model, {k.removeprefix("energies."): v for k, v in tensors.items() if k.startswith("energies.")})
+    torch.set_rng_state(tensors["rng.cpu"])
+    run.model.selection_rng.set_state(tensors["rng.select"])
+    if "rng.cuda" in tensors and run.device.type == "cuda":
+        torch.cuda.set_rng_state(tensors["rng.cuda"])
+    lines = metrics.read_text().splitlines(True) if metrics.exists() else []
+    write_text(metrics, "".join(l for l in lines if json.loads(l)["step"] < run.info["step"]))
+    say(f"resumed after step {run.info['step']} of {run.max_steps}")
+
+
+def finish(run, lengths):
+    """The last evaluation, the adapter (or the whole checkpoint), and the summary."""
+    cfg, info, out = run.cfg, run.info, run.out
+    result = {k: info[k] for k in ("seconds", "tokens", "flops", "dense_flops", "before")}
+    if dist.rank() == 0:
+        if cfg.lora_r:
+            run.model.save_adapter(out, run.folder if Path(cfg.model).is_dir() else cfg.model)
+        else:
+            run.model.save_pretrained(out)
+            for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "generation_config.json"):
+                if (run.folder / name).exists():
+                    shutil.copy(run.folder / name, out / name)
+    if cfg.eval_interval:
+        result["val_loss"], result["val_accuracy"] = evaluate(run, None)
+    if cfg.test_examples:
+        result["test_loss"] = mean_loss(run, "test", cfg.test_examples)
+        result["after"], result["test_examples"] = accuracy(run, "test", cfg.test_examples)
+    if predictor.predictors(run.model):
+        result["time_ratio"] = time_ratio(run, data.batches(lengths, cfg.batch_size, cfg.seed, 0)[:11])
+    info["finished"] = True
+    save(run)
+    if dist.rank() == 0:
+        write_text(out / "result.json", json.dumps(result, indent=2) + "\n")
+    say_result(run, result)
+    return result
+
+
+def say_result(run, r):
+    say(f"\n{run.info['step']} steps in {clock(r['seconds'])}, {r['tokens']:,} tokens")
+    if r.get("after") is not None:
+        say(f"accuracy      before {r['before']:.1%}, after {r['after']:.1%}, of {r['test_examples']} test problems")
+    if "time_ratio" in r:
+        say(f"FLOPs saved   {1 - r['flops'] / r['dense_flops']:.1%} of dense LoRA's over the whole run")
+        say(f"time saved    {1 - r['time_ratio']:.1%} of a dense step's forward and backward, timed in turn on the same batches")
+    say(f"{'adapter' if run.cfg.lora_r else 'checkpoint'}       {run.out}")
+
+
+if __name__ == "__main__":
+    try:
+        cfg = config.load(sys.argv[1:])
+    except UserError as e:
+        sys.exit(f"error: {e}")
+    try:
+        main(cfg, " ".join(["python train.py"] + [a for a in sys.argv[1:] if not a.startswith("--resume")]))
+    except UserError as e:
+        if cfg.debug:
+            raise
+        sys.exit(f"error: {e}")
+    except torch.OutOfMemoryError as e:
+        if cfg.debug:
+            raise
+        sys.exit(f"error: out of memory on {cfg.device} with {cfg.micro_batch_size or cfg.batch_size} examples of up to {cfg.max_seq_len} tokens at once: lower "
+                 "micro_batch_size or max_seq_len, or set recompute=True")
