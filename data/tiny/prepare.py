@@ -18,8 +18,9 @@ in order). An example is {"prompt", "response", "answer"}; the steps are worked,
     #### 17
 
 Files: {train,val,test}.jsonl (new), base_{train,val,test}.jsonl, lookup_{train,val,test}.jsonl; no prompt is
-in two splits of one family. In base/: config.json, generation_config.json, tokenizer.json and
-tokenizer_config.json (committed with the weights; written only where missing, as they fix the tokenizer).
+in two splits of one family. In base/ and untrained/: config.json, generation_config.json, tokenizer.json
+and tokenizer_config.json (committed, and written only where missing, for the weights in base/ know one
+tokenizer; untrained/ is the same without weights, where config/tiny_base.py starts).
 
 Numbers stay small (products to 54, one change of at most 12): with wide ranges and large batches a base of
 this size answered 22 % of its own problems.
@@ -322,7 +323,8 @@ def main(source=None):
     for family, parts in families.items():
         for name, rows in parts.items():
             download.write(__file__, family + name, rows)
-    write_base(os.path.join(HERE, "base"))
+    for folder in ("base", "untrained"):
+        write_base(os.path.join(HERE, folder))
 
 
 if __name__ == "__main__":

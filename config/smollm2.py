@@ -1,0 +1,33 @@
+# A real LLaMA on a laptop: SmolLM2-135M-Instruct (270 MB, ungated) on GSM8K. python train.py config/smollm2.py
+# Sized for two CPU cores: 200 steps of 8 problems, under 20 minutes with both tests.
+
+model = "HuggingFaceTB/SmolLM2-135M-Instruct"  # 30 blocks, 9 query / 3 key-value heads, tied head
+dataset = "gsm8k"
+val_dataset = "data/gsm8k/val.jsonl"
+prompt_format = "chatml"  # the model's own
+out_dir = "out/smollm2"
+device = "cpu"
+dtype = "float32"
+max_seq_len = 320  # drops the longest few of a hundred: they would cost the most
+
+batch_size = 8
+max_steps = 200
+learning_rate = 5e-4
+lr_schedule = "cosine"
+warmup_steps = 10
+eval_interval = 50
+eval_examples = 32
+save_interval = 50
+test_examples = 64  # before and after; 64 problems are good to about +-5 points, no better
+max_new_tokens = 192
+
+lora_r = 16
+lora_alpha = 32
+lora_targets = "q,k,v,o,gate,up,down"
+
+# Ratios: ours, a cautious choice until sensitivity has chosen them. At this size the published ones do
+# not hold: MLP .9 in blocks 1-29 raised the loss from 1.31 to 3.43 with svd, to 1.99 with measured channels.
+mlp_sparsity = {"10-28": 0.25}
+attn_sparsity = 0.0
+predictor = "measured"
+sparse_start = 0.05
