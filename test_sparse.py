@@ -171,3 +171,257 @@ def test_qwen3_dense_gradients_and_sparse_mlp():
         predictor.attach(m, 0, .5)
     predictor.attach(m, .5, 0, kind="oracle")
     assert m.loss(batch_of()).isfinite()
+
+
+# ---- one code path: dense, micro-batches, recompute ------------------------------------------------------------------------------
+
+def test_ratio_zero_and_scale_zero_are_bitwise_dense():
+    m, batch = build(dtype=torch.float32), batch_of()
+    dense = m.loss(batch)
+    g = grads(dense, m)
+    predictor.attach(m, .6, .5, kind="svd")
+    assert m.loss(batch) != dense
+    m.set_sparsity(0)
+    again = m.loss(batch)
+    assert torch.equal(again, dense) and all(torch.equal(a, g[k]) for k, a in grads(again, m).items())
+    predictor.attach(m, 0.0, [0.0] * 3, kind="svd")
+    assert torch.equal(m.loss(batch), dense)
+
+
+@pytest.mark.parametrize("kind", ["dense", "measured"])
+def test_micro_batches_equal_the_big_batch(kind):
+    """The loss is a sum, so gradients of parts add up to the whole's; with fixed channels in the sparse phase too."""
+    m, ex = build(), examples()
+    predictor.attach(m, .6, .5, kind="measured")
+    m.set_sparsity(0)
+    m.train()
+    m.loss(data.collate(ex))
+    m.set_sparsity(0 if kind == "dense" else 1)
+    whole = grads(m.loss(data.collate(ex)), m)
+    parts = [grads(m.loss(data.collate(ex[i:i + 2])), m) for i in (0, 2)]
+    for k, g in whole.items():
+        assert torch.allclose(g, parts[0][k] + parts[1][k], rtol=1e-9, atol=1e-9), k
+
+
+@pytest.mark.parametrize("kind", predictor.KINDS)
+def test_recompute_changes_nothing(kind):
+    """Block inputs are kept, the rest is computed again, with the same channels (`random` would draw others), measured once."""
+    def run(recompute):
+        m, batch = build(), batch_of()
+        predictor.attach(m, .6, .5, kind=kind, seed=3)
+        m.recompute = recompute
+        m.train()
+        m.set_sparsity(0)
+        if kind == "measured":
+            grads(m.loss(batch), m)
+        m.set_sparsity(1)
+        return grads(m.loss(batch), m), predictor.energies(m)
+    (a, ea), (b, eb) = run(False), run(True)
+    assert all(torch.equal(a[k], b[k]) for k in a) and all(torch.equal(ea[k], eb[k]) for k in ea)
+
+
+def test_a_token_alone_sees_no_other_example():
+    m = build(dtype=torch.float64)
+    ex = examples()
+    alone = sum(m.loss(data.collate([e])) for e in ex)
+    assert abs(alone - m.loss(data.collate(ex))) < 1e-9 * alone
+
+
+def test_chunked_cross_entropy_equals_torch():
+    torch.manual_seed(0)
+    x = torch.randn(150, 12, dtype=torch.float64, requires_grad=True)
+    w = torch.randn(2 ** 17, 12, dtype=torch.float64, requires_grad=True)  # three chunks of 64 rows
+    t, weights = torch.randint(0, 2 ** 17, (150,)), torch.rand(150, dtype=torch.float64)
+    mine = sparse.CrossEntropy.apply(x, w, t, weights)
+    ref = (F.cross_entropy(x @ w.T, t, reduction="none") * weights).sum()
+    for a, b in zip(torch.autograd.grad(mine * 3, (x, w)), torch.autograd.grad(ref * 3, (x, w))):
+        assert torch.allclose(a, b, atol=1e-12)
+    assert torch.allclose(mine, ref)
+
+
+def test_full_training_gradients():
+    """lora_r = 0: weight gradients of every parameter, a tied head's from both its uses."""
+    for kind in ("grouped", "tied", "biases"):
+        m, batch = build(targets=None, **KINDS[kind]), batch_of()
+        m.train_all()
+        params = dict(m.named_parameters())
+        mine = torch.autograd.grad(m.loss(batch), params.values())
+        ref = torch.autograd.grad(masked_loss(m, batch, [(None, None)] * 3), params.values())
+        for name, a, b in zip(params, mine, ref):
+            assert (a - b).abs().max() <= 1e-9 * max(1, b.abs().max()), name
+
+
+# ---- the predictor ---------------------------------------------------------------------------------------------------------------
+
+def test_how_many_channels_stay():
+    assert predictor.count(14336, .99) == 144 and predictor.count(4096, .75) == 1024 and predictor.count(480, .9) == 48
+    assert predictor.count(100, .999) == 16 and predictor.count(8, .5) == 8 and predictor.count(100, 0.0) == 100
+
+
+@pytest.mark.parametrize("shape", [(96, 64), (64, 160), (300, 40)])
+def test_factors_are_as_good_as_a_full_svd(shape):
+    torch.manual_seed(0)
+    for w in (torch.randn(*shape), torch.randn(shape[0], 20) @ torch.randn(20, shape[1]) + .3 * torch.randn(*shape)):
+        for rank in (1, 8, 16):
+            P, Q = predictor.factorize(w, rank)
+            u, s, vh = torch.linalg.svd(w.double())
+            best = s[rank:].square().sum().sqrt()
+            assert (w.T.double() - P.double() @ Q.double()).norm() <= best * 1.001
+
+
+def test_gram_trick_is_the_energy_of_the_approximate_activation():
+    m = build(model_type="qwen2", targets=None)
+    predictor.attach(m, .5, .5, rank=5, kind="svd")
+    attn, mlp = m.blocks[0].attn, m.blocks[0].mlp
+    x = torch.randn(33, 48, dtype=torch.float64)
+    y = torch.cat([x @ P.double() @ Q.double() for P, Q in (predictor.factorize(w, 5) for w in attn.predicted_weights())], 1) + attn.qkv_bias
+    assert torch.allclose(predictor.svd_attention(attn, x).double(), y.square().sum(0), rtol=1e-3)
+    g, u = (x @ P.double() @ Q.double() for P, Q in (predictor.factorize(w, 5) for w in mlp.predicted_weights()))
+    assert torch.allclose(predictor.svd_mlp(mlp, x).double(), (F.silu(g) * u).square().sum(0), rtol=1e-3)
+
+
+def test_grouped_queries_keep_channels_that_meet():
+    """Hand-made: 4 query heads, 2 key/value heads, hd 4. Only pair 1 of key head 1 and value channel (0, 2) carry energy."""
+    attn = SimpleNamespace(n_heads=4, n_kv_heads=2, head_dim=4, o=torch.zeros(16, 3), qkv=torch.zeros(32, 3))
+    q, k, v = torch.zeros(4, 4), torch.zeros(2, 4), torch.zeros(2, 4)
+    q[2:, 1], q[2:, 3], k[1, 1], k[1, 3], v[0, 2] = 1, 2, 3, 1, 5
+    q[:2, 0] = 100  # loud queries whose key channel is silent: they meet nothing
+    keep = predictor.keep_attention(attn, torch.cat([q.flatten(), k.flatten(), v.flatten()]), 2)
+    kq, kk, kv = keep.channels
+    assert kk.tolist() == [5, 7]  # key head 1, pair (1, 3)
+    assert kq.tolist() == [9, 11, 13, 15]  # the same channels of query heads 2 and 3, which read it
+    assert 2 in kv.tolist() and len(kv) == 2
+    assert set(keep.o.idx.tolist()) >= {2, 6}  # output rows of query heads 0 and 1, which read value (0, 2)
+    assert keep.qkv.idx.tolist() == kq.tolist() + [16 + i for i in kk.tolist()] + [24 + i for i in kv.tolist()]
+
+
+def test_measured_adds_only_dense_training_steps():
+    m, batch = build(), batch_of()
+    predictor.attach(m, .6, .5, kind="measured")
+    with pytest.raises(UserError, match="measured nothing"):
+        m.loss(batch)
+    m.set_sparsity(0)
+    m.eval()
+    m.loss(batch)
+    assert not any(e.any() for e in predictor.energies(m).values())  # evaluation never adds
+    m.train()
+    m.loss(batch)
+    once = {k: e.clone() for k, e in predictor.energies(m).items()}
+    m.loss(batch)
+    assert all(torch.allclose(e, 2 * once[k]) for k, e in predictor.energies(m).items())
+    m.set_sparsity(1)
+    m.loss(batch)
+    fixed = m.blocks[0].attn.channels
+    predictor.attach(m, .6, .5, kind="oracle")
+    m.loss(batch)  # block 0's attention sees the same input: the oracle's channels
+    assert all(torch.equal(a, b) for a, b in zip(fixed, m.blocks[0].attn.channels))
+
+
+def test_selectors_rank_as_they_should():
+    """Energy held on the very batch: the oracle's is the most, the worst's the least; measured on this batch is the oracle in block 0's
+    attention, which sees the same input."""
+    m, batch = build(dtype=torch.float32), batch_of(((30, 5), (20, 9), (25, 3)))
+    held = {}
+    for kind in predictor.KINDS:
+        predictor.attach(m, .8, .5, kind=kind)
+        if kind == "measured":
+            m.train()
+            m.set_sparsity(0)
+            m.loss(batch)
+            m.set_sparsity(1)
+        m.eval()
+        held[kind] = predictor.energy_held(m, batch)
+    assert held["oracle"]["0.attn"] == pytest.approx(held["measured"]["0.attn"], rel=1e-5)
+    for part in ("0.mlp", "0.attn"):
+        assert held["oracle"][part] >= held["svd"][part] > held["worst"][part]
+
+
+def test_cached_factors_never_serve_changed_weights(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    m = build(dtype=torch.float32)
+    predictor.attach(m, .5, .5)
+    first = m.blocks[0].mlp.predictor.P.clone()
+    (path,) = (tmp_path / "nanosparselora").glob("*.safetensors")
+    predictor.attach(m, .5, .5)
+    assert torch.equal(first, m.blocks[0].mlp.predictor.P) and len(list(path.parent.iterdir())) == 1
+    with torch.no_grad():
+        m.blocks[0].mlp.gate_up[3, 5] += 1e-3  # one element of one weight
+    predictor.attach(m, .5, .5)
+    assert len(list(path.parent.iterdir())) == 2
+    path.write_bytes(b"damaged")
+    predictor.attach(build(dtype=torch.float32), .5, .5)  # made anew
+    assert path.stat().st_size > 100
+
+
+def test_errors_of_attach():
+    m = build()
+    for args, words in (((1.0, 0), "outside"), (([.5], 0), "1 ratios"), ((.5, -.1), "outside")):
+        with pytest.raises(UserError, match=words):
+            predictor.attach(m, *args)
+    with pytest.raises(UserError, match="none of svd"):
+        predictor.attach(m, .5, 0, kind="best")
+
+
+# ---- transformers and PEFT -------------------------------------------------------------------------------------------------------
+
+LLAMA3 = dict(rope_type="llama3", rope_theta=500000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+              original_max_position_embeddings=64)
+HF = {"llama multi-head": ("Llama", dict(num_key_value_heads=4)), "llama grouped": ("Llama", {}), "llama tied": ("Llama", dict(tie_word_embeddings=True)),
+      "llama3 rope": ("Llama", dict(rope_parameters=LLAMA3)), "mistral": ("Mistral", dict(sliding_window=None)), "qwen2": ("Qwen2", {}),
+      "qwen3": ("Qwen3", dict(head_dim=32))}
+
+
+def hugging_face(kind, path, **kw):
+    transformers = pytest.importorskip("transformers")
+    name, own = HF[kind]
+    c = dict(vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, eos_token_id=None)
+    torch.manual_seed(0)
+    m = getattr(transformers, name + "ForCausalLM")(getattr(transformers, name + "Config")(**{**c, **own, **kw})).eval()
+    with torch.no_grad():
+        for n, p in m.named_parameters():
+            if p.dim() == 1:
+                p.normal_(1 if "norm" in n else 0, .3)
+    m.save_pretrained(path, max_shard_size="100KB")
+    return m
+
+
+@pytest.mark.parametrize("kind", HF)
+def test_logits_and_text_equal_transformers(kind, tmp_path):
+    theirs = hugging_face(kind, tmp_path)
+    ours = LLaMA.from_pretrained(tmp_path)
+    tokens = torch.randint(0, 97, (3, 90))
+    with torch.no_grad():
+        assert (ours.logits(tokens) - theirs(tokens).logits).abs().max() < 1e-4
+    prompts = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 10], [11]]
+    for p, new in zip(prompts, ours.generate(prompts, 9)):
+        assert new == theirs.generate(torch.tensor([p]), max_new_tokens=9, do_sample=False)[0, len(p):].tolist()
+
+
+def test_adapter_loads_in_peft_and_checkpoint_in_transformers(tmp_path):
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    base = hugging_face("llama grouped", tmp_path / "base")
+    ours = LLaMA.from_pretrained(tmp_path / "base")
+    ours.add_lora(4, 12, ALL)
+    with torch.no_grad():
+        for p in ours.lora_parameters().values():
+            p.normal_(0, .1)
+    ours.save_adapter(tmp_path / "adapter", tmp_path / "base")
+    ours.save_pretrained(tmp_path / "copy")
+    tokens = torch.randint(0, 97, (2, 17))
+    with torch.no_grad():
+        copy = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "copy")
+        assert torch.equal(copy(tokens).logits, base(tokens).logits)
+        theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")
+        assert (theirs(tokens).logits - ours.logits(tokens)).abs().max() < 1e-4
+
+
+def test_generation_stops_and_batches_of_any_length_agree():
+    m = build(dtype=torch.float32, targets=None)
+    prompts = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11]]
+    alone = [m.generate([p], 20, stop=())[0] for p in prompts]
+    assert m.generate(prompts, 20, stop=()) == alone
+    stop = alone[1][4]
+    cut = [a[:a.index(stop)] if stop in a else a for a in alone]
+    assert m.generate(prompts, 20, stop=[stop]) == cut
+    assert m.generate(prompts, 5, temperature=1.0, top_p=1e-6) == [a[:5] for a in m.generate(prompts, 5, stop=())] or m.config.eos_token_id
+    assert m.generate([], 5) == []

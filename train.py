@@ -122,11 +122,12 @@ def update(run, lr):
 
 
 def learning_rate(cfg, step, max_steps):
-    """Linear warm-up, then a cosine, or a line, down to 0."""
-    warmup = cfg.warmup_steps if cfg.warmup_steps >= 1 else round(cfg.warmup_steps * max_steps)
+    """Linear warm-up, constant until decay_start, then a cosine, or a line, down to 0."""
+    warmup = cfg.warmup_steps if isinstance(cfg.warmup_steps, int) else round(cfg.warmup_steps * max_steps)
     if step < warmup:
         return cfg.learning_rate * (step + 1) / (warmup + 1)
-    f = (step - warmup) / max(1, max_steps - warmup)
+    first = max(warmup, cfg.decay_start * max_steps)
+    f = max(0, step - first) / max(1, max_steps - first)
     return cfg.learning_rate * (1 - f if cfg.lr_schedule == "linear" else 0.5 + 0.5 * math.cos(math.pi * f))
 
 
@@ -351,7 +352,7 @@ def report(run, log, pending):
             write_text(run.out / "bad_batch.jsonl", "".join(json.dumps(run.tokenizer.decode(run.tokenized["train"][j].tokens)) + "\n" for j in batch))
             raise UserError(f"three steps in a row were not finite; the last batch is in {run.out}/bad_batch.jsonl: lower the learning rate "
                             f"({run.cfg.learning_rate}), or use bfloat16 or float32 where dtype is float16")
-    if m["step"] % run.cfg.log_interval == 0 or m["step"] == run.max_steps - 1:
+    if run.cfg.log_interval and (m["step"] % run.cfg.log_interval == 0 or m["step"] == run.max_steps - 1):
         left = run.info["seconds"] / run.info["step"] * (run.max_steps - m["step"] - 1)
         gpu = ""
         if run.device.type == "cuda":

@@ -17,6 +17,8 @@ def world():
 
 def setup(cfg):
     """Joins the process group that torchrun announces, and returns this process's torch.device."""
+    if cfg.device == "auto":
+        cfg.device = "cuda" if torch.cuda.is_available() else "cpu"
     kind = torch.device(cfg.device).type
     if kind == "cuda" and not torch.cuda.is_available():
         raise UserError("device = 'cuda', but torch sees no CUDA GPU here: use --device=cpu, or install a CUDA build of torch")
