@@ -810,6 +810,9 @@ def write_safetensors(path, tensors, metadata=None):
     """The same for a safetensors file."""
     tmp = Path(f"{path}.tmp")
     save_file(tensors, tmp, metadata)
+    mask = os.umask(0)  # it can only be read by setting it
+    os.umask(mask)
+    os.chmod(tmp, 0o666 & ~mask)  # safetensors 0.8 lets nobody else read its files
     with open(tmp, "rb+") as f:
         os.fsync(f.fileno())
     os.replace(tmp, path)

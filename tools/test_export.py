@@ -1,0 +1,221 @@
+"""Adapters and merged checkpoints, both ways between us and PEFT / transformers, on tiny random checkpoints."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from config import UserError
+from model import LLaMA, load_adapter
+from tools.export import export
+
+transformers = pytest.importorskip("transformers")
+peft = pytest.importorskip("peft")
+
+ROOT = Path(__file__).parent.parent
+SIZES = dict(vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+TOKENS = torch.arange(1, 19).view(2, 9) * 5 % 128
+
+
+def make_base(path, kind="llama", dtype=torch.float32, shard="5GB", **kw):
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(kind, **{**SIZES, **kw})
+    model = transformers.AutoModelForCausalLM.from_config(config).to(dtype)
+    model.save_pretrained(path, max_shard_size=shard)
+    (path / "tokenizer.json").write_text("{}")
+    (path / "optimizer.bin").write_text("not for the merged directory")
+    return path
+
+
+def hf(path, dtype=torch.float32):
+    return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
+
+
+def peft_adapter(base, path, **kw):
+    """An adapter with B other than zero, written by PEFT itself; returns PEFT's model."""
+    model = peft.get_peft_model(hf(base), peft.LoraConfig(**{**dict(r=4, lora_alpha=12, target_modules=["q_proj", "v_proj"]), **kw})).eval()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_" in name:
+                p.normal_(0, .2)
+    model.save_pretrained(path)
+    return model
+
+
+def our_adapter(base, path, targets="q,k,v,o,gate,up,down", **kw):
+    model = LLaMA.from_pretrained(base)
+    model.add_lora(4, 12, targets, **kw)
+    with torch.no_grad():
+        for p in model.lora_parameters().values():
+            p.normal_(0, .2)
+    model.save_adapter(path, base)
+    return model
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.logits(TOKENS) if isinstance(model, LLaMA) else model(TOKENS).logits
+
+
+def assert_equal(a, b, base=None, tolerance=1e-5):
+    """Logits are equal, and, so that this says something, not the base's."""
+    assert (logits(a) - logits(b)).abs().max() < tolerance
+    if base is not None:
+        assert (logits(a) - logits(base)).abs().max() > 100 * tolerance
+
+
+# ---- adapters --------------------------------------------------------------------------------------------------------------------
+
+TARGETS = dict(list=["q_proj", "v_proj"], suffix=["self_attn.o_proj", "down_proj"], every="all-linear", regex=r".*\.self_attn\.(q|k)_proj")
+
+
+@pytest.mark.parametrize("targets", TARGETS)
+@pytest.mark.parametrize("rslora", [False, True])
+def test_adapter_from_peft(tmp_path, targets, rslora):
+    base = make_base(tmp_path / "base")
+    theirs = peft_adapter(base, tmp_path / "a", target_modules=TARGETS[targets], use_rslora=rslora)
+    ours = LLaMA.from_pretrained(base)
+    load_adapter(ours, tmp_path / "a")
+    assert_equal(ours, theirs, hf(base))
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_adapter_to_peft(tmp_path, rslora):
+    base = make_base(tmp_path / "base", "qwen2")
+    ours = our_adapter(base, tmp_path / "a", rslora=rslora)
+    assert_equal(peft.PeftModel.from_pretrained(hf(base), tmp_path / "a").eval(), ours, hf(base))
+    again = LLaMA.from_pretrained(base)
+    load_adapter(again, tmp_path / "a")
+    assert torch.equal(logits(again), logits(ours))
+
+
+def test_adapter_in_half_precision_is_read_as_fp32(tmp_path):
+    base = make_base(tmp_path / "base")
+    our_adapter(base, tmp_path / "a", "q")
+    file = tmp_path / "a" / "adapter_model.safetensors"
+    save_file({k: v.half() for k, v in load_file(file).items()}, file)
+    model = LLaMA.from_pretrained(base)
+    load_adapter(model, tmp_path / "a")
+    assert all(p.dtype == torch.float32 for p in model.lora_parameters().values())
+
+
+REFUSED = [dict(use_dora=True), dict(bias="all"), dict(modules_to_save=["lm_head"]), dict(rank_pattern={"q_proj": 2}),
+           dict(alpha_pattern={"q_proj": 2}), dict(layers_to_transform=[0]), dict(init_lora_weights="pissa")]
+
+
+@pytest.mark.parametrize("variant", REFUSED, ids=lambda v: next(iter(v)))
+def test_other_variants_are_refused(tmp_path, variant):
+    base = make_base(tmp_path / "base")
+    peft_adapter(base, tmp_path / "a", **variant)
+    for read in (lambda: load_adapter(LLaMA.from_pretrained(base), tmp_path / "a"), lambda: export(tmp_path / "a", tmp_path / "merged")):
+        with pytest.raises(UserError, match=next(iter(variant))):
+            read()
+    assert not (tmp_path / "merged").exists()
+
+
+def test_other_methods_and_damaged_files_are_refused(tmp_path):
+    base = make_base(tmp_path / "base")
+    our_adapter(base, tmp_path / "a", "q,v")
+    model, config = LLaMA.from_pretrained(base), tmp_path / "a" / "adapter_config.json"
+    good = json.loads(config.read_text())
+    for change, message in ((dict(peft_type="IA3"), "peft_type"), (dict(r=0), "positive r"), (dict(r=8), "does not fit.*shape"),
+                            (dict(lora_alpha=None), "lora_alpha")):
+        config.write_text(json.dumps({**good, **change}))
+        with pytest.raises(UserError, match=message):
+            load_adapter(model, tmp_path / "a")
+    config.write_text(json.dumps(good))
+    file = tmp_path / "a" / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(UserError, match="not a readable safetensors file"):
+        load_adapter(model, tmp_path / "a")
+    file.unlink()
+    with pytest.raises(UserError, match="no adapter_model.safetensors"):
+        load_adapter(model, tmp_path / "a")
+    with pytest.raises(UserError, match="holds no adapter"):
+        load_adapter(model, base)
+
+
+@pytest.mark.parametrize("change, message", [(dict(num_hidden_layers=3), "disagree"), (dict(num_hidden_layers=1), "2 blocks, this one 1"),
+                                             (dict(hidden_size=32), "shape"), (dict(num_key_value_heads=4), "shape")])
+def test_adapter_of_another_base_is_refused(tmp_path, change, message):
+    our_adapter(make_base(tmp_path / "base"), tmp_path / "a")
+    other = LLaMA.from_pretrained(make_base(tmp_path / "other", **change))
+    with pytest.raises(UserError, match=message):
+        load_adapter(other, tmp_path / "a")
+
+
+# ---- merged checkpoints ----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("kind, kw", [("llama", {}), ("llama", dict(tie_word_embeddings=True)), ("qwen2", {}), ("qwen3", dict(head_dim=16))])
+@pytest.mark.parametrize("shard_gb", [5, 5e-5])
+def test_merged_equals_adapter(tmp_path, kind, kw, shard_gb):
+    base = make_base(tmp_path / "base", kind, **kw)
+    ours = our_adapter(base, tmp_path / "a", rslora=kind == "qwen2")
+    export(tmp_path / "a", tmp_path / "deep" / "merged", shard_gb=shard_gb)
+    merged = tmp_path / "deep" / "merged"
+    assert_equal(hf(merged), ours, hf(base))
+    assert_equal(LLaMA.from_pretrained(merged), ours)
+    names = {p.name for p in merged.iterdir()}
+    assert {"config.json", "generation_config.json", "tokenizer.json"} < names and "optimizer.bin" not in names
+    assert ("model.safetensors.index.json" in names) == (shard_gb != 5) == (len(list(merged.glob("model-*"))) > 1)
+    assert [p.name for p in merged.parent.iterdir()] == ["merged"]  # nothing temporary is left
+
+
+def test_merged_from_a_sharded_bf16_base(tmp_path):
+    base = make_base(tmp_path / "base", dtype=torch.bfloat16, shard="60KB")
+    assert len(list(base.glob("model-*"))) > 2
+    peft_adapter(base, tmp_path / "a", target_modules="all-linear")
+    export(tmp_path / "a", tmp_path / "merged", shard_gb=1e-4)
+    exact = peft.PeftModel.from_pretrained(hf(base), tmp_path / "a").merge_and_unload().state_dict()
+    seen = 0
+    for path in (tmp_path / "merged").glob("*.safetensors"):
+        assert path.stat().st_size < 1.3e5 and path.stat().st_mode & 0o444 == (tmp_path / "merged" / "config.json").stat().st_mode & 0o444
+        with safe_open(path, "pt") as f:
+            for name in f.keys():
+                off = (f.get_tensor(name).float() - exact[name]).abs()
+                assert (off <= 2 ** -8 * exact[name].abs() + 1e-6).all()  # merged in fp32 and rounded once: half a unit of bf16
+                seen += 1
+    assert seen == len(exact)
+    assert hf(tmp_path / "merged", "auto").dtype == torch.bfloat16
+
+
+def test_export_refuses(tmp_path):
+    base = make_base(tmp_path / "base")
+    our_adapter(base, tmp_path / "a")
+    other = make_base(tmp_path / "other", hidden_size=32)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("keep me")
+    few = make_base(tmp_path / "few", num_hidden_layers=1)
+    for args, message in (((tmp_path / "a", tmp_path / "full"), "not empty"), ((base, tmp_path / "m"), "holds no adapter"),
+                          ((tmp_path / "a", tmp_path / "m", str(other)), "another base"), ((tmp_path / "a", tmp_path / "m", str(few)), "another base"),
+                          ((tmp_path / "a", tmp_path / "m", str(tmp_path / "nowhere")), "neither a directory")):
+        with pytest.raises(UserError, match=message):
+            export(*args)
+    assert (tmp_path / "full" / "mine.txt").read_text() == "keep me"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "base", "few", "full", "other"]
+    file = base / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(UserError, match="safetensors"):
+        export(tmp_path / "a", tmp_path / "m")
+
+
+def test_command_line(tmp_path):
+    base = make_base(tmp_path / "base")
+    ours = our_adapter(base, tmp_path / "a")
+    base.rename(tmp_path / "moved")
+    (tmp_path / "merged").mkdir()  # an empty one is fine
+
+    def command(*args):
+        return subprocess.run([sys.executable, "-m", "tools.export", str(tmp_path / "a"), str(tmp_path / "merged"), *args], cwd=ROOT,
+                              capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    for args in ((), ("--mdel=x",), ("--shard_gb=-1",)):
+        r = command(*args)
+        assert r.returncode == 1 and r.stderr.startswith("error: ") and r.stderr.count("\n") == 1, r.stderr
+    assert "Traceback" in command("--debug=True").stderr
+    assert command(f"--model={tmp_path / 'moved'}").returncode == 0
+    assert_equal(hf(tmp_path / "merged"), ours)
