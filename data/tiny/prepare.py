@@ -220,22 +220,28 @@ def example(sentences, question, worked, answer):
     return {"prompt": prompt, "response": f" {worked}\n#### {answer}", "answer": answer}
 
 
-def new_example(r):
-    return problem(r, r.choice(NEW))
+def puzzle(r, kind):
+    return example(*kind(r))
 
 
-def lookup_example(r):
-    return example(*lookup(r))
+def story(r, kind):
+    """The facts alone, with no question and no answer."""
+    return {"prompt": "Story: " + " ".join(kind(r)[0]), "response": ""}
 
 
-def base_example(r):
+def draw_new(r):
+    return problem, r.choice(NEW)
+
+
+def draw_lookup(r):
+    return puzzle, lookup
+
+
+def draw_base(r):
     u = r.random()
-    if u < .50:
-        return problem(r, gains_and_losses)
     if u < .82:
-        return problem(r, bare)
-    sentences = r.choice(NEW)(r)[0] if u < .97 else lookup(r)[0]
-    return {"prompt": "Story: " + " ".join(sentences), "response": ""}
+        return problem, gains_and_losses if u < .50 else bare
+    return story, r.choice(NEW) if u < .97 else lookup
 
 
 def splits(draw, sizes, seed, repeats=False):
@@ -244,10 +250,12 @@ def splits(draw, sizes, seed, repeats=False):
     for name, size in sizes.items():
         rows, own = [], set()
         while len(rows) < size:
-            row = draw(r)
-            if row["prompt"] not in seen and (repeats or row["prompt"] not in own):
-                rows.append(row)
-                own.add(row["prompt"])
+            make, kind = draw(r)
+            row = make(r, kind)
+            while row["prompt"] in seen or (row["prompt"] in own and not repeats):
+                row = make(r, kind)  # of the same kind, so that the mix holds
+            rows.append(row)
+            own.add(row["prompt"])
         seen |= own
         drawn[name] = rows
     return drawn
@@ -285,8 +293,13 @@ def train_bpe(texts, limit):
 
 def tokenizer_merges():
     r = random.Random(0)
-    rows = [draw(r) for draw in (base_example, new_example, lookup_example) for _ in range(4000)]
-    return train_bpe([row["prompt"] + row["response"] for row in rows], VOCABULARY - 256 - 1)
+    texts = []
+    for draw in (draw_base, draw_new, draw_lookup):
+        for _ in range(4000):
+            make, kind = draw(r)
+            row = make(r, kind)
+            texts.append(row["prompt"] + row["response"])
+    return train_bpe(texts, VOCABULARY - 256 - 1)
 
 
 def write_base(folder):
@@ -315,10 +328,10 @@ def write_base(folder):
 def main(source=None):
     """`source` is ignored: all of it is generated."""
     families = {
-        "": splits(new_example, {"test": 400, "val": 400, "train": 4000}, seed=1),
-        "lookup_": splits(lookup_example, {"test": 400, "val": 400, "train": 4000}, seed=2),
+        "": splits(draw_new, {"test": 400, "val": 400, "train": 4000}, seed=1),
+        "lookup_": splits(draw_lookup, {"test": 400, "val": 400, "train": 4000}, seed=2),
         # 2,100 steps of 32 see each example once; bare sums recur, for there are not so many of them
-        "base_": splits(base_example, {"test": 500, "val": 400, "train": 67200}, seed=3, repeats=True)}
+        "base_": splits(draw_base, {"test": 500, "val": 400, "train": 67200}, seed=3, repeats=True)}
     families["base_"]["test"] = [row for row in families["base_"]["test"] if row["response"]]  # no stories
     for family, parts in families.items():
         for name, rows in parts.items():
