@@ -277,16 +277,21 @@ def main(cfg, command="python train.py"):
 
 def loop(run, lengths, per_epoch):
     """From the step of run.info to the last. Raises Interrupted between steps when a signal came."""
-    cfg, model, info, pending, dense_before = run.cfg, run.model, run.info, None, True
+    cfg, model, info, pending, dense_before, order = run.cfg, run.model, run.info, None, True, None
     log = open(run.out / "metrics.jsonl", "a", buffering=1) if dist.rank() == 0 else None
+    sparsifiable = bool(predictor.predictors(model))
     while info["step"] < run.max_steps:
         step = info["step"]
         epoch, i = divmod(step, per_epoch)
-        batch = data.batches(lengths, cfg.batch_size, cfg.seed, epoch)[i]  # numbers of examples
+        if order is None or i == 0:
+            order = data.batches(lengths, cfg.batch_size, cfg.seed, epoch)  # lists of example numbers
+        batch = order[i]
         micro = make_batches(run, "train", batch, seed=step * cfg.batch_size)
 
         scale = sparsity(cfg, step, run.max_steps)  # dense or sparse: this line
-        if scale and dense_before:
+        if not sparsifiable:
+            scale = 0.0
+        elif scale and dense_before:
             start_sparse(run, micro, scale)
         elif scale and cfg.predictor_refresh and step % cfg.predictor_refresh == 0:
             predictor.forget(model)  # and measure anew in one dense step
