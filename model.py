@@ -483,14 +483,14 @@ class LLaMA(nn.Module):
         angles = positions.to(high)[:, None] * freq
         return angles.cos(), angles.sin()
 
-    def hidden(self, batch, cache=None):
-        """batch -> the final norm's output on the loss rows, (T_loss, D)."""
+    def hidden(self, batch, cache=None, x=None, first=0):
+        """batch -> the final norm's output on the loss rows, (T_loss, D). x (T, D): go on from block `first` with this input of it."""
         window = self.config.sliding_window
         if window and batch.shape[1] > window:
             raise UserError(f"a text of {batch.shape[1]} tokens is longer than the model's sliding window of {window}: lower max_seq_len")
         rope = self.rope(batch.positions)
-        x = F.embedding(batch.tokens, self.embed)  # (T, D)
-        for i, block in enumerate(self.blocks):
+        x = F.embedding(batch.tokens, self.embed) if x is None else x  # (T, D)
+        for i, block in enumerate(list(self.blocks)[first:], first):
             args = (x, batch, rope, i == len(self.blocks) - 1, {}, cache and cache.blocks[i])
             if self.recompute and torch.is_grad_enabled():  # nothing here draws random numbers, so their state need not be kept
                 x = checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False)
@@ -498,10 +498,10 @@ class LLaMA(nn.Module):
                 x = block(*args)
         return F.rms_norm(x, self.final_norm.shape, self.final_norm, self.config.rms_norm_eps)
 
-    def loss(self, batch):
+    def loss(self, batch, x=None, first=0):
         """batch (data.Batch, on the model's device) -> the weighted sum of the loss over its loss rows, a scalar in fp32; the training
-        loop divides by the sum of weights. Obeys set_sparsity alone, in training mode or not."""
-        x = self.hidden(batch)
+        loop divides by the sum of weights. Obeys set_sparsity alone, in training mode or not. x, first: as for hidden."""
+        x = self.hidden(batch, None, x, first)
         head = self.head if torch.is_grad_enabled() else self.head.detach()
         return sparse.CrossEntropy.apply(x, head, batch.targets, batch.weights)
 

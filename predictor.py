@@ -297,6 +297,14 @@ def predictors(model):
     return [(name, part.predictor) for name, part in parts if part.predictor is not None]
 
 
+def set_ratios(model, ratios):
+    """Other ratios, {name: ratio}, for parts that attach() gave a predictor; a part that is not named runs dense. Factors and measured
+    energies stay as they are: this is how tools.sensitivity goes through the parts one by one."""
+    for name, p in predictors(model):
+        p.ratio = ratios.get(name, 0.0)
+        p.set_scale(1.0 if p.ratio else 0.0)
+
+
 def energies(model):
     """{name: (N,) tensor} of what `measured` has summed so far: to add up over ranks, in place, and to save."""
     return {name: p.energies for name, p in predictors(model) if p.energies is not None}
