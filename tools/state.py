@@ -1,41 +1,144 @@
-"""A run's state on disk: what `--resume=True` goes on from."""
+"""A run's state on disk: what --resume=True goes on from.
+
+    out_dir/state/000007/state.safetensors    every tensor of the run
+                         state.json           everything else, the config, and SHA-256 sums of both
+    out_dir/state/000006/                     the one before
+
+A state is written under the name `tmp`, flushed to the disk, and begins to count with one rename. So a kill, a power cut or a full disk at
+any moment leaves the last state as it was. The one before it stays too, for the day when a disk damages the newest. No pickle anywhere.
+"""
 import fcntl
+import hashlib
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 
-from safetensors.torch import load_file, save_file
+import safetensors.torch
 
-from config import UserError
+from config import Config, UserError
+
+FORMAT = 1
+# Options that may be others on resume: they say where and how fast a run computes and how much it tells, not what it computes.
+# The contents of model and dataset are compared instead of their paths (fingerprint), `published` by the ratios that came of it.
+FREE = {"model", "dataset", "published", "out_dir", "resume", "debug", "threads", "device", "micro_batch_size", "recompute", "fsdp", "timeout",
+        "log_interval", "eval_interval", "eval_examples", "save_interval"}
+
+
+class Damaged(Exception):
+    """A state that is torn, truncated or changed: what is wrong with it."""
 
 
 def lock(out_dir):
-    """Holds out_dir for this process until it ends, however it ends. UserError when another process holds it."""
+    """Holds out_dir for this process until the file that is returned is closed, or the process ends, however it ends. UserError when
+    another process holds it."""
     Path(out_dir).mkdir(parents=True, exist_ok=True)
     f = open(Path(out_dir) / ".lock", "w")
     try:
         fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         raise UserError(f"out_dir = {out_dir} is in use by another run: wait for it, or choose another --out_dir") from None
     return f
 
 
-def save(out_dir, tensors, info):
-    """tensors {name: tensor} and info (JSON) as the run's newest state; the one before is kept until this one is complete."""
-    folder = Path(out_dir) / "state"
-    tmp = Path(out_dir) / "state.tmp"
-    shutil.rmtree(tmp, ignore_errors=True)
-    tmp.mkdir(parents=True)
-    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, tmp / "state.safetensors")
-    (tmp / "state.json").write_text(json.dumps(info))
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(tmp, folder)
+# ---- writing ---------------------------------------------------------------------------------------------------------------------
 
+def save(out_dir, tensors, info):
+    """tensors {name: tensor} and info (JSON) become the run's newest state. OSError (a full disk): there is no new one, the others stay."""
+    folder = Path(out_dir) / "state"
+    tmp, have = folder / "tmp", numbers(folder)
+    shutil.rmtree(tmp, ignore_errors=True)
+    try:
+        tmp.mkdir(parents=True)
+        data = safetensors.torch.save({k: v.detach().cpu().contiguous() for k, v in tensors.items()})
+        write(tmp / "state.safetensors", data)
+        write(tmp / "state.json", json.dumps(sealed(info, hashlib.sha256(data).hexdigest())).encode())
+        sync(tmp)
+        os.rename(tmp, folder / f"{(have or [0])[-1] + 1:06d}")
+        sync(folder)
+    except OSError:
+        shutil.rmtree(tmp, ignore_errors=True)
+        raise
+    for n in have[:-1]:
+        shutil.rmtree(folder / f"{n:06d}", ignore_errors=True)
+
+
+def numbers(folder):
+    """The numbers of the states in a folder, oldest first."""
+    return sorted(int(p.name) for p in Path(folder).glob("[0-9]*") if p.name.isdigit())
+
+
+def write(path, data):
+    with open(path, "wb") as f:
+        f.write(data)
+        f.flush()
+        os.fsync(f.fileno())
+
+
+def sync(folder):
+    """Flushes a directory: a rename is on the disk only then."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def sealed(info, tensors):
+    """What state.json holds. tensors: SHA-256 of state.safetensors."""
+    text = json.dumps(info, sort_keys=True)
+    return {"format": FORMAT, "info": info, "tensors": tensors, "checksum": hashlib.sha256(f"{FORMAT} {tensors} {text}".encode()).hexdigest()}
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------------------
 
 def load(out_dir):
-    """-> (tensors, info) of the newest good state, or None when there is none."""
+    """-> (tensors, info) of the newest good state, None when there is no state. A damaged one is named on stderr and the one before it
+    taken; UserError when all are damaged."""
     folder = Path(out_dir) / "state"
-    if not folder.exists():
-        return None
-    return load_file(folder / "state.safetensors"), json.loads((folder / "state.json").read_text())
+    for n in reversed(numbers(folder)):
+        try:
+            return read(folder / f"{n:06d}")
+        except Damaged as e:
+            print(f"warning: {folder}/{n:06d} is damaged ({e}), trying the one before it", file=sys.stderr)
+    if numbers(folder):
+        raise UserError(f"every state in {folder} is damaged: start again with another --out_dir")
+    return None
+
+
+def read(folder):
+    """-> (tensors, info) of one state. Damaged: anything that save() cannot have written."""
+    try:
+        s = json.loads((folder / "state.json").read_bytes())
+        data = (folder / "state.safetensors").read_bytes()
+    except (OSError, ValueError) as e:
+        raise Damaged(getattr(e, "strerror", None) or f"state.json: {e}") from None
+    if not isinstance(s, dict) or s.get("format") != FORMAT or s != sealed(s.get("info"), s.get("tensors")):
+        raise Damaged(f"state.json does not fit its checksum, or is not of format {FORMAT}")
+    if hashlib.sha256(data).hexdigest() != s["tensors"]:
+        raise Damaged("state.safetensors does not fit its checksum")
+    return safetensors.torch.load(data), s["info"]
+
+
+# ---- does it belong to this run? -------------------------------------------------------------------------------------------------
+
+def differences(old, new):
+    """old, new: {option: value} of a state and of a run that wants to go on from it -> ["seed = 1 there, 2 here", ...] of the options that
+    have to be equal."""
+    default, new = vars(Config()), json.loads(json.dumps(new))
+    return [f"{k} = {old.get(k, default[k])!r} there, {v!r} here" for k, v in new.items() if k not in FREE and old.get(k, default[k]) != v]
+
+
+def fingerprint(folder):
+    """Of a model's safetensors files, in any directory: their sizes and 64 KB at 16 places of each. Another model of the same architecture
+    differs in nearly every weight, so the whole 16 GB need not be read."""
+    sha = hashlib.sha256()
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        size = path.stat().st_size
+        sha.update(f"{path.name} {size} ".encode())
+        with open(path, "rb") as f:
+            for i in range(16):
+                f.seek(i * max(0, size - 65536) // 15)
+                sha.update(f.read(65536))
+    return sha.hexdigest()
