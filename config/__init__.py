@@ -209,7 +209,7 @@ def check(cfg):
         ratios(getattr(cfg, name), None, name)
     for key, pair in cfg.published.items():
         if not isinstance(key, str) or not isinstance(pair, (tuple, list)) or len(pair) != 2:
-            raise UserError(f"published maps part of a model's name to (mlp, attn) ratios, not {key!r}: {pair!r}")
+            raise UserError(f"published maps part of a model's name to (mlp, attn), not {key!r} to {pair!r}")
         for ratio in pair:
             ratios(ratio, None, f"published[{key!r}]")
 
@@ -251,7 +251,7 @@ def published_key(cfg):
 
 
 def differences(cfg):
-    """{name: value} of the options that differ from their default, for printing (`published`: what came of it)."""
+    """{name: value} of the options that are not at their default, for printing (not the table `published`)."""
     default = Config(micro_batch_size=cfg.batch_size, published=cfg.published)
     return {name: value for name, value in vars(cfg).items() if value != getattr(default, name)}
 

@@ -1,0 +1,221 @@
+"""From text to batches.
+
+    load("gsm8k", "train") -> [Example]                     raw text (examples.py)
+    tokenize(examples, tokenizer, ...) -> [Tokenized]       a weight for each token
+    collate([Tokenized], "output") -> Batch                 rows of one stream, without padding
+
+weights[i] is how much the *prediction* of token i counts: 0 in a prompt, 1 in a response and its end-of-text
+token. Position i predicts token i+1, so it is a loss position if weights[i+1] > 0, else context; the last
+token predicts nothing and is left out. (The paper's code splits by label: there the position that predicts the
+first answer token is computed sparsely, and the last, useless one densely.)
+"""
+import random
+import re
+from itertools import groupby
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from config import UserError
+from data.examples import Example, load, load_split  # noqa: F401 (part of what this package offers)
+from data.tokenizer import HOLE
+
+
+class Tokenized(NamedTuple):
+    """tokens: [int]; weights: [float], how much the prediction of each token counts."""
+    tokens: list
+    weights: list
+
+
+class Batch(NamedTuple):
+    """T rows in the order [sparse, no loss | sparse, loss | dense, loss | dense, no loss], so that what is
+    sparse and what is in the loss are each one range of rows. Integers are int64, weights float32."""
+    tokens: torch.Tensor  # (T,)
+    targets: torch.Tensor  # (T_loss,) the token that follows each loss row
+    weights: torch.Tensor  # (T_loss,)
+    positions: torch.Tensor  # (T,) place in its example
+    rows: torch.Tensor  # (T,) place in the (B, S) grid: b * S + position
+    n_sparse: int  # the first rows
+    loss: slice  # the loss rows
+    shape: tuple  # (B, S)
+
+    def to(self, device):
+        moved = [x.to(device, non_blocking=True) if isinstance(x, torch.Tensor) else x for x in self]
+        return Batch(*moved)
+
+
+# ---- prompt formats: plain functions of strings. first: it opens the text; later turns follow an end of text
+
+def plain(prompt, system="", first=True):
+    return (system + "\n\n" if system else "") + prompt
+
+
+def alpaca(prompt, system="", first=True):
+    """Stanford Alpaca's, which LLM-Adapters uses too. A system prompt replaces its first two sentences."""
+    intro = system or ("Below is an instruction that describes a task. Write a response that appropriately "
+                       "completes the request.")
+    return (intro if first else "") + f"\n\n### Instruction:\n{prompt}\n\n### Response:\n"
+
+
+def llama3(prompt, system="", first=True):
+    """Meta-Llama-3-Instruct's: like its template, it takes the white space off both ends of every text."""
+    head = "<|start_header_id|>{}<|end_header_id|>\n\n"
+    start = "<|begin_of_text|>" if first else ""
+    start += head.format("system") + system.strip() + "<|eot_id|>" if system else ""
+    return start + head.format("user") + prompt.strip() + "<|eot_id|>" + head.format("assistant")
+
+
+def chatml(prompt, system="", first=True):
+    """Qwen's and SmolLM2's. A checkpoint's default system prompt is not here but in `tokenizer.system`."""
+    start = "" if first else "\n"
+    start += f"<|im_start|>system\n{system}<|im_end|>\n" if system else ""
+    return start + f"<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
+
+
+FORMATS = {"plain": plain, "alpaca": alpaca, "llama3": llama3, "chatml": chatml}
+ENDS = {"llama3": "<|eot_id|>", "chatml": "<|im_end|>"}
+
+
+# ---- tokenizing
+
+def encode_turns(example, tokenizer, prompt_format):
+    """Yields (prompt ids, response text) of each turn. Special tokens count in templates, not in texts.
+    UserError: no such format, or the tokenizer lacks a special token of it."""
+    if prompt_format not in FORMATS:
+        raise UserError(f"prompt_format has to be one of {', '.join(FORMATS)}, not {prompt_format!r}")
+    trim = str.strip if prompt_format == "llama3" else str
+    system = example.system or (tokenizer.system if prompt_format == "chatml" else "")
+    for i, (prompt, response) in enumerate([*example.history, (example.prompt, example.response)]):
+        texts = [trim(system)] * bool(system and i == 0) + [trim(prompt)]
+        template = FORMATS[prompt_format](HOLE, HOLE if len(texts) == 2 else "", i == 0)
+        ids = tokenizer.encode_template(template, texts)
+        if i == 0 and tokenizer.bos is not None and ids[:1] != [tokenizer.bos]:
+            ids = [tokenizer.bos] + ids
+        yield ids, trim(response)
+
+
+def end_token(tokenizer, prompt_format):
+    """The id that ends a response: the chat format's own, else the checkpoint's. UserError: there is none."""
+    end = tokenizer.special.get(ENDS.get(prompt_format), tokenizer.eot)
+    if end is None:
+        raise UserError("the model names no end-of-text token: give its config.json an eos_token_id")
+    return end
+
+
+def tokenize(examples, tokenizer, max_seq_len, prompt_format="plain", prompt_weight=0.0):
+    """[Example] -> [Tokenized], in order, without those longer than max_seq_len or with nothing scored.
+    Prompt tokens weigh prompt_weight, responses and their end-of-text tokens 1. An empty response gets no
+    end-of-text token: it makes a text to pretrain on, not an answer. UserError: nothing is left."""
+    end, out = end_token(tokenizer, prompt_format), []
+    for example in examples:
+        tokens, weights = [], []
+        for prompt, response in encode_turns(example, tokenizer, prompt_format):
+            answer = tokenizer.encode(response) + [end] if response else []
+            tokens += prompt + answer
+            weights += [float(prompt_weight)] * len(prompt) + [1.0] * len(answer)
+        if len(tokens) <= max_seq_len and any(weights[1:]):
+            out.append(Tokenized(tokens, weights))
+    if not out:
+        found = statistics(examples, out, prompt_weight)
+        raise UserError(f"no example is left to learn from ({found}; max_seq_len is {max_seq_len})")
+    return out
+
+
+def prompt_ids(example, tokenizer, prompt_format="plain"):
+    """[int]: what generation starts from, the very ids that `tokenize` puts before the last response."""
+    end, ids = end_token(tokenizer, prompt_format), []
+    for prompt, response in encode_turns(example._replace(response=""), tokenizer, prompt_format):
+        ids += prompt + (tokenizer.encode(response) + [end] if response else [])
+    return ids
+
+
+def statistics(examples, tokenized, prompt_weight=0.0):
+    """One line: what `tokenize` made of the examples, and what it dropped."""
+    rows = sum(len(t.tokens) - 1 for t in tokenized)
+    scored = sum(w > 0 for t in tokenized for w in t.weights[1:])
+    dropped = len(examples) - len(tokenized)
+    empty = 0 if prompt_weight else sum(not e.response and not e.history for e in examples)
+    line = f"{len(tokenized):,} examples of {rows + len(tokenized):,} tokens"
+    if rows:
+        line += (f" (longest {max(len(t.tokens) for t in tokenized)}), {1 - scored / rows:.1%} context, "
+                 f"{scored / rows:.1%} scored")
+    return line + (f"; dropped: {dropped - empty:,} too long, {empty:,} nothing scored" if dropped else "")
+
+
+def marked(tokenized, tokenizer):
+    """The text of a Tokenized, its scored part in [[ ]]."""
+    runs = groupby(zip(tokenized.tokens, tokenized.weights), key=lambda pair: pair[1] > 0)
+    texts = [(scored, tokenizer.decode([token for token, _ in run])) for scored, run in runs]
+    return "".join(f"[[{text}]]" if scored else text for scored, text in texts)
+
+
+# ---- batches
+
+def batches(lengths, batch_size, seed, epoch):
+    """[[int]]: the examples of each step of an epoch, every one once; one batch may be smaller. Those of like
+    length meet, for the grid of attention is as wide as its longest row: the order is drawn, sorted within
+    every 32 batches, cut, and the batches are shuffled. A pure function of its arguments."""
+    rng, order = random.Random(f"{seed} {epoch}"), list(range(len(lengths)))
+    rng.shuffle(order)
+    window, out = 32 * batch_size, []
+    for i in range(0, len(order), window):
+        near = sorted(order[i:i + window], key=lambda j: lengths[j])
+        out += [near[j:j + batch_size] for j in range(0, len(near), batch_size)]
+    rng.shuffle(out)
+    return out
+
+
+def collate(tokenized, split="output", seed=0):
+    """[Tokenized] -> Batch. split: which rows are dense. "output": those in the loss; "none": none; "random":
+    as many as "output" has, drawn by seed; "rectangle" (the paper's code): all from the batch's shortest prompt
+    to its last output."""
+    lengths = np.array([len(t.tokens) - 1 for t in tokenized])
+    tokens = np.concatenate([t.tokens[:-1] for t in tokenized]).astype(np.int64)  # (T,), as all that follow
+    targets = np.concatenate([t.tokens[1:] for t in tokenized]).astype(np.int64)
+    weights = np.concatenate([t.weights[1:] for t in tokenized]).astype(np.float32)
+    positions = np.concatenate([np.arange(n) for n in lengths])
+    B, S = len(tokenized), int(lengths.max())
+    rows = np.repeat(np.arange(B) * S, lengths) + positions
+
+    scored = weights > 0
+    n_loss = int(scored.sum())
+    if split == "output":
+        dense = scored
+    elif split == "none" or n_loss == 0:
+        dense = np.zeros_like(scored)
+    elif split == "random":
+        dense = np.random.default_rng(seed).permutation(len(scored)) < n_loss
+    elif split == "rectangle":
+        dense = (positions >= positions[scored].min()) & (positions <= positions[scored].max())
+    else:
+        raise UserError(f"split has to be output, none, random or rectangle, not {split!r}")
+
+    group = np.where(dense, 3 - scored, 0 + scored)  # 0 to 3, as in Batch
+    order, start = np.argsort(group, kind="stable"), int((group == 0).sum())
+    loss = slice(start, start + n_loss)
+    tensors = tokens[order], targets[order[loss]], weights[order[loss]], positions[order], rows[order]
+    return Batch(*map(torch.from_numpy, tensors), int((group < 2).sum()), loss, (B, S))
+
+
+# ---- answers
+
+def is_correct(text, answer):
+    """Whether a generated text gives the answer. A number: the last one in the text, within 1e-3. Words: what
+    follows "####" or "answer is", or the whole text, but for case, spaces and punctuation around it."""
+    wanted = number(answer)
+    if wanted is not None:
+        found = re.findall(r"-?\d+(?:\.\d+)?|-?\.\d+", text.replace(",", ""))
+        return bool(found) and abs(float(found[-1]) - wanted) <= 1e-3
+    said = re.split(r"####|answer is:?", text, flags=re.IGNORECASE)[-1]
+    return bare(said) == bare(answer) != ""
+
+
+def number(text):
+    """The float that a text is, with thousands' commas, $ or % or not; else None."""
+    text = text.strip().replace(",", "").strip("$% ")
+    return float(text) if re.fullmatch(r"-?(\d+(\.\d*)?|\.\d+)(e[+-]?\d+)?", text) else None
+
+
+def bare(text):
+    return " ".join(text.lower().split()).strip(" .,:;!?\"'`*()[]")

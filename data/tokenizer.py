@@ -61,12 +61,11 @@ class Tokenizer:
         # eos_token_id decides. It does not if it is an ordinary token, as config.json's default of 2 may be.
         chat = [special[token] for token in CHAT_ENDS if token in special]
         ends = [i for i in eos if i in special.values()]
-        best = [i for i in chat if i in ends] or ends or chat or list(eos)
-        self.eot = best[0] if best else None
-        self.stop = {*eos, *best[:1]}
+        ends = [i for i in chat if i in ends] + ends or chat or list(eos)
+        self.eot, self.stop = (ends[0] if ends else None), {*ends, *chat}
 
     def decode(self, ids):
-        """[int] -> str. Broken UTF-8 becomes U+FFFD; ids without a token (padded vocabulary) are skipped."""
+        """[int] -> str. Broken UTF-8 becomes U+FFFD; ids without a token (padding) are skipped."""
         text = b"".join(self.spelling.get(i, b"") for i in ids).decode("utf-8", "replace")
         return text[1:] if self.drop_space and text.startswith(" ") else text
 
@@ -267,6 +266,7 @@ def from_sentencepiece(model, settings, eos):
 
 def find_files(dir_or_repo):
     """The local directory with the tokenizer's files, fetched from the hub if dir_or_repo is a repository."""
+    dir_or_repo = os.fspath(dir_or_repo)
     if os.path.isdir(dir_or_repo):
         return dir_or_repo
     if os.path.exists(dir_or_repo) or not re.fullmatch(r"[\w.-]+/[\w.-]+", dir_or_repo):
@@ -276,8 +276,8 @@ def find_files(dir_or_repo):
         return snapshot_download(dir_or_repo, allow_patterns=FILES)
     except Exception as e:  # the hub's client raises a dozen kinds, of three libraries
         why = " ".join(str(e).split())[:200] or type(e).__name__
-        raise UserError(f"the tokenizer of {dir_or_repo!r} could not be fetched ({why}): download it elsewhere"
-                        " and give its directory as --model") from e
+        raise UserError(f"the tokenizer of {dir_or_repo!r} could not be fetched ({why}): download it, "
+                        "then give its directory as --model") from e
 
 
 def read_json(path, name):
