@@ -51,8 +51,14 @@ def tuned(*configs):
     if INTERPRET:
         configs = [(32, 32, 32, 1, 4)]  # a single config is never timed, and odd sizes meet every mask
     configs = [triton.Config(dict(BLOCK_M=m, BLOCK_N=n, BLOCK_K=k), num_stages=s, num_warps=w) for m, n, k, s, w in configs]
-    tune = triton.autotune(configs, key=["T_BUCKET", "C_BUCKET", "D", "MODE"])
+    tune = triton.autotune(configs, key=["T_BUCKET", "C_BUCKET", "D", "MODE"], prune_configs_by={"early_config_prune": fitting})
     return lambda f: tune(triton.jit(f, do_not_specialize=["T", "T_BUCKET", "C_BUCKET"]))
+
+
+def fitting(configs, args, **_):
+    """A gathered x passes through registers, two bytes a load: at 128 x 256 x 64 that spills on sm_80."""
+    sizes = [c.kwargs["BLOCK_M"] * c.kwargs["BLOCK_N"] * c.kwargs["BLOCK_K"] for c in configs]
+    return [c for c, size in zip(configs, sizes) if args["MODE"] != "gather" or size < 128 * 256 * 64]
 
 
 def bucket(n):
@@ -107,7 +113,7 @@ def gather_matmul_nt_ref(x, w, idx, out=None, bias=None):
     return out.scatter_(1, idx.expand_as(y), y)  # CPU, 1536 x 1024 of 4096: .36 ms; index_copy_ .78, out[:, idx] = y 1.25
 
 
-@tuned((128, 128, 64, 4, 8), (128, 256, 64, 3, 8), (128, 64, 64, 4, 4), (64, 128, 64, 4, 4), (64, 64, 64, 4, 4),
+@tuned((128, 256, 64, 4, 8), (128, 128, 64, 4, 8), (128, 64, 64, 4, 4), (64, 128, 64, 4, 4), (64, 64, 64, 4, 4),
        (64, 64, 32, 4, 4))
 def nt_kernel(x, w, idx, bias, y, T, C, x_stride, w_stride, y_stride, T_BUCKET, C_BUCKET, D: tl.constexpr,
               MODE: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
@@ -120,6 +126,8 @@ def nt_kernel(x, w, idx, bias, y, T, C, x_stride, w_stride, y_stride, T_BUCKET, 
     x_block = x + (t % T).to(tl.int64)[:, None] * x_stride + k[None, :]  # rows past T wrap: no mask in the loop
     w_block = w + row[:, None] * w_stride + k[None, :]
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if BIAS:
+        acc += tl.load(bias + row).to(tl.float32)[None, :]
     for i in range(0, D, BLOCK_K):
         if D % BLOCK_K == 0:
             a, b = tl.load(x_block), tl.load(w_block)
@@ -129,10 +137,10 @@ def nt_kernel(x, w, idx, bias, y, T, C, x_stride, w_stride, y_stride, T_BUCKET, 
         acc = tl.dot(a, tl.trans(b), acc, input_precision=PRECISION)
         x_block += BLOCK_K
         w_block += BLOCK_K
-    if BIAS:
-        acc += tl.load(bias + row).to(tl.float32)[None, :]
-    col = row if MODE == "scatter" else c
-    y_block = y + t.to(tl.int64)[:, None] * y_stride + col[None, :]
+    col = c
+    if MODE == "scatter":  # loaded again: `row` kept over the loop for this would spill (Triton 3.6: 472 bytes at 128 x 256)
+        col = tl.load(idx + c, mask=c < C).to(tl.int32)
+    y_block = y + m.to(tl.int64) * BLOCK_M * y_stride + tl.arange(0, BLOCK_M)[:, None] * y_stride + col[None, :]
     tl.store(y_block, acc.to(y.dtype.element_ty), mask=(t < T)[:, None] & (c < C)[None, :])
 
 
@@ -170,8 +178,10 @@ def gather_matmul_nn_ref(x, w, idx, gather=False, out=None):
     return torch.mm(x, w.index_select(0, idx), out=out)
 
 
-@tuned((128, 128, 64, 4, 8), (128, 256, 64, 3, 8), (128, 128, 32, 4, 4), (64, 128, 64, 4, 4), (64, 256, 32, 4, 4),
-       (64, 64, 32, 4, 4))
+# w's address comes from another load (idx), and Triton's pipeliner spends half the stages on that: 7 stages hold 3 tiles in
+# shared memory on sm_80 and 4 on sm_90 (4 stages: 1 and 2, so on sm_80 nothing would overlap), 5 stages 2 and 3.
+@tuned((128, 256, 64, 5, 8), (128, 128, 64, 7, 8), (128, 128, 32, 7, 8), (64, 256, 32, 7, 8), (64, 128, 32, 7, 4),
+       (64, 64, 64, 7, 4))
 def nn_kernel(x, w, idx, y, T, C, x_stride, w_stride, y_stride, T_BUCKET, C_BUCKET, D: tl.constexpr,
               MODE: tl.constexpr, PRECISION: tl.constexpr,
               BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
@@ -191,7 +201,7 @@ def nn_kernel(x, w, idx, y, T, C, x_stride, w_stride, y_stride, T_BUCKET, C_BUCK
         else:
             b = tl.load(w_block, mask=(d < D)[None, :], other=0.0)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
-    y_block = y + t.to(tl.int64)[:, None] * y_stride + d[None, :]
+    y_block = y + m.to(tl.int64) * BLOCK_M * y_stride + tl.arange(0, BLOCK_M)[:, None] * y_stride + d[None, :]
     tl.store(y_block, acc.to(y.dtype.element_ty), mask=(t < T)[:, None] & (d < D)[None, :])
 
 

@@ -1,0 +1,281 @@
+"""
+Tests of kernels.py. Every Triton kernel against its torch reference: natively where there is a GPU, and in Triton's
+interpreter (a subprocess with TRITON_INTERPRET=1) where there is none; the launchers' CPU path against plain formulas; and
+every configuration that autotuning may pick compiled for sm_80 and sm_90, which needs no GPU and sees what the interpreter
+cannot: missing tensor-core instructions and asynchronous copies, too much shared memory, spills.
+"""
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+
+import pytest
+import torch
+
+import kernels as K
+
+CUDA = torch.cuda.is_available() and K.triton is not None
+DEVICE = "cuda" if CUDA else "cpu"
+DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * CUDA
+ROWS, CHANNELS, N = (1, 6, 42, 123), (16, 48, 96), 96  # C = N is among them
+on_kernels = pytest.mark.skipif(not (CUDA or K.INTERPRET), reason="needs a GPU or TRITON_INTERPRET=1")
+shapes = pytest.mark.parametrize("T, C", [(t, c) for t in ROWS for c in CHANNELS] + [(0, 16), (6, 0), (0, 0)])
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+
+
+def randn(*shape, dtype, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape))).to(DEVICE, dtype)
+
+
+def channels(C, n=N):
+    return torch.randperm(n, generator=torch.Generator().manual_seed(C))[:C].sort().values.to(DEVICE)
+
+
+def strided(t):
+    """The same values as rows of a wider tensor, as slices of a stream have it."""
+    wide = torch.full((t.shape[0], t.shape[1] + 16), float("nan"), dtype=t.dtype, device=t.device)
+    wide[:, :t.shape[1]] = t
+    return wide[:, :t.shape[1]]
+
+
+def close(got, want, dtype):
+    """Relative to the largest value; the reference is computed in fp64 from the very inputs."""
+    assert got.shape == want.shape and not got.isnan().any()
+    limit = {torch.float64: 1e-13, torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
+    if want.numel():
+        error = (got.double() - want).abs().max() / (want.abs().max() + 1e-9)
+        assert error < limit, f"relative error {error:.1e}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# each kernel against the reference
+
+@on_kernels
+@dtypes
+@shapes
+@pytest.mark.parametrize("D", [40, 64])  # 40 is no multiple of a block
+def test_gather_matmul_nt(T, C, D, dtype):
+    x, w, idx, bias = randn(T, D, dtype=dtype), randn(N, D, dtype=dtype, seed=1), channels(C), randn(N, dtype=dtype)
+    xd, wd, bd = x.double(), w.double(), bias.double()
+    close(K.nt_triton(x, w, idx), K.gather_matmul_nt_ref(xd, wd, idx), dtype)
+    close(K.nt_triton(strided(x), strided(w), idx, bias=bias), K.gather_matmul_nt_ref(xd, wd, idx, bias=bd), dtype)
+    old = randn(T, N, dtype=dtype, seed=2)
+    for b, out in ((None, old.clone()), (bias, strided(old))):
+        want = K.gather_matmul_nt_ref(xd, wd, idx, old.double(), None if b is None else bd)
+        for _ in range(2):  # it only writes: twice is once
+            got = K.nt_triton(strided(x), w, idx, out, b)
+        assert got is out
+        close(got, want, dtype)
+        rest = torch.ones(N, dtype=torch.bool, device=DEVICE).index_fill_(0, idx, False)
+        assert torch.equal(got[:, rest], old[:, rest])
+
+
+@on_kernels
+@dtypes
+@shapes
+@pytest.mark.parametrize("D", [40, 64])
+def test_gather_matmul_nn(T, C, D, dtype):
+    h, x, w, idx = randn(T, C, dtype=dtype), randn(T, N, dtype=dtype), randn(N, D, dtype=dtype, seed=1), channels(C)
+    compact, gathered = h.double() @ w.double()[idx], x.double()[:, idx] @ w.double()[idx]
+    out = strided(randn(T, D, dtype=dtype, seed=2))
+    close(K.nn_triton(h, w, idx), compact, dtype)
+    assert K.nn_triton(strided(h), strided(w), idx, out=out) is out
+    close(out, compact, dtype)
+    close(K.nn_triton(x, w, idx, gather=True), gathered, dtype)
+    close(K.nn_triton(strided(x), w, idx, gather=True, out=out), gathered, dtype)
+    close(K.gather_matmul_nn(strided(x), w, idx, gather=True, out=out), gathered, dtype)
+
+
+@on_kernels
+@dtypes
+@shapes
+def test_swiglu(T, C, dtype):
+    gu, dh = 3 * randn(T, 2 * C, dtype=dtype), randn(T, C, dtype=dtype, seed=1)
+    close(K.swiglu(strided(gu)), K.swiglu_ref(gu.double()), dtype)
+    want = K.swiglu_backward_ref(dh.double(), gu.double())
+    close(K.swiglu_backward(strided(dh), strided(gu)), want, dtype)
+    assert K.swiglu_backward(dh, gu, out=gu) is gu
+    close(gu, want, dtype)
+
+
+@on_kernels
+@dtypes
+@pytest.mark.parametrize("T", ROWS + (0, 1100))  # 1100 rows: three parts
+@pytest.mark.parametrize("r, I", [(8, 96), (9, 43), (17, 130)])
+def test_mlp_scores(T, r, I, dtype):
+    z, q = [randn(T, r, dtype=dtype, seed=s) for s in (0, 1)], [randn(r, I, dtype=dtype, seed=s) for s in (2, 3)]
+    got = K.mlp_scores(*z, *q)
+    assert got.dtype == torch.float32 and torch.equal(got, K.mlp_scores(*z, *q))
+    close(got, K.mlp_scores_ref(*(t.double() for t in z + q)).double(), torch.float32)
+
+
+@on_kernels
+@dtypes
+@pytest.mark.parametrize("T, holes", [(t, h) for t in ROWS + (0,) for h in (0, 5)])
+@pytest.mark.parametrize("n_rot, n_heads, hd", [(3, 4, 8), (10, 12, 20), (0, 2, 16), (2, 2, 16)])
+def test_rope(T, holes, n_rot, n_heads, hd, dtype):
+    qkv, angle = randn(T, n_heads * hd, dtype=dtype), randn(T, hd // 2, dtype=torch.float32, seed=1)
+    rows, cos, sin = channels(T, T + holes), angle.cos(), angle.sin()
+    rope = (cos, sin, rows, n_rot, hd)
+    exact = (cos.double(), sin.double(), rows, n_rot, hd)
+    got = K.rope_scatter(strided(qkv), *rope, T + holes)
+    close(got, K.rope_scatter_ref(qkv.double(), *exact, T + holes), dtype)
+    dgrid = randn(T + holes, n_heads * hd, dtype=dtype, seed=2)
+    close(K.rope_gather_backward(strided(dgrid), *rope), K.rope_gather_backward_ref(dgrid.double(), *exact), dtype)
+
+
+def test_in_the_interpreter():
+    """Runs the tests above on the CPU; TRITON_INTERPRET counts at import, hence the subprocess."""
+    if K.INTERPRET or K.triton is None:
+        pytest.skip("this is the interpreter" if K.INTERPRET else "no triton")
+    env = dict(os.environ, TRITON_INTERPRET="1", OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
+    run = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "not compile"],
+                         env=env, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-2000:]
+    assert int(re.search(r"(\d+) passed", run.stdout)[1]) > 100, run.stdout
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the references themselves: the CPU path, in fp64, against autograd and plain indexing
+
+def test_references_agree_with_plain_formulas():
+    T, D, C, f64 = 7, 24, 32, torch.float64
+    x, w, idx, bias = randn(T, D, dtype=f64), randn(N, D, dtype=f64), channels(C), randn(N, dtype=f64)
+    full = x @ w.T + bias
+    close(K.gather_matmul_nt(x, w, idx, bias=bias), full[:, idx], f64)
+    out = K.gather_matmul_nt(x, w, idx, torch.zeros_like(full), bias)
+    want = torch.zeros_like(full)
+    want[:, idx] = full[:, idx]
+    close(out, want, f64)
+    y = randn(T, N, dtype=f64)
+    close(K.gather_matmul_nn(y, w, idx, gather=True, out=torch.zeros_like(x)), y[:, idx] @ w[idx], f64)
+    close(K.gather_matmul_nn(y[:, :C], w, idx), y[:, :C] @ w[idx], f64)
+
+
+def test_backward_references_are_the_gradients():
+    C, hd, n_rot, f64 = 32, 8, 3, torch.float64
+    gu, dh = randn(9, 2 * C, dtype=f64).requires_grad_(), randn(9, C, dtype=f64)
+    (torch.nn.functional.silu(gu[:, :C]) * gu[:, C:] * dh).sum().backward()
+    close(K.swiglu(gu.detach()), torch.nn.functional.silu(gu[:, :C]).detach() * gu[:, C:].detach(), f64)
+    close(K.swiglu_backward(dh, gu.detach()), gu.grad, f64)
+    close(K.swiglu_backward(dh, mine := gu.detach().clone(), out=mine), gu.grad, f64)
+
+    qkv, angle, rows = randn(9, 4 * hd, dtype=f64).requires_grad_(), randn(9, hd // 2, dtype=f64), channels(9, 14)
+    x = qkv.view(9, 4, hd)
+    half = torch.cat([-x[..., hd // 2:], x[..., :hd // 2]], -1)  # Hugging Face's rotate_half
+    cos, sin = (torch.cat([f(angle)] * 2, 1)[:, None] for f in (torch.cos, torch.sin))
+    rotated = torch.cat([(x * cos + half * sin)[:, :n_rot], x[:, n_rot:]], 1).view(9, -1)
+    grid = torch.zeros(14, 4 * hd, dtype=f64, device=DEVICE).index_copy(0, rows, rotated)
+    dgrid = randn(14, 4 * hd, dtype=f64, seed=1)
+    (grid * dgrid).sum().backward()
+    close(K.rope_scatter(qkv.detach(), angle.cos(), angle.sin(), rows, n_rot, hd, 14), grid.detach(), f64)
+    close(K.rope_gather_backward(dgrid, angle.cos(), angle.sin(), rows, n_rot, hd), qkv.grad, f64)
+
+
+def test_mlp_scores_reference():
+    z, q = [randn(300, 9, dtype=torch.float64, seed=s) for s in (0, 1)], [randn(9, 1111, dtype=torch.float64, seed=s) for s in (2, 3)]
+    want = (torch.nn.functional.silu(z[0] @ q[0]) * (z[1] @ q[1])).square().sum(0)
+    close(K.mlp_scores(*z, *q).double(), want, torch.float32)
+    close(K.mlp_scores(*(t.float() for t in z + q)).double(), want, torch.float32)
+
+
+def test_imports_without_triton():
+    code = ("import sys; sys.modules['triton'] = None; import torch, kernels as K; x = torch.ones(2, 4); assert not K.INTERPRET;"
+            "print(K.gather_matmul_nt(x, torch.ones(3, 4), torch.tensor([1])).tolist())")
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=os.path.dirname(K.__file__),
+                         env=dict(os.environ, TRITON_INTERPRET="1"))
+    assert run.stdout == "[[4.0], [4.0]]\n", run.stderr
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# compile every configuration, no GPU needed
+
+LIMITS = {80: 163 * 1024, 90: 227 * 1024}  # bytes of shared memory a program may have
+
+
+def compile_kernel(arch, kernel, pointers, ints, odd, constants, stages=3, warps=4):
+    """Compile as a launch would with aligned pointers and ints divisible by 16 (but those named in `odd`); -> what came out."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    types = {**{k: "*" + v for k, v in pointers.items()}, **dict.fromkeys(ints, "i32"), **dict.fromkeys(constants, "constexpr")}
+    attrs = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if name not in [*constants, *odd]}
+    source = ASTSource(kernel, {name: types[name] for name in kernel.arg_names}, constants, attrs)
+    out = K.triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(num_stages=stages, num_warps=warps))
+    ptx, tool = out.asm["ptx"], os.path.join(os.path.dirname(K.triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(out.asm["cubin"])
+        cubin.flush()
+        usage = subprocess.run([tool, "--dump-resource-usage", cubin.name], capture_output=True, text=True, check=True).stdout
+    registers, stack, local = (int(re.search(rf"{word}:(\d+)", usage)[1]) for word in ("REG", "STACK", "LOCAL"))
+    return dict(arch=arch, kernel=kernel.__name__, **{k: v for k, v in constants.items()}, stages=stages, warps=warps,
+                mma=ptx.count("mma.sync"), wgmma=ptx.count("wgmma.mma_async"), async16=len(re.findall(r"cp\.async\.cg.*0x10", ptx)),
+                shared=out.metadata.shared, registers=registers, spilled=stack + local)
+
+
+def compile_matmuls(arch, dtype, D):
+    strides, precision = ["x_stride", "w_stride", "y_stride"], "tf32" if dtype == "fp32" else "ieee"
+    for tuner, modes in ((K.nt_kernel, ("compact", "scatter")), (K.nn_kernel, ("compact", "gather"))):
+        for mode in modes:
+            for config in K.fitting(tuner.configs, dict(MODE=mode)):
+                nt = tuner is K.nt_kernel
+                pointers = dict(x=dtype, w=dtype, idx="i64", y=dtype, **dict(bias=dtype) if nt else {})
+                constants = dict(D=D, MODE=mode, PRECISION=precision, **dict(BIAS=mode == "scatter") if nt else {}, **config.kwargs)
+                yield compile_kernel(arch, tuner.fn, pointers, ["T", "C", "T_BUCKET", "C_BUCKET", *strides],
+                                     ["T", "T_BUCKET", "C_BUCKET"], constants, config.num_stages, config.num_warps)
+
+
+def compile_others(arch, dtype):
+    for block in (16, 256, 1024):
+        yield compile_kernel(arch, K.swiglu_kernel, dict(gu=dtype, h=dtype), ["C", "gu_stride", "h_stride"], [], dict(BLOCK=block))
+        yield compile_kernel(arch, K.swiglu_backward_kernel, dict(dh=dtype, gu=dtype, dgu=dtype),
+                             ["C", "dh_stride", "gu_stride", "dgu_stride"], [], dict(BLOCK=block))
+    scores = dict(ROWS=512, R=16, PRECISION="ieee", BLOCK_T=64, BLOCK_I=64)
+    yield compile_kernel(arch, K.mlp_scores_kernel, dict(zg=dtype, zu=dtype, qg=dtype, qu=dtype, part="fp32"), ["T", "I", "r"],
+                         ["T", "r"], scores)
+    for half in (32, 64):
+        for scatter in (True, False):
+            yield compile_kernel(arch, K.rope_kernel, dict(src=dtype, dst=dtype, cos="fp32", sin="fp32", rows="i64"),
+                                 ["n_rot", "n_heads", "src_stride", "dst_stride"], ["n_rot", "n_heads"],
+                                 dict(HALF=half, SCATTER=scatter, BLOCK_H=8, BLOCK_D=half))
+
+
+def compiled(tmp_path, *args):
+    if K.triton is None:
+        pytest.skip("no triton")
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
+    run = subprocess.run([sys.executable, "-m", "tools.test_kernels", *map(str, args)], capture_output=True, text=True, env=env,
+                         cwd=os.path.dirname(K.__file__))
+    assert run.returncode == 0, run.stderr[-3000:]
+    return [json.loads(line) for line in run.stdout.splitlines()]
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("dtype, D", [("bf16", 4096), *(pytest.param(*p, marks=pytest.mark.slow) for p in
+                                                        [("fp16", 4096), ("bf16", 576), ("fp32", 4096)])])
+def test_matmuls_compile(arch, dtype, D, tmp_path):
+    """Tensor cores, 16-byte asynchronous copies into at least two tiles, memory within the chip's, nothing spilled."""
+    for r in (results := compiled(tmp_path, "matmuls", arch, dtype, D)):
+        assert r["wgmma" if arch == 90 else "mma"] > 0, r
+        assert r["async16"] > 0, r
+        if dtype != "fp32":  # TF32, for which the larger tiles do not fit: autotuning drops those by itself
+            assert r["shared"] <= LIMITS[arch] and r["spilled"] == 0, r
+        if r["MODE"] != "gather":  # a gathered x goes through registers
+            assert r["shared"] >= 2 * (r["BLOCK_M"] + r["BLOCK_N"]) * r["BLOCK_K"] * 2, r
+    assert len(results) == 23
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_others_compile(arch, tmp_path):
+    for dtype in ("bf16", "fp32"):
+        for r in compiled(tmp_path, "others", arch, dtype):
+            assert r["spilled"] == 0 and r["shared"] <= LIMITS[arch], r
+            assert r["kernel"] != "mlp_scores_kernel" or dtype == "fp32" or r["mma"] + r["wgmma"] > 0, r
+
+
+if __name__ == "__main__":  # python -m tools.test_kernels matmuls 90 bf16 4096: one JSON line a configuration
+    what, arch, dtype, *D = sys.argv[1:]
+    results = compile_matmuls(int(arch), dtype, int(D[0])) if what == "matmuls" else compile_others(int(arch), dtype)
+    for result in results:
+        print(json.dumps(result), flush=True)
