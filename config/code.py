@@ -2,7 +2,6 @@
 
 model = "NousResearch/Meta-Llama-3.1-8B"
 dataset = "code"
-val_dataset = "data/code/val.jsonl"
 prompt_format = "alpaca"
 out_dir = "out/code"
 device = "cuda"

@@ -2,7 +2,6 @@
 
 model = "NousResearch/Meta-Llama-3-8B-Instruct"  # the published code's; its table says LLaMA-3-8B
 dataset = "commonsense"
-val_dataset = "data/commonsense/val.jsonl"
 prompt_format = "alpaca"
 out_dir = "out/commonsense"
 device = "cuda"

@@ -3,7 +3,6 @@
 
 model = "NousResearch/Meta-Llama-3.1-8B"
 dataset = "instruct"
-val_dataset = "data/instruct/val.jsonl"
 prompt_format = "alpaca"
 out_dir = "out/instruct"
 device = "cuda"

@@ -3,7 +3,6 @@
 
 model = "NousResearch/Meta-Llama-3-8B-Instruct"  # an ungated mirror
 dataset = "math"
-val_dataset = "data/math/val.jsonl"
 prompt_format = "alpaca"  # LLM-Adapters' template, which the published runs use for every model
 out_dir = "out/math"
 device = "cuda"

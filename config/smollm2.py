@@ -3,7 +3,6 @@
 
 model = "HuggingFaceTB/SmolLM2-135M-Instruct"  # 30 blocks, 9 query / 3 key-value heads, tied head
 dataset = "gsm8k"
-val_dataset = "data/gsm8k/val.jsonl"
 prompt_format = "chatml"  # the model's own
 out_dir = "out/smollm2"
 device = "cpu"

@@ -3,7 +3,6 @@
 
 model = "data/tiny/base"
 dataset = "tiny"
-val_dataset = "data/tiny/val.jsonl"
 prompt_format = "plain"
 out_dir = "out/tiny"
 device = "cpu"

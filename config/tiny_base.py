@@ -3,8 +3,7 @@
 # Another architecture: copy data/tiny/untrained, edit its config.json, and give --model=COPY --out_dir=...
 
 model = "data/tiny/untrained"  # a config.json, a tokenizer and no weights: starts from random ones
-dataset = "data/tiny/base_train.jsonl"
-val_dataset = "data/tiny/base_val.jsonl"
+dataset = "tiny_base"
 prompt_format = "plain"
 prompt_weight = 0.3  # the words of a problem are worth learning too, its worked answer more
 out_dir = "out/tiny_base"

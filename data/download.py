@@ -17,8 +17,8 @@ from config import UserError
 
 
 def records(names, fields, source=None, url=None, repo=None, sha256=None, optional=False):
-    """The records of one original file. `names`: what it may be called, the published name first; `fields`: the
-    texts that each record needs.
+    """The records of one original file. `names`: what it may be called, the published name first; `fields`:
+    the texts that each record needs.
 
     With `source` it is read from that folder, under any of its names; else it comes from `url` over HTTPS, or
     from the data set `repo` on the Hugging Face hub. `optional`: when `source` lacks it, that is a note and
@@ -142,6 +142,11 @@ def write(prepare_file, name, rows):
         os.fsync(f.fileno())
     os.replace(f.name, path)
     print(f"wrote {os.path.relpath(path)}: {len(rows):,} examples")
+
+
+def write_all(prepare_file, parts):
+    for name, rows in parts.items():
+        write(prepare_file, name, rows)
 
 
 def run(main):

@@ -235,14 +235,16 @@ def tiny(tmp_path_factory):
 def generated(tiny):
     module, folder = tiny
     module.main()
-    return {path.stem: read(path) for path in folder.glob("*.jsonl")}
+    base = {f"base_{name}": rows for name, rows in module.base_splits().items()}
+    lookup = {f"lookup_{name}": rows for name, rows in module.lookup_splits().items()}
+    return base | lookup | {path.stem: read(path) for path in folder.glob("*.jsonl")}
 
 
 def test_generator_is_deterministic(tiny, generated):
     """Pinned: the shipped weights, and every result that names this data, rest on exactly these examples."""
     _, folder = tiny
-    digest = {path.stem: hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in folder.glob("*.jsonl")}
-    assert digest == PINNED
+    lines = {name: "".join(json.dumps(row) + "\n" for row in rows) for name, rows in generated.items()}
+    assert {name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in lines.items()} == PINNED
     for base in ("base", "untrained"):
         for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
             with open(os.path.join(ROOT, "data", "tiny", base, name)) as f:

@@ -34,8 +34,7 @@ def main(source=None):
         originals = download.records(names, fields, source, f"{URL}{part}.jsonl", sha256=SHA256[part])
         rows[part] = [example(row) for row in originals]
     train, val = download.split(rows["train"], 500, [rows["test"]])
-    for name, part in (("train", train), ("val", val), ("test", rows["test"])):
-        download.write(__file__, name, part)
+    download.write_all(__file__, {"train": train, "val": val, "test": rows["test"]})
 
 
 if __name__ == "__main__":

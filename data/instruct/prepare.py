@@ -38,8 +38,7 @@ def main(source=None):
     n_held_out = min(N_HELD_OUT, len(rows) // 10)
     train, held_out = rows[:len(rows) - n_held_out], rows[len(rows) - n_held_out:]
     n_test = n_held_out // 3
-    for name, part in (("train", train), ("val", held_out[n_test:]), ("test", held_out[:n_test])):
-        download.write(__file__, name, part)
+    download.write_all(__file__, {"train": train, "val": held_out[n_test:], "test": held_out[:n_test]})
 
 
 if __name__ == "__main__":

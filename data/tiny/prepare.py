@@ -2,25 +2,25 @@
 
     python data/tiny/prepare.py        # a few seconds, no download
 
-Two families of problems share their words but not their questions:
+Three data sets that share their words but not their questions:
 
-    base    what config/tiny_base.py pretrains on: stories of gains and losses (50 %), bare arithmetic
-            (32 %), and stories of the new kinds with no question (18 %), so that their words are known
-            and their problems are not
-    new     what config/tiny.py fine-tunes on: groups, times as many, together, price and change, rate
-            over days. The base answers next to none of them.
+    tiny_base    what config/tiny_base.py pretrains on: stories of gains and losses (50 %), bare arithmetic
+                 (32 %), and stories of the new kinds with no question (18 %), so that their words are known
+                 and their problems are not
+    tiny         what config/tiny.py fine-tunes on: groups, times as many, together, price and change, rate
+                 over days. The base answers next to none of them.
+    tiny_lookup  for evidence that does not rest on arithmetic: facts to look up, words to put in order
 
-and a third, for evidence that does not rest on arithmetic: `lookup` (facts stated in the context, words put
-in order). An example is {"prompt", "response", "answer"}; the steps are worked, the answer follows "####":
+An example is {"prompt", "response", "answer"}; the steps are worked, the answer follows "####":
 
     Question: Eva has 3 jars with 4 shells in each. Eva buys 5 more. How many shells does Eva have now?
     Answer: 3 * 4 = 12. 12 + 5 = 17.
     #### 17
 
-Files: {train,val,test}.jsonl (new), base_{train,val,test}.jsonl, lookup_{train,val,test}.jsonl; no prompt is
-in two splits of one family. In base/ and untrained/: config.json, generation_config.json, tokenizer.json
-and tokenizer_config.json (committed, and written only where missing, for the weights in base/ know one
-tokenizer; untrained/ is the same without weights, where config/tiny_base.py starts).
+Each gets train.jsonl, val.jsonl and test.jsonl in its own folder of data/; no prompt is in two of them. base/
+and untrained/ get config.json, generation_config.json, tokenizer.json and tokenizer_config.json (committed, and
+written only where missing, for the weights in base/ know one tokenizer; untrained/ is the same without
+weights, where config/tiny_base.py starts).
 
 Numbers stay small (products to 54, one change of at most 12): with wide ranges and large batches a base of
 this size answered 22 % of its own problems.
@@ -325,17 +325,24 @@ def write_base(folder):
         save_bpe(folder, merges, PATTERN, [END_OF_TEXT])
 
 
+def new_splits():
+    return splits(draw_new, {"test": 400, "val": 400, "train": 4000}, seed=1)
+
+
+def lookup_splits():
+    return splits(draw_lookup, {"test": 400, "val": 400, "train": 4000}, seed=2)
+
+
+def base_splits():
+    """2,100 steps of 32 see each example once; bare sums recur, for there are not so many of them."""
+    drawn = splits(draw_base, {"test": 500, "val": 400, "train": 67200}, seed=3, repeats=True)
+    drawn["test"] = [row for row in drawn["test"] if row["response"]]  # stories have no answer to test
+    return drawn
+
+
 def main(source=None):
     """`source` is ignored: all of it is generated."""
-    families = {
-        "": splits(draw_new, {"test": 400, "val": 400, "train": 4000}, seed=1),
-        "lookup_": splits(draw_lookup, {"test": 400, "val": 400, "train": 4000}, seed=2),
-        # 2,100 steps of 32 see each example once; bare sums recur, for there are not so many of them
-        "base_": splits(draw_base, {"test": 500, "val": 400, "train": 67200}, seed=3, repeats=True)}
-    families["base_"]["test"] = [row for row in families["base_"]["test"] if row["response"]]  # no stories
-    for family, parts in families.items():
-        for name, rows in parts.items():
-            download.write(__file__, family + name, rows)
+    download.write_all(__file__, new_splits())
     for folder in ("base", "untrained"):
         write_base(os.path.join(HERE, folder))
 
