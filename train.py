@@ -11,10 +11,14 @@ first forward and the optimizer's step: metrics are read when the next step has 
 """
 import json
 import math
+import os
+import shlex
 import shutil
 import signal
 import sys
 import time
+import traceback
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -154,7 +158,7 @@ class Interrupted(Exception):
 
 
 def look(run):
-    if run.stop:
+    if dist.add(len(run.stop))[0]:
         raise Interrupted
 
 
@@ -181,7 +185,7 @@ def accuracy(run, split, n):
     mine = examples[dist.rank()::dist.world()]
     prompts = [data.prompt_ids(e, run.tokenizer, run.cfg.prompt_format) for e in mine]
     order, right = sorted(range(len(mine)), key=lambda i: len(prompts[i])), 0
-    for i in range(0, len(order), 128):
+    for i in range(0, -(-len(examples) // dist.world()), 128):
         look(run)
         some = order[i:i + 128]
         outs = run.model.generate([prompts[j] for j in some], run.cfg.max_new_tokens, stop=run.tokenizer.stop)
@@ -197,7 +201,9 @@ def selection(run, scale):
     its loss: a selection that fails shows here."""
     if not predictor.predictors(run.model):
         return {}
+    sum_energies(run)
     run.model.eval()
+    rng = run.model.selection_rng.get_state()  # looking must not change the training
     batch = data.collate(run.tokenized["val"][:run.cfg.micro_batch_size or run.cfg.batch_size], run.cfg.split).to(run.device)
     total = batch.weights.sum().item()
     with torch.no_grad():
@@ -209,6 +215,7 @@ def selection(run, scale):
         shares = [f"{k.split('.')[0]}:{v:.2f}" for k, v in held.items() if k.endswith(kind)]
         if shares:
             say(f"  true energy held by the kept {kind} channels, by block: " + " ".join(shares))
+    run.model.selection_rng.set_state(rng)
     say(f"  one validation batch: loss {dense:.4f} dense, {sparse:.4f} sparse ({sparse - dense:+.4f})")
     return dict(held=held, dense_loss=dense, sparse_loss=sparse)
 
@@ -230,7 +237,8 @@ def time_ratio(run, batches):
             seconds[scale] = time.perf_counter() - t
         ratios.append(seconds[1] / seconds[0])
     run.grad.zero_()
-    return sorted(ratios[1:])[len(ratios[1:]) // 2]  # the first warms up
+    ratios = sorted(ratios[1:] or ratios)  # the first warms up
+    return ratios[len(ratios) // 2]
 
 
 def synchronize(device):
@@ -243,36 +251,58 @@ def synchronize(device):
 def main(cfg, command="python train.py"):
     """One run, from its config to its adapter. Returns the summary that is also written to out_dir/result.json, a dict; None where a
     signal stopped the run or it was finished before. command: how to start this run again, for the message that says so."""
-    run = SimpleNamespace(cfg=cfg, stop=[], device=dist.setup(cfg), out=Path(cfg.out_dir), command=command)
+    run = SimpleNamespace(cfg=cfg, stop=[], device=dist.setup(cfg), out=Path(cfg.out_dir), command=command, fresh=False)
     torch.manual_seed(cfg.seed)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
+    run.lock = state.claim(run.out, cfg.resume) if dist.rank() == 0 else None
     run.folder = resolve(cfg.model)
     run.tokenizer = data.tokenizer.load(run.folder)
     load_data(run)
     run.model = model = load_model(cfg, run.folder, run.device, run.tokenizer)
     run.flat, run.grad, matrices = flatten([p for p in model.parameters() if p.requires_grad])
+    dist.broadcast(run.flat)
     run.optimizer = make_optimizer(cfg, run.flat, run.grad, matrices)
     lengths = [len(t.tokens) for t in run.tokenized["train"]]
     per_epoch = len(data.batches(lengths, cfg.batch_size, cfg.seed, 0))
     run.max_steps = cfg.max_steps or math.ceil(cfg.epochs * per_epoch)
-    run.lock = state.lock(run.out)
-    run.info = dict(step=0, seconds=0.0, tokens=0, flops=0, dense_flops=0, best_val=None, before=None, finished=False)
+    run.info = dict(step=0, evaluated=0, skipped=0, seconds=0.0, tokens=0, flops=0, dense_flops=0, best_val=None, before=None, finished=False)
+    say_plan(run)
+    if dist.rank() == 0 and not run.lock:
+        run.lock = state.lock(run.out)
     resume(run)
     if run.info["finished"]:
-        return say(f"{run.out} is finished: its adapter lies there; another run needs another --out_dir")
-    say_plan(run)
-    for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(s, lambda signum, frame: run.stop.append(signum))
+        return say(f"{run.out} is finished: its {'adapter' if cfg.lora_r else 'checkpoint'} lies there; another run needs another --out_dir")
+    with signals(run.stop):
+        try:
+            if run.info["before"] is None and cfg.test_examples:
+                run.info["before"], n = accuracy(run, "test", cfg.test_examples)
+                say(f"before training: {run.info['before']:.1%} of {n} test problems right" if n else "no test example has an answer")
+            loop(run, lengths, per_epoch)
+            return finish(run, lengths)
+        except Interrupted:
+            name = signal.Signals(run.stop[0]).name if run.stop else "a signal to another rank"
+            kept = "" if save(run) else " (which could not be saved: the last saved step counts)"
+            say(f"stopped by {name} after step {run.info['step']} of {run.max_steps}{kept}; go on with:\n  {command} --resume=True")
+
+
+@contextmanager
+def signals(stop):
+    """SIGINT, SIGTERM and SIGUSR1 are put in the list stop, which the loop looks at between steps. A second Ctrl-C quits at once (not under
+    torchrun, which passes on a Ctrl-C that the terminal has sent already)."""
+    def handler(signum, frame):
+        if signum == signal.SIGINT and signum in stop and dist.world() == 1:
+            os._exit(130)
+        if not stop:
+            os.write(2, b"stopping after this step" + b" (Ctrl-C again: at once)" * (signum == signal.SIGINT) + b"\n")
+        stop.append(signum)
+
+    before = [(s, signal.signal(s, handler)) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
     try:
-        if run.info["before"] is None and cfg.test_examples:
-            run.info["before"], n = accuracy(run, "test", cfg.test_examples)
-            say(f"before training: {run.info['before']:.1%} of {n} test problems right" if n else "no test example has an answer")
-        loop(run, lengths, per_epoch)
-        return finish(run, lengths)
-    except Interrupted:
-        save(run)
-        say(f"stopped by signal {run.stop[0]} after step {run.info['step']} of {run.max_steps}; go on with:\n  {command} --resume=True")
+        yield
+    finally:
+        for s, old in before:
+            signal.signal(s, old)
 
 
 def loop(run, lengths, per_epoch):
@@ -282,6 +312,9 @@ def loop(run, lengths, per_epoch):
     sparsifiable = bool(predictor.predictors(model))
     while info["step"] < run.max_steps:
         step = info["step"]
+        if evaluation_due(run):
+            evaluate(run, log)
+            info["evaluated"] = step
         epoch, i = divmod(step, per_epoch)
         if order is None or i == 0:
             order = data.batches(lengths, cfg.batch_size, cfg.seed, epoch)  # lists of example numbers
@@ -297,6 +330,7 @@ def loop(run, lengths, per_epoch):
             predictor.forget(model)  # and measure anew in one dense step
             scale = 0.0
         dense_before = scale == 0
+        run.fresh |= dense_before
         start = time.perf_counter()
         model.train()
         model.set_sparsity(scale)
@@ -308,39 +342,52 @@ def loop(run, lengths, per_epoch):
         metrics = update(run, lr)
 
         report(run, log, pending)  # the step before: waiting for it does not hold this one up
-        dense, sparse = (sum(f) for f in zip(*map(model.flops, micro)))
-        seconds, tokens = time.perf_counter() - start, sum(len(b.tokens) for b in micro)
+        flops = [model.flops(b) for b in micro]  # dense, sparse
+        seconds = time.perf_counter() - start
+        tokens, dense, sparse = sum(len(b.tokens) for b in micro), sum(f for f, _ in flops), sum(f for _, f in flops)
+        stop, tokens, dense, sparse = dist.add(len(run.stop), tokens, dense, sparse)
         pending = (metrics, batch, dict(step=step, lr=lr, scale=scale, seconds=seconds, tokens=tokens, dense_flops=dense, flops=sparse))
         info["step"] += 1
         for key in ("seconds", "tokens", "dense_flops", "flops"):
             info[key] += pending[2][key]
 
-        evaluate_now = cfg.eval_interval and info["step"] % cfg.eval_interval == 0 and info["step"] < run.max_steps
         save_now = cfg.save_interval and info["step"] % cfg.save_interval == 0
-        if evaluate_now or save_now or run.stop or info["step"] == run.max_steps:
+        if evaluation_due(run) or save_now or stop or info["step"] == run.max_steps:
             report(run, log, pending)
             pending = None
-        if run.stop:
+        if stop:
             raise Interrupted
-        if evaluate_now:
-            evaluate(run, log)
         if save_now:
             save(run)
+
+
+def evaluation_due(run):
+    """At every eval_interval-th step, but for the last, which finish() evaluates; and after a resume, if it was not done before."""
+    step, every = run.info["step"], run.cfg.eval_interval
+    return every and 0 < step < run.max_steps and step % every == 0 and run.info["evaluated"] != step
 
 
 def start_sparse(run, micro, scale):
     """The dense-to-sparse switch: `measured` fixes its channels, after one forward pass if no dense step came before."""
     if run.cfg.predictor == "measured":
-        if not any(p.fresh or p.fixed for _, p in predictor.predictors(run.model)):
+        if run.info["step"] == 0:
             run.model.train()
             run.model.set_sparsity(0)
+            run.fresh = True
             with torch.no_grad():
                 for b in micro:
                     run.model.loss(b)
-        for e in predictor.energies(run.model).values():
-            dist.all_reduce(e)  # so that all ranks keep the same channels
     say(f"sparse from step {run.info['step']} on")
     selection(run, scale)
+
+
+def sum_energies(run):
+    """`measured`: adds up what the ranks have measured since channels were last fixed, so that all keep the same from now on."""
+    for _, p in predictor.predictors(run.model):
+        if run.fresh and p.energies is not None:
+            dist.all_reduce(p.energies)
+            p.fresh = True
+    run.fresh = False
 
 
 def report(run, log, pending):
@@ -349,9 +396,9 @@ def report(run, log, pending):
         return
     metrics, batch, m = pending
     m["loss"], m["grad_norm"], skipped = metrics.tolist()
-    if log:
-        log.write(json.dumps(m) + "\n")
+    record(log, m)
     if skipped:
+        run.info["skipped"] += 1
         say(f"step {m['step']}: loss {m['loss']} or gradient norm {m['grad_norm']} is not finite; the step is skipped")
         if skipped >= 3:
             write_text(run.out / "bad_batch.jsonl", "".join(json.dumps(run.tokenizer.decode(run.tokenized["train"][j].tokens)) + "\n" for j in batch))
@@ -368,6 +415,15 @@ def report(run, log, pending):
             f"{1 - m['flops'] / m['dense_flops']:.0%} FLOPs saved{gpu} | {clock(left)} left")
 
 
+def record(log, m):
+    """One line of metrics.jsonl. A full disk does not end a training. (JSON has no NaN.)"""
+    try:
+        if log:
+            log.write(json.dumps({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in m.items()}) + "\n")
+    except OSError as e:
+        say(f"warning: metrics.jsonl could not be written ({e.strerror})")
+
+
 def clock(seconds):
     return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}" if seconds >= 3600 else f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
@@ -381,8 +437,7 @@ def evaluate(run, log):
     say(f"step {info['step']}: validation loss {loss:.4f}" + (f", {right:.1%} of {answered} answers right" if answered else ""))
     scale = sparsity(run.cfg, info["step"] - 1, run.max_steps)
     seen = selection(run, scale) if scale else {}
-    if log:
-        log.write(json.dumps(dict(step=info["step"], val_loss=loss, val_accuracy=right, **seen)) + "\n")
+    record(log, dict(step=info["step"], val_loss=loss, val_accuracy=right, **seen))
     return loss, right
 
 
@@ -414,45 +469,79 @@ def optimizer_tensors(run):
 
 
 def run_tensors(run):
-    """{name: tensor} of all that a run is made of: weights, moments, measured energies and random number generators."""
-    out = {**optimizer_tensors(run), "skipped": run.optimizer.skipped, "rng.cpu": torch.get_rng_state(), "rng.select": run.model.selection_rng.get_state()}
-    if run.device.type == "cuda":
-        out["rng.cuda"] = torch.cuda.get_rng_state()
-    return {**out, **{"energies." + k: v for k, v in predictor.energies(run.model).items()}}
+    """{name: tensor} of all that a run is made of but its random number generators: weights, moments, measured energies."""
+    energies = {"energies." + k: v for k, v in predictor.energies(run.model).items()}
+    return {**optimizer_tensors(run), "skipped": run.optimizer.skipped, **energies}
+
+
+def identity(run):
+    """What a state and a run have to agree on: the options, and the contents of what `model` and `dataset` name."""
+    return {"config": asdict(run.cfg), "prints": {"model": state.fingerprint(run.folder), "dataset": state.digest(run.tokenized["train"])}}
 
 
 def save(run):
-    if dist.rank() == 0:
-        state.save(run.out, run_tensors(run), {**run.info, "config": asdict(run.cfg)})
+    """Called by all ranks, written by one. False, and said so, where it could not be: the last good state stays."""
+    tensors = run_tensors(run)
+    if run.fresh:  # each rank has measured its own share
+        tensors.update({k: dist.all_reduce(t.clone()) for k, t in tensors.items() if k.startswith("energies.")})
+    rng = {"cpu": [torch.get_rng_state()], "select": dist.gather(run.model.selection_rng.get_state())}
+    if run.device.type == "cuda":
+        rng["cuda"] = [torch.cuda.get_rng_state()]
+    try:
+        if dist.rank() == 0:
+            state.save(run.out, tensors, {**run.info, **identity(run), "rng": {k: [bytes(t.tolist()).hex() for t in v] for k, v in rng.items()}})
+        return True
+    except OSError as e:
+        say(f"warning: the state after step {run.info['step']} could not be saved ({e.strerror}): the last good one stays, the run goes on")
+        return False
 
 
 def resume(run):
     """Goes on from out_dir's newest good state where cfg.resume asks for it and there is one; metrics of later steps are dropped."""
-    found = state.load(run.out) if run.cfg.resume else None
+    tensors, info = state.load(run.out, identity(run)) if run.cfg.resume and dist.rank() == 0 else (None, None)
+    info = dist.share(info)
     metrics = run.out / "metrics.jsonl"
-    if found is None:
-        if not run.cfg.resume and (run.out / "state").exists():
-            raise UserError(f"out_dir = {run.out} holds another run: go on with it with --resume=True, or choose another --out_dir")
-        return write_text(metrics, "")
-    tensors, info = found
+    if info is None:
+        if dist.rank() == 0:
+            write_text(metrics, "")
+        return
     run.info.update({k: info[k] for k in run.info})
-    for name, t in run_tensors(run).items():
-        if not name.startswith("rng."):
-            t.copy_(tensors[name])
-    predictor.load_energies(run.model, {k.removeprefix("energies."): v for k, v in tensors.items() if k.startswith("energies.")})
-    torch.set_rng_state(tensors["rng.cpu"])
-    run.model.selection_rng.set_state(tensors["rng.select"])
-    if "rng.cuda" in tensors and run.device.type == "cuda":
-        torch.cuda.set_rng_state(tensors["rng.cuda"])
-    lines = metrics.read_text().splitlines(True) if metrics.exists() else []
-    write_text(metrics, "".join(l for l in lines if json.loads(l)["step"] < run.info["step"]))
+    ours = run_tensors(run)
+    if tensors and {k: t.shape for k, t in tensors.items()} != {k: t.shape for k, t in ours.items()}:
+        raise UserError(f"the state in {run.out} is of a model of other sizes or other trained parts: choose another --out_dir")
+    for name, t in ours.items():
+        dist.broadcast(t.copy_(tensors[name]) if tensors else t)
+        if name.startswith("energies.") and dist.rank():
+            t.zero_()  # rank 0 holds the sum over all ranks
+    run.fresh = True
+    rng = {k: [torch.tensor(list(bytes.fromhex(s)), dtype=torch.uint8) for s in v] for k, v in info["rng"].items()}
+    torch.set_rng_state(rng["cpu"][0])
+    if dist.rank() < len(rng["select"]) and len(rng["select"][0]) == len(run.model.selection_rng.get_state()):
+        run.model.selection_rng.set_state(rng["select"][dist.rank()])
+    else:  # on more ranks than before, or on another kind of device
+        run.model.selection_rng.manual_seed(run.cfg.seed + dist.rank() + 1000 * info["step"])
+    if "cuda" in rng and run.device.type == "cuda":
+        torch.cuda.set_rng_state(rng["cuda"][0])
+    if dist.rank() == 0:
+        write_text(metrics, "".join(l for l in read_lines(metrics) if kept(json.loads(l), info)))
     say(f"resumed after step {run.info['step']} of {run.max_steps}")
+
+
+def read_lines(path):
+    """The whole lines of metrics.jsonl: a killed process may have left a torn one."""
+    lines = path.read_text(encoding="utf-8").splitlines(True) if path.exists() else []
+    return [l for l in lines if l.startswith("{") and l.endswith("}\n")]
+
+
+def kept(m, info):
+    """Whether this line of metrics.jsonl is of what the state knows of; what comes later is done again."""
+    return m["step"] <= info["evaluated"] if "val_loss" in m else m["step"] < info["step"]
 
 
 def finish(run, lengths):
     """The last evaluation, the adapter (or the whole checkpoint), and the summary."""
     cfg, info, out = run.cfg, run.info, run.out
-    result = {k: info[k] for k in ("seconds", "tokens", "flops", "dense_flops", "before")}
+    result = {k: info[k] for k in ("seconds", "tokens", "flops", "dense_flops", "before", "skipped")}
     if dist.rank() == 0:
         if cfg.lora_r:
             run.model.save_adapter(out, run.folder if Path(cfg.model).is_dir() else cfg.model)
@@ -486,19 +575,35 @@ def say_result(run, r):
     say(f"{'adapter' if run.cfg.lora_r else 'checkpoint'}       {run.out}")
 
 
-if __name__ == "__main__":
+def cli(argv):
+    """The command line. What goes wrong is one sentence, stderr's last line, and exit code 1."""
+    cfg, debug = None, "--debug=True" in argv
     try:
-        cfg = config.load(sys.argv[1:])
+        cfg = config.load(argv)
+        debug = cfg.debug
+        main(cfg, shlex.join([*dist.launcher().split(), "train.py"] + [a for a in argv if not a.startswith("--resume=")]))
+        dist.close()
     except UserError as e:
-        sys.exit(f"error: {e}")
-    try:
-        main(cfg, " ".join(["python train.py"] + [a for a in sys.argv[1:] if not a.startswith("--resume")]))
-    except UserError as e:
-        if cfg.debug:
-            raise
-        sys.exit(f"error: {e}")
+        reason = f"error: {e}"
     except torch.OutOfMemoryError as e:
-        if cfg.debug:
-            raise
-        sys.exit(f"error: out of memory on {cfg.device} with {cfg.micro_batch_size or cfg.batch_size} examples of up to {cfg.max_seq_len} tokens at once: lower "
-                 "micro_batch_size or max_seq_len, or set recompute=True")
+        reason = out_of_memory(cfg, e)
+    except OSError as e:
+        reason = f"error: {e.strerror}: {e.filename or cfg.out_dir}; the last saved state stays, go on from it with --resume=True"
+    except KeyboardInterrupt:
+        reason = "interrupted before the training began"
+    else:
+        return
+    if debug:
+        traceback.print_exc()
+    sys.stdout.flush()
+    print(reason, file=sys.stderr, flush=True)
+    os._exit(1) if dist.world() > 1 else sys.exit(1)  # with others in the group, do not wait for them
+
+
+def out_of_memory(cfg, e):
+    return (f"error: out of memory on {cfg.device} with {cfg.micro_batch_size} examples of up to {cfg.max_seq_len} tokens at once: lower micro_batch_size "
+            "or max_seq_len, or set recompute=True (the saved state stays, go on from it with --resume=True)")
+
+
+if __name__ == "__main__":
+    cli(sys.argv[1:])

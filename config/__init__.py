@@ -81,6 +81,7 @@ class Config:
     split: str = "output"  # dense tokens: output (those in the loss) | none | random | rectangle (ablations)
     recompute: bool = False  # keep only the input of each block: less memory, a third more time
     fsdp: bool = False  # under torchrun: shard the frozen weights over the GPUs
+    timeout: int = 600  # under torchrun: seconds that processes wait for one another
 
     def ratio_source(self):
         """"published for KEY" where both ratios are those of the `published` table, else "ours"."""
@@ -96,7 +97,7 @@ TARGETS = "q", "k", "v", "o", "gate", "up", "down"
 AT_LEAST = dict(max_seq_len=2, max_new_tokens=1, batch_size=1, predictor_rank=1, eval_examples=1, seed=0,
                 test_examples=0, threads=0, micro_batch_size=0, max_steps=0, epochs=0, eval_interval=0,
                 save_interval=0, log_interval=0, warmup_steps=0, weight_decay=0, grad_clip=0, lora_r=0,
-                predictor_refresh=0)
+                predictor_refresh=0, timeout=1)
 FRACTIONS = "val_fraction", "prompt_weight", "decay_start", "sparse_start", "sparse_ramp", "sparse_end"
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}
 RATIOS = "mlp_sparsity", "attn_sparsity"

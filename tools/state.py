@@ -15,6 +15,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import safetensors.torch
 
 from config import Config, UserError
@@ -30,11 +31,29 @@ class Damaged(Exception):
     """A state that is torn, truncated or changed: what is wrong with it."""
 
 
+def claim(out_dir, resume):
+    """Before anything is loaded: takes the lock of an out_dir that exists. None where it does not, and then nothing is written. UserError
+    when it is in use, or holds another run's work and resume is False."""
+    out = Path(out_dir)
+    if not out.exists():
+        return None
+    f = lock(out)
+    if not resume and numbers(out / "state"):
+        raise UserError(f"out_dir = {out} holds another run: go on with it with --resume=True, or choose another --out_dir")
+    odd = [p.name for p in out.glob("*.safetensors")]
+    if odd and not numbers(out / "state"):
+        raise UserError(f"out_dir = {out} holds weights that are not of a run of this program ({odd[0]}): choose another --out_dir")
+    return f
+
+
 def lock(out_dir):
     """Holds out_dir for this process until the file that is returned is closed, or the process ends, however it ends. UserError when
-    another process holds it."""
-    Path(out_dir).mkdir(parents=True, exist_ok=True)
-    f = open(Path(out_dir) / ".lock", "w")
+    another process holds it, or when nothing can be written there."""
+    try:
+        Path(out_dir).mkdir(parents=True, exist_ok=True)
+        f = open(Path(out_dir) / ".lock", "w")
+    except OSError as e:
+        raise UserError(f"out_dir = {out_dir} cannot be written to ({e.strerror}): choose another --out_dir") from None
     try:
         fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -93,18 +112,23 @@ def sealed(info, tensors):
 
 # ---- reading ---------------------------------------------------------------------------------------------------------------------
 
-def load(out_dir):
-    """-> (tensors, info) of the newest good state, None when there is no state. A damaged one is named on stderr and the one before it
-    taken; UserError when all are damaged."""
+def load(out_dir, identity):
+    """-> (tensors, info) of the newest good state, (None, None) when there is no state. A damaged one is named on stderr and the one before
+    it taken; UserError when all are damaged, or when it is of another run. identity: {"config": options, "prints": fingerprints}."""
     folder = Path(out_dir) / "state"
     for n in reversed(numbers(folder)):
         try:
-            return read(folder / f"{n:06d}")
+            tensors, info = read(folder / f"{n:06d}")
         except Damaged as e:
-            print(f"warning: {folder}/{n:06d} is damaged ({e}), trying the one before it", file=sys.stderr)
+            print(f"warning: {folder}/{n:06d} is damaged ({e}), trying the one before it", file=sys.stderr, flush=True)
+            continue
+        odd = differences(info, identity)
+        if odd:
+            raise UserError(f"the state in {folder} is of another run ({'; '.join(odd)}): set these back, or choose another --out_dir")
+        return tensors, info
     if numbers(folder):
         raise UserError(f"every state in {folder} is damaged: start again with another --out_dir")
-    return None
+    return None, None
 
 
 def read(folder):
@@ -123,11 +147,11 @@ def read(folder):
 
 # ---- does it belong to this run? -------------------------------------------------------------------------------------------------
 
-def differences(old, new):
-    """old, new: {option: value} of a state and of a run that wants to go on from it -> ["seed = 1 there, 2 here", ...] of the options that
-    have to be equal."""
-    default, new = vars(Config()), json.loads(json.dumps(new))
-    return [f"{k} = {old.get(k, default[k])!r} there, {v!r} here" for k, v in new.items() if k not in FREE and old.get(k, default[k]) != v]
+def differences(there, here):
+    """Of a state and of a run that wants to go on from it -> ["seed = 1 there, 2 here", ...]: what should be equal and is not."""
+    old, new = {**vars(Config()), **there["config"]}, json.loads(json.dumps(here["config"]))
+    odd = [f"{k} = {old[k]!r} there, {v!r} here" for k, v in new.items() if k not in FREE and old[k] != v]
+    return odd + [f"{k} = {old[k]!r} there, {new[k]!r} here, with other contents" for k, v in here["prints"].items() if there["prints"].get(k) != v]
 
 
 def fingerprint(folder):
@@ -141,4 +165,12 @@ def fingerprint(folder):
             for i in range(16):
                 f.seek(i * max(0, size - 65536) // 15)
                 sha.update(f.read(65536))
+    return sha.hexdigest()
+
+
+def digest(tokenized):
+    """Of all tokens and weights that a run trains on."""
+    sha = hashlib.sha256()
+    for t in tokenized:
+        sha.update(np.asarray(t.tokens, np.int32).tobytes() + np.asarray(t.weights, np.float32).tobytes() + b" ")
     return sha.hexdigest()
