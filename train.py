@@ -325,7 +325,7 @@ def loop(run, lengths, per_epoch):
         if not sparsifiable:
             scale = 0.0
         elif scale and dense_before:
-            start_sparse(run, micro, scale)
+            start_sparse(run, micro, scale, log)
         elif scale and cfg.predictor_refresh and step % cfg.predictor_refresh == 0:
             predictor.forget(model)  # and measure anew in one dense step
             scale = 0.0
@@ -367,7 +367,7 @@ def evaluation_due(run):
     return every and 0 < step < run.max_steps and step % every == 0 and run.info["evaluated"] != step
 
 
-def start_sparse(run, micro, scale):
+def start_sparse(run, micro, scale, log):
     """The dense-to-sparse switch: `measured` fixes its channels, after one forward pass if no dense step came before."""
     if run.cfg.predictor == "measured":
         if run.info["step"] == 0:
@@ -378,7 +378,7 @@ def start_sparse(run, micro, scale):
                 for b in micro:
                     run.model.loss(b)
     say(f"sparse from step {run.info['step']} on")
-    selection(run, scale)
+    record(log, dict(step=run.info["step"], **selection(run, scale)))
 
 
 def sum_energies(run):
@@ -438,7 +438,7 @@ def evaluate(run, log):
     scale = sparsity(run.cfg, info["step"] - 1, run.max_steps)
     seen = selection(run, scale) if scale else {}
     record(log, dict(step=info["step"], val_loss=loss, val_accuracy=right, **seen))
-    return loss, right
+    return dict(val_loss=loss, val_accuracy=right, **seen)
 
 
 # ---- beginning and end -----------------------------------------------------------------------------------------------------------
@@ -551,7 +551,7 @@ def finish(run, lengths):
                 if (run.folder / name).exists():
                     shutil.copy(run.folder / name, out / name)
     if cfg.eval_interval:
-        result["val_loss"], result["val_accuracy"] = evaluate(run, None)
+        result.update(evaluate(run, None))
     if cfg.test_examples:
         result["test_loss"] = mean_loss(run, "test", cfg.test_examples)
         result["after"], result["test_examples"] = accuracy(run, "test", cfg.test_examples)
