@@ -266,7 +266,7 @@ def main(cfg, command="python train.py"):
     lengths = [len(t.tokens) for t in run.tokenized["train"]]
     per_epoch = len(data.batches(lengths, cfg.batch_size, cfg.seed, 0))
     run.max_steps = cfg.max_steps or math.ceil(cfg.epochs * per_epoch)
-    run.info = dict(step=0, evaluated=0, skipped=0, seconds=0.0, tokens=0, flops=0, dense_flops=0, best_val=None, before=None, finished=False)
+    run.info = dict(step=0, sparse=False, evaluated=0, skipped=0, seconds=0.0, tokens=0, flops=0, dense_flops=0, best_val=None, before=None, finished=False)
     say_plan(run)
     if dist.rank() == 0 and not run.lock:
         run.lock = state.lock(run.out)
@@ -307,7 +307,7 @@ def signals(stop):
 
 def loop(run, lengths, per_epoch):
     """From the step of run.info to the last. Raises Interrupted between steps when a signal came."""
-    cfg, model, info, pending, dense_before, order = run.cfg, run.model, run.info, None, True, None
+    cfg, model, info, pending, order = run.cfg, run.model, run.info, None, None
     log = open(run.out / "metrics.jsonl", "a", buffering=1) if dist.rank() == 0 else None
     sparsifiable = bool(predictor.predictors(model))
     while info["step"] < run.max_steps:
@@ -324,13 +324,13 @@ def loop(run, lengths, per_epoch):
         scale = sparsity(cfg, step, run.max_steps)  # dense or sparse: this line
         if not sparsifiable:
             scale = 0.0
-        elif scale and dense_before:
+        elif scale and not info["sparse"]:
             start_sparse(run, micro, scale, log)
         elif scale and cfg.predictor_refresh and step % cfg.predictor_refresh == 0:
             predictor.forget(model)  # and measure anew in one dense step
             scale = 0.0
-        dense_before = scale == 0
-        run.fresh |= dense_before
+        info["sparse"] = scale > 0
+        run.fresh |= scale == 0
         start = time.perf_counter()
         model.train()
         model.set_sparsity(scale)
@@ -409,7 +409,7 @@ def report(run, log, pending):
         gpu = ""
         if run.device.type == "cuda":
             peak = next((v for k, v in PEAK.items() if k in torch.cuda.get_device_name()), None)
-            gpu = f" {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" + (f" mfu {m['flops'] / m['seconds'] / peak:.0%}" if peak else "")
+            gpu = f" {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" + (f" mfu {m['flops'] / m['seconds'] / peak / dist.world():.0%}" if peak else "")
         say(f"step {m['step']:4d}/{run.max_steps} {'sparse' if m['scale'] else 'dense '} loss {m['loss']:.4f} grad {m['grad_norm']:.2f} "
             f"lr {m['lr']:.1e} | {m['tokens'] / m['seconds']:,.0f} tok/s {m['seconds'] * 1e3:.0f} ms, "
             f"{1 - m['flops'] / m['dense_flops']:.0%} FLOPs saved{gpu} | {clock(left)} left")
@@ -514,6 +514,8 @@ def resume(run):
         if name.startswith("energies.") and dist.rank():
             t.zero_()  # rank 0 holds the sum over all ranks
     run.fresh = True
+    if info["sparse"]:
+        sum_energies(run)
     rng = {k: [torch.tensor(list(bytes.fromhex(s)), dtype=torch.uint8) for s in v] for k, v in info["rng"].items()}
     torch.set_rng_state(rng["cpu"][0])
     if dist.rank() < len(rng["select"]) and len(rng["select"][0]) == len(run.model.selection_rng.get_state()):

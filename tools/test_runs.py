@@ -73,3 +73,273 @@ def weights(out):
 
 def equal(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def metrics(out):
+    """The lines of metrics.jsonl without what depends on the clock; never two of a step."""
+    lines = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+    keys = [(m["step"], "val_loss" in m, "held" in m) for m in lines]
+    assert len(set(keys)) == len(keys), "a step twice in metrics.jsonl"
+    return [{k: v for k, v in m.items() if k != "seconds"} for m in lines]
+
+
+def newest(out):
+    """(tensors, info without what depends on clock and place) of the newest state."""
+    tensors, info = state.read(sorted((Path(out) / "state").iterdir())[-1])
+    return tensors, {k: v for k, v in info.items() if k not in ("seconds", "config")}
+
+
+def same_run(a, b):
+    """Two out_dirs hold the same run, bit for bit: adapter, moments, energies, generators, counters, metrics."""
+    (ta, ia), (tb, ib) = newest(a), newest(b)
+    for d in [p for p in (a, b) if (Path(p) / "adapter_model.safetensors").exists()][:1]:
+        assert equal(weights(a), weights(b))
+    assert equal(ta, tb) and ia == ib and metrics(a) == metrics(b)
+
+
+def tree(folder):
+    """{path: contents} of all files, to see that nothing was written or destroyed."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in Path(folder).rglob("*") if p.is_file() and p.name != ".lock"}
+
+
+def at_step(monkeypatch, n, do):
+    """Calls do(run) before the n-th optimizer step of the next run, counted from 0."""
+    real, calls = train.update, iter(range(10 ** 6))
+
+    def update(run, lr):
+        if next(calls) == n:
+            do(run)
+        return real(run, lr)
+
+    monkeypatch.setattr(train, "update", update)
+
+
+def term(run):
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+# ---- resume ----------------------------------------------------------------------------------------------------------------------
+
+KINDS = {"measured": {}, "refresh": dict(predictor_refresh=3, sparse_ramp=0.4), "random": dict(predictor="random"), "svd": dict(predictor="svd"),
+         "no warm-up": dict(sparse_start=0.0, split="random"), "all weights": dict(lora_r=0, learning_rate=1e-3, weight_decay=0.1)}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_stopped_and_resumed_equals_uninterrupted(home, tmp_path, monkeypatch, kind, capsys):
+    """Stopped by a signal in the warm-up, right before an evaluation, and in the sparse part: the same bits in the end."""
+    changes = KINDS[kind]
+    train.main(options(home, out_dir=tmp_path / "a", **changes))
+    for n in (1, 2, 4):  # steps after each start: stops after 2, 5 and 10 steps
+        with monkeypatch.context() as m:
+            at_step(m, n, term)
+            assert train.main(options(home, out_dir=tmp_path / "b", resume=True, **changes)) is None
+        assert "go on with:\n  python train.py --resume=True" in capsys.readouterr().out
+    assert newest(tmp_path / "b")[1]["step"] == 10
+    train.main(options(home, out_dir=tmp_path / "b", resume=True, **changes))
+    same_run(tmp_path / "a", tmp_path / "b")
+
+
+def test_stop_in_an_evaluation(home, tmp_path, monkeypatch):
+    """The evaluation that a signal broke off is done again."""
+    train.main(options(home, out_dir=tmp_path / "a"))
+    with monkeypatch.context() as m:
+        real = train.mean_loss
+        m.setattr(train, "mean_loss", lambda run, *a: (term(run), real(run, *a))[1])
+        assert train.main(options(home, out_dir=tmp_path / "b")) is None
+    assert newest(tmp_path / "b")[1]["step"] == 4 and newest(tmp_path / "b")[1]["evaluated"] == 0
+    train.main(options(home, out_dir=tmp_path / "b", resume=True))
+    same_run(tmp_path / "a", tmp_path / "b")
+
+
+def test_resume_without_and_after(home, tmp_path, capsys):
+    """Without a state --resume=True starts fresh; a finished run says so and changes nothing; without --resume it is not touched."""
+    train.main(options(home, out_dir=tmp_path / "a", resume=True))
+    before = tree(tmp_path)
+    assert train.main(options(home, out_dir=tmp_path / "a", resume=True)) is None
+    assert "is finished" in capsys.readouterr().out
+    with pytest.raises(UserError, match="holds another run"):
+        train.main(options(home, out_dir=tmp_path / "a", seed=1))
+    assert tree(tmp_path) == before
+
+
+@pytest.fixture(scope="module")
+def half(home, tmp_path_factory):
+    """An out_dir with states after 3 and 6 steps, as a kill in step 8 leaves it; and that of the whole run."""
+    folder = tmp_path_factory.mktemp("half")
+    train.main(options(home, out_dir=folder / "whole"))
+    with pytest.MonkeyPatch.context() as m:
+        at_step(m, 7, crash)
+        with pytest.raises(ZeroDivisionError):
+            train.main(options(home, out_dir=folder / "half"))
+    return folder
+
+
+def crash(run):
+    1 / 0
+
+
+def copy_half(half, tmp_path):
+    shutil.copytree(half / "half", tmp_path / "b")
+    return tmp_path / "b"
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def tamper(path):
+    s = json.loads(path.read_text())
+    s["info"]["step"] = 11
+    path.write_text(json.dumps(s))
+
+
+DAMAGE = {"weights cut off": lambda d: cut(d / "state.safetensors"), "a bit of the weights": lambda d: flip(d / "state.safetensors"),
+          "no weights": lambda d: (d / "state.safetensors").unlink(), "empty weights": lambda d: (d / "state.safetensors").write_bytes(b""),
+          "json cut off": lambda d: cut(d / "state.json"), "no json": lambda d: (d / "state.json").unlink(), "step changed": lambda d: tamper(d / "state.json"),
+          "json of something else": lambda d: (d / "state.json").write_text("[1]"), "binary json": lambda d: (d / "state.json").write_bytes(b"\xff\xfe\x00"),
+          "weights of the other state": lambda d: shutil.copy(d.parent / "000001/state.safetensors", d)}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damaged_state_gives_way_to_the_one_before(half, tmp_path, capsys, kind):
+    out = copy_half(half, tmp_path)
+    assert state.numbers(out / "state") == [1, 2]
+    DAMAGE[kind](out / "state/000002")
+    tensors, info = state.load(out, newest_identity(half))
+    assert info["step"] == 3
+    assert "000002 is damaged" in capsys.readouterr().err
+
+
+def newest_identity(half):
+    info = state.read(half / "half/state/000002")[1]
+    return {"config": info["config"], "prints": info["prints"]}
+
+
+def test_resume_from_the_older_state(home, half, tmp_path, capsys):
+    """A whole run from the older of two states, and from the newer one: both end as the uninterrupted one. All damaged: an error."""
+    for damaged in (True, False):
+        out = copy_half(half, tmp_path / str(damaged))
+        if damaged:
+            cut(out / "state/000002/state.safetensors")
+        train.main(options(home, out_dir=out, resume=True))
+        same_run(half / "whole", out)
+    out = copy_half(half, tmp_path)
+    for d in (out / "state").iterdir():
+        flip(d / "state.safetensors")
+    before = tree(out)
+    with pytest.raises(UserError, match="every state in .* is damaged"):
+        train.main(options(home, out_dir=out, resume=True))
+    assert tree(out) == before
+
+
+def test_torn_metrics(home, half, tmp_path):
+    out = copy_half(half, tmp_path)
+    with open(out / "metrics.jsonl", "a") as f:
+        f.write('{"step": 9, "lo')
+    train.main(options(home, out_dir=out, resume=True))
+    same_run(half / "whole", out)
+
+
+FIXED = dict(max_steps=13, epochs=2.0, learning_rate=1e-3, seed=1, batch_size=4, lora_r=8, mlp_sparsity=0.25, predictor="svd", sparse_start=0.5, weight_decay=0.1,
+             dtype="bfloat16", max_seq_len=50, grad_clip=0.5, lr_schedule="linear", split="none", test_examples=2, lora_targets="q,v")
+
+
+@pytest.mark.parametrize("name", FIXED)
+def test_other_options_are_refused(home, half, tmp_path, name):
+    """The message names the option and both values; nothing is changed."""
+    out = copy_half(half, tmp_path)
+    before = tree(out)
+    with pytest.raises(UserError, match=f"{name} = .* there, {FIXED[name]!r} here"):
+        train.main(options(home, out_dir=out, resume=True, **{name: FIXED[name]}))
+    assert tree(out) == before
+
+
+def test_other_contents_are_refused(home, half, tmp_path):
+    """Weights or data with other contents under any name are refused, the same under another name are not."""
+    out = copy_half(half, tmp_path)
+    make_base(tmp_path / "other", rope_theta=5000.0)
+    w = load_file(home / "base/model.safetensors")
+    save_file({k: v * 2 for k, v in w.items()}, tmp_path / "other/model.safetensors")
+    with pytest.raises(UserError, match="model = .*base' there, .*other' here, with other contents"):
+        train.main(options(home, out_dir=out, resume=True, model=tmp_path / "other"))
+    lines = (home / "data.jsonl").read_text()
+    (tmp_path / "d.jsonl").write_text(lines.replace("Tom", "Tim"))
+    with pytest.raises(UserError, match="dataset = .* with other contents"):
+        train.main(options(home, out_dir=out, resume=True, dataset=tmp_path / "d.jsonl"))
+    shutil.copytree(home / "base", tmp_path / "moved")
+    shutil.copy(home / "data.jsonl", tmp_path / "moved.jsonl")
+    train.main(options(home, out_dir=out, resume=True, model=tmp_path / "moved", dataset=tmp_path / "moved.jsonl", log_interval=5, threads=2,
+                       save_interval=1, recompute=True, debug=True))
+    assert newest(out)[1]["step"] == 12
+
+
+def test_full_disk(home, half, tmp_path, monkeypatch, capsys):
+    """A save that runs out of space is reported, leaves no torn file, and the run goes on to the same end; a later save works again."""
+    real, calls = state.write, iter(range(100))
+
+    def write(path, data):
+        if next(calls) in (2, 5):  # in the second save's first file, in the third save's second
+            real(path, data[:len(data) // 2])
+            raise OSError(28, "No space left on device")
+        real(path, data)
+
+    monkeypatch.setattr(state, "write", write)
+    train.main(options(home, out_dir=tmp_path / "b"))
+    assert capsys.readouterr().out.count("could not be saved (No space left on device)") == 2
+    assert not (tmp_path / "b/state/tmp").exists()
+    same_run(half / "whole", tmp_path / "b")
+
+
+def test_full_disk_when_stopped(home, tmp_path, monkeypatch, capsys):
+    """The message does not promise a state that is not there."""
+    monkeypatch.setattr(state, "write", full)
+    at_step(monkeypatch, 1, term)
+    train.main(options(home, out_dir=tmp_path / "b"))
+    assert "could not be saved: the last saved step counts" in capsys.readouterr().out
+
+
+def full(path, data):
+    raise OSError(28, "No space left on device")
+
+
+# ---- steps that are not finite ---------------------------------------------------------------------------------------------------
+
+def poison(run):
+    run.grad[3] = float("nan")
+
+
+def test_a_step_that_is_not_finite_is_skipped(home, tmp_path, monkeypatch, capsys):
+    """Weights and moments stay, the step counts, the next ones work."""
+    seen = []
+    real, calls = train.update, iter(range(100))
+
+    def update(run, lr):
+        before = run.flat.clone(), {k: v.clone() for k, v in train.optimizer_tensors(run).items()}
+        n = next(calls)
+        if n in (2, 3, 6):
+            run.grad[n] = float("nan") if n % 2 else float("inf")
+        out = real(run, lr)
+        seen.append(torch.equal(before[0], run.flat) and equal(before[1], train.optimizer_tensors(run)))
+        return out
+
+    monkeypatch.setattr(train, "update", update)
+    result = train.main(options(home, out_dir=tmp_path / "a"))
+    assert seen == [n in (2, 3, 6) for n in range(12)] and result["skipped"] == 3
+    assert capsys.readouterr().out.count("is not finite; the step is skipped") == 3
+    assert [m["loss"] for m in metrics(tmp_path / "a") if "loss" in m and m["step"] == 3] != []
+
+
+def test_three_in_a_row_end_the_run(home, tmp_path, monkeypatch):
+    for n in (4, 5, 6):
+        at_step(monkeypatch, n, poison)
+    with pytest.raises(UserError, match="three steps in a row were not finite.*bad_batch.jsonl"):
+        train.main(options(home, out_dir=tmp_path / "a"))
+    texts = (tmp_path / "a/bad_batch.jsonl").read_text().splitlines()
+    assert len(texts) in (3, 5) and all("Tom has" in json.loads(t) for t in texts)
+    assert newest(tmp_path / "a")[1]["step"] in (3, 6)  # resumable
