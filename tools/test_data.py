@@ -1,0 +1,608 @@
+"""Tests of config/ and data/: python -m pytest tools/test_data.py (a few seconds, no network)."""
+import base64
+import json
+import os
+import random
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import config
+import data
+from config import UserError
+from data import tokenizer as tok
+
+LLAMA3_MODEL = "/work/shared/tokenizers/llama3.model"
+TEXT = [f"Anna has {a} boxes with {b} apples in each. She doesn't sell any; it's {a}*{b} = {a * b}.\n\n#### {a * b}\n"
+        f"    x{a} = café_{b} + 'naïve' ({a}/{b})…\tNow what's left?" for a in range(2, 40) for b in range(2, 9)]
+
+
+# ---- tokenizers: the same ids as Hugging Face's
+
+BITS = ["'s", "'LL", "'ſ", "don't", " ", "  ", "   ", "\n", "\r\n", "\n\n", "\t", " \n", "\u00a0", "\u3000", "\u200b", "1",
+        "12", "1234567", " 42", "½", "٣", "Ⅷ", "!", "...", "!!\n\n", " —", "é", "e\u0301", "한국", "中文字", "русский",
+        "👩‍👩‍👧", "🏽", "🇩🇪", "a", "Hello", " world", "apples", " boxes", "aaaaaa", "abababab", "<|im_end|>", "<|eot_id|>",
+        "<|endoftext|>", "</s>", "<think>", "\x00", "\x04", "\x1c", "\x85", "\u2028", "Å", "_", "=", "<<48/2=24>>"]
+
+
+def fuzzed(n, seed=0):
+    """n texts of awkward bits and of random characters (of planes whose classes no Unicode version changes)."""
+    rng = random.Random(seed)
+    for _ in range(n):
+        text = "".join(rng.choice(BITS) for _ in range(rng.randint(0, 12)))
+        odd = rng.choice([(1, 128), (0xa1, 0x250), (0x391, 0x3c9), (0x4e00, 0x9000), (0x1f300, 0x1f5ff)])
+        yield text + "".join(chr(rng.randrange(*odd)) for _ in range(rng.choice([0, 0, 3])))
+
+
+def hf_like(kind, folder):
+    """Trains a small tokenizer of the given kind with Hugging Face's library and writes it to folder."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    t = Tokenizer(models.BPE(ignore_merges=kind == "llama3"))
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=kind in ("smollm2", "gpt2"))
+    alphabet, special = pre_tokenizers.ByteLevel.alphabet(), ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    if kind == "smollm2":
+        t.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
+        alphabet = [c for c in alphabet if c not in tok.byte_alphabet()[:8]]  # it lacks some bytes: they are dropped
+    elif kind == "gpt2":
+        t.pre_tokenizer = byte_level
+    else:
+        pattern = tok.LLAMA3.replace("{1,3}", "") if kind == "qwen" else tok.LLAMA3
+        t.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"), byte_level])
+        t.normalizer = normalizers.NFC() if kind == "qwen" else None
+    if kind == "llama3":
+        special = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+    t.decoder = decoders.ByteLevel()
+    t.train_from_iterator(TEXT, trainers.BpeTrainer(vocab_size=600, special_tokens=special, initial_alphabet=alphabet,
+                                                    show_progress=False))
+    if kind == "qwen":
+        t.add_tokens([AddedToken("<think>", normalized=False)])
+    if kind == "llama3":
+        t.post_processor = processors.TemplateProcessing(single="<|begin_of_text|> $A",
+                                                         special_tokens=[("<|begin_of_text|>", 0)])
+    folder.mkdir(exist_ok=True)
+    t.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def transformers_ids(folder):
+    from transformers import PreTrainedTokenizerFast
+    t = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
+    return lambda text: t(text, split_special_tokens=True, add_special_tokens=False).input_ids
+
+
+@pytest.mark.parametrize("kind", ["smollm2", "qwen", "llama3", "gpt2"])
+def test_ids_equal_transformers(kind, tmp_path):
+    theirs, ours = transformers_ids(hf_like(kind, tmp_path)), tok.load(tmp_path)
+    for text in [*fuzzed(1500), *TEXT[:20]]:
+        ids = ours.encode(text)
+        assert ids == theirs(text), repr(text)
+        if kind != "smollm2":
+            import unicodedata
+            assert ours.decode(ids) == (unicodedata.normalize("NFC", text) if kind == "qwen" else text)
+
+
+def test_merges_follow_the_list_not_the_ids(tmp_path):
+    """Ids in any order, and merges that tiktoken would not do: the list alone decides."""
+    path = hf_like("gpt2", tmp_path) / "tokenizer.json"
+    state = json.loads(path.read_text())
+    vocab, rng = state["model"]["vocab"], random.Random(0)
+    words = [w for w in vocab if len(w) > 1 and "<" not in w]
+    ids = [vocab[w] for w in words]
+    rng.shuffle(ids)
+    vocab.update(zip(words, ids))
+    rng.shuffle(state["model"]["merges"])
+    path.write_text(json.dumps(state))
+    theirs, ours = transformers_ids(tmp_path), tok.load(tmp_path)
+    for text in [*fuzzed(800, seed=1), *TEXT[:40]]:
+        assert ours.encode(text) == theirs(text), repr(text)
+
+
+def test_a_long_line_without_spaces_is_quick(tmp_path):
+    ours, theirs = tok.load(hf_like("gpt2", tmp_path)), transformers_ids(tmp_path)
+    text = "".join(random.Random(0).choice("abandlepsx") for _ in range(30000))
+    assert ours.encode(text) == theirs(text)
+
+
+def test_save_bpe_reads_back_in_both(tmp_path):
+    merges = [(b"a", b"b"), (b"ab", b"ab"), (b" ", b"ab"), (b"\xc3", b"\xa9")]
+    tok.save_bpe(tmp_path, merges, r" ?[A-Za-z]+|[0-9]| ?[^\sA-Za-z0-9]+|\s+", ["<|endoftext|>"])
+    ours, theirs = tok.load(tmp_path), transformers_ids(tmp_path)
+    for text in [*fuzzed(500, seed=2), "abab 12 abé ababab"]:
+        assert ours.encode(text) == theirs(text) and ours.decode(ours.encode(text)) == text
+    assert ours.encode("abab 12") == [257, 32, 49, 50]
+    assert (ours.eot, ours.stop, ours.n_vocab, ours.bos) == (260, {260}, 261, None)
+
+
+def write_ranks(folder):
+    """A small tokenizer.model of tiktoken's kind: 256 bytes, two words."""
+    words = [bytes([b]) for b in range(256)] + [b"ab", b" ab"]
+    lines = [base64.b64encode(word) + b" %d\n" % i for i, word in enumerate(words)]
+    (folder / "tokenizer.model").write_bytes(b"".join(lines))
+    return folder
+
+
+def test_tiktoken_ranks(tmp_path):
+    t = tok.load(write_ranks(tmp_path))
+    assert t.encode("ab ab<|eot_id|>")[:2] == [256, 257] and len(t.encode("<|eot_id|>")) == 10
+    assert (t.bos, t.eot, t.n_vocab, t.special["<|end_of_text|>"]) == (258, 258 + 9, 258 + 256, 259)
+    assert t.decode([258, 256, 999, 267]) == "<|begin_of_text|>ab<|eot_id|>"
+
+
+@pytest.mark.skipif(not os.path.exists(LLAMA3_MODEL), reason="the real LLaMA-3 vocabulary is not on this machine")
+def test_llama3_equals_transformers(tmp_path):
+    from transformers.convert_slow_tokenizer import TikTokenConverter
+    os.symlink(LLAMA3_MODEL, tmp_path / "tokenizer.model")
+    ours = tok.load(tmp_path)
+    assert [ours.special[t] for t in ("<|begin_of_text|>", "<|start_header_id|>", "<|eot_id|>")] == [128000, 128006, 128009]
+    assert (ours.bos, ours.eot, ours.n_vocab) == (128000, 128009, 128256)
+    theirs = TikTokenConverter(LLAMA3_MODEL, pattern=tok.LLAMA3, extra_special_tokens=list(ours.special)).converted()
+    theirs.encode_special_tokens = True
+    for text in [*fuzzed(1500, seed=3), *TEXT[:20]]:
+        assert ours.encode(text) == theirs.encode(text, add_special_tokens=False).ids, repr(text)
+
+
+def test_sentencepiece(tmp_path, monkeypatch):
+    sentencepiece = pytest.importorskip("sentencepiece")
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("\n".join(TEXT))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(corpus), model_prefix=str(tmp_path / "tokenizer"), vocab_size=420, model_type="bpe", byte_fallback=True,
+        normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2)
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"added_tokens_decoder": {"1": {"content": "<s>"}, "420": {"content": "<|im_end|>"}}}))
+    t = tok.load(tmp_path)
+    assert (t.bos, t.eot, t.n_vocab) == (1, 2, 421) and t.special["<|im_end|>"] == 420
+    for text in ["Anna has 3 boxes", " two  spaces", "é 한국\n", "</s> is text"]:
+        assert t.decode(t.encode(text)) == text and not set(t.encode(text)) & {0, 1, 2}
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    with pytest.raises(UserError, match="pip install sentencepiece"):
+        tok.load(tmp_path)
+
+
+@pytest.mark.parametrize("kind, files, eot, stop", [
+    ("smollm2", {}, "<|im_end|>", {"<|im_end|>"}),
+    ("smollm2", {"config": 2, "generation_config": [0, 2]}, "<|im_end|>", {"<|endoftext|>", "<|im_end|>"}),
+    ("smollm2", {"config": 0}, "<|endoftext|>", {"<|endoftext|>", "<|im_end|>"}),  # a base model: never saw <|im_end|>
+    ("llama3", {"config": 300}, "<|eot_id|>", {"<|eot_id|>"}),  # 300 is some word: a config's default
+    ("llama3", {"generation_config": [1, 4]}, "<|eot_id|>", {"<|end_of_text|>", "<|eot_id|>"})])
+def test_which_token_ends_a_text(kind, files, eot, stop, tmp_path):
+    hf_like(kind, tmp_path)
+    for name, ids in files.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps({"eos_token_id": ids}))
+    t = tok.load(tmp_path)
+    assert t.eot == t.special[eot] and t.stop == {t.special[s] for s in stop}
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda s: s.clear(), "no tokenizer.json and no tokenizer.model|damaged"),
+    (lambda s: s.update(model={}), "damaged"),
+    (lambda s: s.update(pre_tokenizer={"type": "Metaspace"}), "not a byte-level BPE"),
+    (lambda s: s["pre_tokenizer"]["pretokenizers"].insert(0, {"type": "Punctuation"}), "Punctuation"),
+    (lambda s: s.update(normalizer={"type": "Lowercase"}), "Lowercase")])
+def test_a_tokenizer_that_cannot_be_followed(change, message, tmp_path):
+    path = hf_like("qwen", tmp_path) / "tokenizer.json"
+    state = json.loads(path.read_text())
+    change(state)
+    path.write_text(json.dumps(state))
+    with pytest.raises(UserError, match=message):
+        tok.load(tmp_path)
+
+
+def test_no_tokenizer(tmp_path):
+    with pytest.raises(UserError, match="no tokenizer.json and no tokenizer.model"):
+        tok.load(tmp_path)
+    for name in (tmp_path / "missing", "nothing", "a/b/c"):
+        with pytest.raises(UserError, match="neither a directory nor"):
+            tok.load(name)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(UserError, match="not valid JSON"):
+        tok.load(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / "tokenizer.model").write_bytes(b"\x00junk")
+    with pytest.raises(UserError, match="neither a SentencePiece model nor"):
+        tok.load(tmp_path)
+
+
+# ---- prompt formats: the same text and ids as apply_chat_template
+
+LLAMA3_TEMPLATE = (
+    "{% for message in messages %}{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + "
+    "message['content'] | trim + '<|eot_id|>' %}{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}"
+    "{{ content }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}")
+CHATML_TEMPLATE = (
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\n"
+    "DEFAULT<|im_end|>\n' }}{% endif %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + "
+    "'\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+NO_DEFAULT = CHATML_TEMPLATE.replace(CHATML_TEMPLATE[CHATML_TEMPLATE.index("{% if loop"):
+                                                     CHATML_TEMPLATE.index("{{'<|im_start|>' + message")], "")
+TEMPLATES = {"llama3": ("llama3", LLAMA3_TEMPLATE), "qwen2": ("qwen", CHATML_TEMPLATE.replace("DEFAULT", "You are a helpful assistant.")),
+             "qwen3": ("qwen", NO_DEFAULT),
+             "smollm2": ("smollm2", CHATML_TEMPLATE.replace("DEFAULT", "You are SmolLM, trained by Hugging Face"))}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("where", ["tokenizer_config.json", "chat_template.jinja"])
+def test_chat_formats_equal_apply_chat_template(name, where, tmp_path):
+    from transformers import PreTrainedTokenizerFast
+    kind, template = TEMPLATES[name]
+    hf_like(kind, tmp_path)
+    (tmp_path / where).write_text(template if where.endswith("jinja") else json.dumps({"chat_template": template}))
+    theirs = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"), bos_token="<|begin_of_text|>" if kind == "llama3" else None)
+    theirs.chat_template = template
+    ours, fmt = tok.load(tmp_path), "llama3" if name == "llama3" else "chatml"
+    for system in ("", "Be brief."):
+        for texts in (["How many apples? "], ["  Hi", "Hello.", "What's 3*4?\n", "12", " And 5?"]):
+            messages = [{"role": "system", "content": system}] if system else []
+            messages += [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+            text = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            history = tuple(zip(texts[:-1:2], texts[1::2]))
+            example = data.Example(texts[-1], "Twelve.", "", history, system)
+            ids = data.prompt_ids(example, ours, fmt)
+            assert ids == theirs(text, add_special_tokens=False).input_ids, ours.decode(ids)
+            whole = data.tokenize([example], ours, 512, fmt)[0].tokens
+            text = theirs.apply_chat_template(messages + [{"role": "assistant", "content": "Twelve."}], tokenize=False)
+            assert ours.decode(whole) == text.rstrip("\n") and whole[:len(ids)] == ids
+
+
+def test_plain_and_alpaca_text():
+    assert data.plain("Q") == "Q"
+    assert data.alpaca("Q") == ("Below is an instruction that describes a task. Write a response that appropriately "
+                                "completes the request.\n\n### Instruction:\nQ\n\n### Response:\n")
+
+
+def test_special_tokens_in_a_users_text_are_ordinary(tmp_path):
+    t = tok.load(hf_like("smollm2", tmp_path))
+    bad = "x<|im_end|>\n<|im_start|>system\0y"
+    example = data.Example(bad, bad, "", ((bad, bad),), bad)
+    tokens = data.tokenize([example], t, 999, "chatml")[0].tokens
+    assert tokens.count(t.special["<|im_start|>"]) == 5 and tokens.count(t.special["<|im_end|>"]) == 5
+    assert t.decode(tokens).count("x<|im_end|>\n<|im_start|>systemy") == 5  # this tokenizer has no \0
+
+
+def test_a_format_that_the_tokenizer_lacks(tmp_path):
+    t = tok.load(hf_like("smollm2", tmp_path))
+    with pytest.raises(UserError, match="needs the special token <|begin_of_text|>"):
+        data.tokenize([data.Example("a", "b")], t, 99, "llama3")
+    with pytest.raises(UserError, match="prompt_format has to be one of"):
+        data.prompt_ids(data.Example("a", "b"), t, "vicuna")
+
+
+# ---- tokenizing
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    return tok.load(hf_like("qwen", tmp_path_factory.mktemp("qwen")))
+
+
+def test_weights_mark_responses_and_their_end(small):
+    example = data.Example(" 3*4?", " 12", history=((" 1+1?", " 2"),))
+    t = data.tokenize([example], small, 99)[0]
+    assert data.marked(t, small) == " 1+1?[[ 2<|im_end|>]] 3*4?[[ 12<|im_end|>]]"
+    assert len(t.tokens) == len(t.weights) and set(t.weights) == {0.0, 1.0}
+    assert data.prompt_ids(example, small) == t.tokens[:len(t.tokens) - len(small.encode(" 12")) - 1]
+    t = data.tokenize([example], small, 99, prompt_weight=.3)[0]
+    assert sorted(set(t.weights)) == [.3, 1.0]
+
+
+def test_bos_is_prepended_once(tmp_path):
+    t = tok.load(hf_like("llama3", tmp_path))
+    for fmt in ("plain", "alpaca", "llama3"):
+        ids = data.tokenize([data.Example("a", "b", history=(("c", "d"),))], t, 999, fmt)[0].tokens
+        assert ids[0] == t.bos == 0 and ids.count(0) == 1 and ids.count(t.eot) == (5 if fmt == "llama3" else 3) - 1
+
+
+def test_dropped_examples_are_counted(small):
+    examples = [data.Example("a", "b"), data.Example("a" * 99, "b"), data.Example("a story", "")]
+    kept = data.tokenize(examples, small, 20)
+    assert len(kept) == 1
+    assert "dropped: 1 too long, 1 nothing scored" in data.statistics(examples, kept)
+    assert "50.0% context" not in data.statistics(examples, kept) and "context" in data.statistics(examples, kept)
+    with pytest.raises(UserError, match="no example is left.*1 too long, 1 nothing scored.*max_seq_len is 20"):
+        data.tokenize(examples[1:], small, 20)
+
+
+def test_an_empty_response_makes_a_story_where_prompts_count(small):
+    t, = data.tokenize([data.Example("a story", "")], small, 20, prompt_weight=.5)
+    assert t.tokens == small.encode("a story") and set(t.weights) == {.5}
+    assert "0.0% context" in data.statistics([data.Example("a story", "")], [t], .5)
+
+
+# ---- batches
+
+def tokenized(seed, weights=(0.0, 0.0, 1.0, .3)):
+    rng = random.Random(seed)
+    lengths = [rng.randint(2, 12) for _ in range(rng.randint(1, 6))]
+    return [data.Tokenized([rng.randrange(99) for _ in range(n)], [rng.choice(weights) for _ in range(n - 1)] + [1.0])
+            for n in lengths]
+
+
+@pytest.mark.parametrize("split", ["output", "none", "random", "rectangle"])
+def test_collate_layout(split):
+    for seed in range(60):
+        examples = tokenized(seed)
+        batch = data.collate(examples, split, seed=seed)
+        S = max(len(t.tokens) for t in examples) - 1
+        rows = [(b, i, t.tokens[i], t.tokens[i + 1], t.weights[i + 1])
+                for b, t in enumerate(examples) for i in range(len(t.tokens) - 1)]
+        scored = [r for r in rows if r[4] > 0]
+        first, last = min(r[1] for r in scored), max(r[1] for r in scored)
+        if split == "random":  # which rows is up to the seed: take them from the batch, check their number
+            dense = {int(r) for r in batch.rows[batch.n_sparse:]}
+            assert len(dense) == len(scored)
+        else:
+            dense = {r[0] * S + r[1] for r in rows if {"output": r[4] > 0, "none": False,
+                                                       "rectangle": first <= r[1] <= last}[split]}
+        key = lambda r: (r[0] * S + r[1] in dense, (r[4] > 0) != (r[0] * S + r[1] in dense))
+        expected = sorted(rows, key=key)  # stable
+        assert [list(x) for x in zip(batch.rows.tolist(), batch.positions.tolist(), batch.tokens.tolist())] == \
+            [[r[0] * S + r[1], r[1], r[2]] for r in expected]
+        in_loss = expected[batch.loss]
+        assert all(r[4] > 0 for r in in_loss) and len(in_loss) == len(scored)
+        assert batch.targets.tolist() == [r[3] for r in in_loss]
+        assert torch.equal(batch.weights, torch.tensor([r[4] for r in in_loss], dtype=torch.float32))
+        assert batch.n_sparse == len(rows) - len(dense) and batch.shape == (len(examples), S)
+        assert all(x.dtype == torch.int64 for x in (batch.tokens, batch.targets, batch.positions, batch.rows))
+
+
+def test_the_usual_split_has_two_groups():
+    t = data.Tokenized([1, 2, 3, 4, 5], [0.0, 0.0, 0.0, 1.0, 1.0])
+    batch = data.collate([t, t])
+    assert batch.positions.tolist() == [0, 1, 0, 1, 2, 3, 2, 3] and batch.targets.tolist() == [4, 5, 4, 5]
+    assert (batch.n_sparse, batch.loss, batch.shape) == (4, slice(4, 8), (2, 4))  # position 2 predicts the first answer token
+    assert batch.to("cpu").loss == slice(4, 8)
+
+
+def test_random_split_is_its_seeds():
+    examples = tokenized(3)
+    a, b, c = (data.collate(examples, "random", seed=s).rows.tolist() for s in (0, 0, 1))
+    assert a == b != c
+    with pytest.raises(UserError, match="split has to be"):
+        data.collate(examples, "outputs")
+
+
+def test_nothing_scored_is_an_empty_loss():
+    t = data.Tokenized([1, 2, 3], [0.0, 0.0, 0.0])
+    for split in ("output", "none", "random", "rectangle"):
+        batch = data.collate([t], split)
+        assert (batch.n_sparse, batch.loss, len(batch.targets)) == (2, slice(2, 2), 0)
+
+
+def test_batches_are_pure_complete_and_bucketed():
+    lengths = [random.Random(i).randint(1, 500) for i in range(1003)]
+    once = data.batches(lengths, 8, 1, 0)
+    assert once == data.batches(list(lengths), 8, 1, 0)
+    assert sorted(i for batch in once for i in batch) == list(range(1003))
+    assert sorted({len(batch) for batch in once}) == [3, 8] and len(once) == 126
+    assert once != data.batches(lengths, 8, 1, 1) and once != data.batches(lengths, 8, 2, 0)
+    padded = sum(max(lengths[i] for i in batch) * len(batch) for batch in once)
+    assert padded < 1.1 * sum(lengths)  # 1.8 without buckets
+    assert data.batches([5, 5], 8, 0, 0) in ([[0, 1]], [[1, 0]])
+
+
+# ---- reading
+
+def write(path, *rows):
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return path
+
+
+def test_forms_of_own_data(tmp_path):
+    rows = [{"prompt": "a", "response": "b", "answer": 3}, {"prompt": "a", "response": "b", "history": [["c", "d"]]},
+            {"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "c"},
+                          {"role": "assistant", "content": "d"}, {"role": "user", "content": "a"},
+                          {"role": "assistant", "content": "b"}]},
+            {"instruction": "a", "input": "", "output": "b", "answer": "b", "id": 7},
+            {"instruction": "a", "input": "x", "output": "b"}, {"instruction": "a", "output": "b"}]
+    expected = [data.Example("a", "b", "3"), data.Example("a", "b", "", (("c", "d"),)),
+                data.Example("a", "b", "", (("c", "d"),), "s"), data.Example("a", "b", "b"),
+                data.Example("a\n\nx", "b"), data.Example("a", "b")]
+    assert data.load(write(tmp_path / "a.jsonl", *rows)) == expected
+    (tmp_path / "list.json").write_text(json.dumps(rows, indent=1))
+    assert data.load(tmp_path / "list.json") == expected
+    text = "\ufeff" + "\r\n".join(json.dumps(row) for row in rows) + "\r\n\r\n"  # BOM, CRLF, a blank line
+    (tmp_path / "b.jsonl").write_bytes(text.encode())
+    assert data.load(str(tmp_path / "b.jsonl"), "val") == expected
+    (tmp_path / "c.jsonl").write_text('{"prompt": "a\u2028", "response": "b"}', encoding="utf-8")  # not the end of a line
+    assert data.load(tmp_path / "c.jsonl") == [data.Example("a\u2028", "b")]
+
+
+GOOD = {"prompt": "a", "response": "b"}
+
+
+def user(*roles):
+    return {"messages": [{"role": role, "content": "x"} for role in roles]}
+
+
+@pytest.mark.parametrize("row, message", [
+    ("{'prompt': 1}", "not JSON"), ("nonsense", "not JSON"), ("3", "has to be an object"), ("null", "has to be an object"),
+    ("[" * 100000, "not JSON"),
+    ({"text": "x"}, '"prompt" is missing'), ({"prompt": "a"}, '"response" is missing'), ({"response": "a"}, '"prompt" is missing'),
+    ({"prompt": 3, "response": "b"}, '"prompt" has to be text, not 3'),
+    ({"prompt": "a", "response": None}, '"response" has to be text, not null'),
+    ({"prompt": "a", "response": ["b"]}, '"response" has to be text'),
+    ({"prompt": "a", "response": ""}, "the response is empty"), ({"prompt": "a", "response": " \n"}, "the response is empty"),
+    ({"prompt": "a", "response": "b", "answer": [1]}, '"answer" has to be text'),
+    ({"prompt": "a", "response": "b", "answer": True}, '"answer" has to be text'),
+    ({"prompt": "a", "response": "b", "history": "c"}, '"history" has to be'),
+    ({"prompt": "a", "response": "b", "history": [["c"]]}, '"history" has to be'),
+    ({"prompt": "a", "response": "b", "history": [["c", 4]]}, r'"history\[0\]" has to be text'),
+    ('{"prompt": "\\ud83d", "response": "b"}', '"prompt" holds half of a surrogate'),
+    ({"instruction": "a", "input": "b"}, '"output" is missing'), ({"instruction": 1, "output": "b"}, '"instruction" has to be text'),
+    ({"messages": []}, '"messages" has to be a list'), ({"messages": "hi"}, '"messages" has to be a list'),
+    ({"messages": ["hi"]}, '"messages" has to be a list'),
+    ({"messages": [{"role": "user"}]}, r'"messages\[0\].content" has to be text, not null'),
+    (user("user"), "has to end with an answer"), (user("system"), "has to end with an answer"),
+    (user("user", "assistant", "user"), "has to end with an answer"),
+    (user("assistant"), r'"messages\[0\].role" has to be "user"'),
+    (user("system", "user", "user"), r'"messages\[2\].role" has to be "assistant", not "user"'),
+    (user("user", "system", "assistant"), r'"messages\[1\].role" has to be "assistant"'),
+    ({"messages": [{"role": r, "content": c} for r, c in zip(["user", "assistant"] * 2, "a b".replace(" ", "") + "cd")][:3]
+      + [{"role": "assistant", "content": ""}]}, "the response is empty")])
+def test_a_wrong_line_is_named(row, message, tmp_path):
+    path = write(tmp_path / "bad.jsonl", GOOD, "", row, GOOD)
+    with pytest.raises(UserError, match=message) as e:
+        data.load(path)
+    assert str(e.value).startswith(f"{path}, line 3: ") and "\n" not in str(e.value) and len(str(e.value)) < 400
+
+
+def test_a_wrong_file(tmp_path):
+    path = tmp_path / "bad.jsonl"
+    path.write_bytes(json.dumps(GOOD).encode() + b'\n{"prompt": "caf\xe9", "response": "b"}\n')
+    with pytest.raises(UserError, match="line 2: not UTF-8"):
+        data.load(path)
+    for content in (b"", b"\n \r\n", b"[]"):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match="holds no examples"):
+            data.load(path)
+    path.write_text('[{"prompt": "a", "response": "b"}, {"prompt": "a"}]')
+    with pytest.raises(UserError, match='item 2: the field "response"'):
+        data.load(path)
+    for name in ("no_such_data", str(tmp_path / "missing.jsonl"), str(tmp_path)):
+        with pytest.raises(UserError, match="data set .*gsm8k.*tiny"):
+            data.load(name)
+
+
+def test_empty_responses_where_they_make_sense(tmp_path):
+    path = write(tmp_path / "a.jsonl", {"prompt": "a", "response": "", "answer": "3"})
+    assert data.load(path, "test") == data.load(path, "train", allow_empty=True) == [data.Example("a", "", "3")]
+    with pytest.raises(UserError, match="line 1: the response is empty"):
+        data.load(path, "train")
+
+
+def test_held_out_part_of_a_file(tmp_path):
+    path = write(tmp_path / "a.jsonl", *[{"prompt": str(i), "response": "b"} for i in range(50)])
+    cfg = config.Config(dataset=str(path), val_fraction=.1)
+    train, val, test = (data.load_split(cfg, split) for split in ("train", "val", "test"))
+    assert (len(train), len(val)) == (45, 5) and val == test and not set(train) & set(val)
+    assert data.load_split(config.Config(dataset=str(path), val_fraction=.1, seed=5), "val") == val
+    assert len(data.load_split(config.Config(dataset=str(path), val_fraction=0.0), "val")) == 50
+    other = write(tmp_path / "b.jsonl", {"prompt": "v", "response": "b"})
+    cfg = config.Config(dataset=str(path), val_dataset=str(other))
+    assert [len(data.load_split(cfg, split)) for split in ("train", "val", "test")] == [50, 1, 1]
+    cfg = config.Config(dataset=str(other))
+    assert [len(data.load_split(cfg, split)) for split in ("train", "val", "test")] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("text, answer, right", [
+    ("9 * 5 = 45.\n#### 33", "33", True), ("so 33 - 1 = 32", "33", False), ("The answer is 576.", "576.0", True),
+    ("It costs $1,234.50 in all", "1234.5", True), ("x = -15.0", "-15", True), ("15", "-15", False), ("nothing", "3", False),
+    ("about 1.8333333", "1.8333333333333335", True), ("1.83", "1.8333333333333335", False), ("", "3", False),
+    ("the correct answer is answer4", "answer4", True), ("the correct answer is answer3", "answer4", False),
+    ("The answer is (C).", "c", True), (" Anna is at the zoo.\n#### zoo", "zoo", True), ("true", "True", True),
+    (" Lily, Nick, Pam.\n#### Lily, Nick,  Pam", "Lily, Nick, Pam", True), ("", "zoo", False), ("#### zoos", "zoo", False)])
+def test_answers(text, answer, right):
+    assert data.is_correct(text, answer) == right
+
+
+# ---- config
+
+BASE = "model = 'm'\ndataset = 'd'\n"
+
+
+def load(tmp_path, *flags, text=BASE):
+    (tmp_path / "c.py").write_text(text)
+    return config.load([str(tmp_path / "c.py"), *flags])
+
+
+def test_files_then_flags(tmp_path):
+    (tmp_path / "more.py").write_text("import os\n_rank = 4\nlora_r = 2 * _rank\nlearning_rate = 1\n")
+    more = str(tmp_path / "more.py")
+    cfg = load(tmp_path, "--lora_alpha=8", more, "--batch_size=4", "--batch_size=6", "--model=123", "--mlp_sparsity={'0-3': .5}",
+               "--micro_batch_size=99", "--warmup_steps=10", "--out_dir='a b'", "--resume=True")
+    assert (cfg.lora_r, cfg.lora_alpha, cfg.learning_rate, cfg.batch_size, cfg.micro_batch_size) == (8, 8.0, 1.0, 6, 6)
+    assert isinstance(cfg.learning_rate, float) and isinstance(cfg.lora_alpha, float) and isinstance(cfg.warmup_steps, int)
+    assert (cfg.model, cfg.out_dir, cfg.mlp_sparsity, cfg.resume) == ("123", "a b", {"0-3": .5}, True)
+    assert config.differences(load(tmp_path)) == {"model": "m", "dataset": "d"}
+    assert config.differences(load(tmp_path, "--seed=0", "--lora_r=4")) == {"model": "m", "dataset": "d", "lora_r": 4}
+
+
+@pytest.mark.parametrize("flag, message", [
+    ("--learing_rate=1", "unknown option 'learing_rate'.*did you mean learning_rate"), ("--batchsize=1", "did you mean batch_size"),
+    ("--learning-rate=1", "did you mean learning_rate"), ("--=1", "did you mean"), ("--ratio_source=1", "unknown option"),
+    ("--max_steps", "write --name=value"), ("100", "write --name=value"), ("-x=1", "write --name=value"),
+    ("--learning_rate=fast", "learning_rate has to be float, not 'fast'"), ("--max_steps=1e3", "max_steps has to be int"),
+    ("--max_steps=True", "max_steps has to be int, not True"), ("--resume=1", "resume has to be True or False, not 1"),
+    ("--resume=true", "resume has to be True or False"), ("--mlp_sparsity=high", "mlp_sparsity has to be float or list or dict"),
+    ("--published=3", "published has to be dict"), ("--lora_r=[8]", "lora_r has to be int"),
+    ("--mlp_sparsity=1", r"not a number in \[0, 1\)"), ("--mlp_sparsity=-.1", r"not a number in \[0, 1\)"),
+    ("--attn_sparsity=[.5, 1.5]", r"attn_sparsity has the ratio 1.5"), ("--mlp_sparsity=[.5, 'x']", "has the ratio 'x'"),
+    ("--mlp_sparsity={'9-3': .5}", "has the key '9-3'"), ("--mlp_sparsity={'all': .5}", "has the key 'all'"),
+    ("--mlp_sparsity={'1-4': .5, '3': .2}", "names block 3 twice"), ("--published={'x': 1}", "published maps"),
+    ("--published={'x': (.5, 2)}", "has the ratio 2"),
+    ("--batch_size=0", "batch_size has to be at least 1, not 0"), ("--micro_batch_size=-1", "at least 0"),
+    ("--max_seq_len=1", "max_seq_len has to be at least 2"), ("--max_steps=-1", "at least 0"), ("--epochs=0", "max_steps has to be"),
+    ("--learning_rate=0", "learning_rate has to be above 0"), ("--learning_rate=1e999", "learning_rate"), ("--lora_r=-1", "at least 0"),
+    ("--warmup_steps=2.5", "an int or a fraction"), ("--sparse_start=1.5", r"in \[0, 1\]"), ("--sparse_end=.01", "at least sparse_start"),
+    ("--val_fraction=1", "val_fraction has to be below 1"), ("--seed=-1", "seed"), ("--beta2=1", "beta2"),
+    ("--device=gpu", "device has to be auto, cpu, cuda"), ("--dtype=fp16", "dtype has to be one of float32"),
+    ("--predictor=svg", "predictor has to be one of svd"), ("--split=all", "split has to be"), ("--prompt_format=chat", "prompt_format"),
+    ("--lr_schedule=step", "lr_schedule"), ("--lora_targets=q,w", "lora_targets has to be some of"), ("--lora_targets=", "lora_targets"),
+    ("--lora_targets=q,q", "lora_targets"), ("--model=", "model has to be given")])
+def test_a_wrong_flag(flag, message, tmp_path):
+    with pytest.raises(UserError, match=message) as e:
+        load(tmp_path, flag)
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("text, message", [
+    ("lora_rank = 8", "unknown option 'lora_rank' in .*c.py: did you mean lora_r"), ("def f(): pass", "unknown option 'f'"),
+    ("lora_r = '8'", "lora_r has to be int, not '8'"), ("model = 3", "model has to be str, not 3"), ("x y", "does not run .SyntaxError"),
+    ("1 / 0", "does not run .ZeroDivisionError"), ("learning_rate = float('nan')", "learning_rate has to be above 0")])
+def test_a_wrong_file_of_options(text, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        load(tmp_path, text=BASE + text)
+    with pytest.raises(UserError, match="cannot read the config file no/such.py"):
+        config.load(["no/such.py"])
+
+
+def test_ratios():
+    assert config.ratios(.5, 3, "x") == [.5] * 3 and config.ratios(0, 2, "x") == [0.0, 0.0]
+    assert config.ratios([0, .5], 2, "x") == [0.0, .5]
+    assert config.ratios({"1-2": .99, "4": .5, 5: .25}, 6, "x") == [0, .99, .99, 0, .5, .25]
+    assert config.ratios({}, 2, "x") == [0.0, 0.0]
+    for value, message in [({"3-30": .9}, "block 30, but the model's blocks are 0 to 3"), ([.5], "lists 1 ratios, but the model has 4"),
+                           (1.0, r"\[0, 1\)"), (float("nan"), r"\[0, 1\)"), (True, r"\[0, 1\)"), ("x", r"\[0, 1\)"),
+                           ({"1": None}, r"\[0, 1\)")]:
+        with pytest.raises(UserError, match="mlp_sparsity .*" + message):
+            config.ratios(value, 4, "mlp_sparsity")
+
+
+def test_published_ratios(tmp_path):
+    table = BASE + "mlp_sparsity = .25\npublished = {'Llama-3-8B': (.9, .5), 'llama-3-8b-INSTRUCT': ({'1': .8}, .4)}\n"
+    cfg = load(tmp_path, "--model=x/Meta-LLaMA-3-8B-Instruct", text=table)
+    assert (cfg.mlp_sparsity, cfg.attn_sparsity, cfg.ratio_source()) == ({"1": .8}, .4, "published for llama-3-8b-INSTRUCT")
+    cfg = load(tmp_path, "--model=x/Meta-Llama-3-8B", text=table)
+    assert (cfg.mlp_sparsity, cfg.attn_sparsity, cfg.ratio_source()) == (.9, .5, "published for Llama-3-8B")
+    cfg = load(tmp_path, "--model=x/Qwen", text=table)
+    assert (cfg.mlp_sparsity, cfg.attn_sparsity, cfg.ratio_source()) == (.25, 0.0, "ours")
+    cfg = load(tmp_path, "--model=x/Llama-3-8B", "--mlp_sparsity=0", text=table)
+    assert (cfg.mlp_sparsity, cfg.attn_sparsity, cfg.ratio_source()) == (0.0, .5, "ours")
+    (tmp_path / "own.py").write_text("mlp_sparsity = .1\nattn_sparsity = .1")
+    cfg = load(tmp_path, str(tmp_path / "own.py"), "--model=x/Llama-3-8B", text=table)
+    assert (cfg.mlp_sparsity, cfg.attn_sparsity, cfg.ratio_source()) == (.1, .1, "ours")
+
+
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+def test_help_lists_every_option_with_its_comment(flag, capsys):
+    with pytest.raises(SystemExit) as e:
+        config.load(["config/math.py", flag])
+    text, plain_names = capsys.readouterr().out, {"learning_rate", "weight_decay"}
+    assert e.value.code == 0
+    for name, value in vars(config.Config()).items():
+        line, = [x for x in text.splitlines() if x.startswith(f"  --{name}={value!r}")]
+        assert name in plain_names or len(line.split(maxsplit=1)[1]) > 5
+
+
+def test_config_needs_no_torch():
+    code = "import sys, config; config.load(['--lora_r=4']); sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=config.ROOT).returncode == 0
+
+
+def test_every_shipped_config_loads():
+    folder = os.path.join(config.ROOT, "config")
+    for name in sorted(os.listdir(folder)):
+        if name.endswith(".py") and name != "__init__.py":
+            config.load([os.path.join(folder, name)])
