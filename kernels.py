@@ -40,7 +40,7 @@ except ImportError:  # macOS, Windows, a bare CPU: only the references are left,
         constexpr = None
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1" and triton is not None
-jit = triton.jit if triton is not None else lambda f: f
+jit = triton.jit(do_not_specialize=["T"]) if triton is not None else lambda f: f
 
 
 def tuned(*configs):
@@ -69,6 +69,11 @@ def on_kernel(x):
     if INTERPRET:  # its tl.dot reads bf16 as integers
         return x.dtype in (torch.float32, torch.float16)
     return x.is_cuda and triton is not None and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+
+
+def rows_of(x):
+    """The kernels step from row to row by x.stride(0) and expect the elements of a row side by side."""
+    return x if x.stride(1) == 1 else x.contiguous()
 
 
 def precision(x):
@@ -145,8 +150,9 @@ def nt_kernel(x, w, idx, bias, y, T, C, x_stride, w_stride, y_stride, T_BUCKET, 
 
 
 def nt_triton(x, w, idx, out=None, bias=None):
-    T, D, C = x.shape[0], x.shape[1], idx.shape[0]
+    x, w, (T, D), C = rows_of(x), rows_of(w), x.shape, idx.shape[0]
     y = x.new_empty(T, C) if out is None else out
+    assert y.stride(1) == 1 or y.numel() == 0
     if T and C:
         grid = lambda meta: (triton.cdiv(T, meta["BLOCK_M"]) * triton.cdiv(C, meta["BLOCK_N"]),)
         nt_kernel[grid](x, w, idx, x if bias is None else bias, y, T, C, x.stride(0), w.stride(0), y.stride(0), bucket(T),
@@ -206,8 +212,9 @@ def nn_kernel(x, w, idx, y, T, C, x_stride, w_stride, y_stride, T_BUCKET, C_BUCK
 
 
 def nn_triton(x, w, idx, gather=False, out=None):
-    T, D, C = x.shape[0], w.shape[1], idx.shape[0]
+    x, w, T, D, C = rows_of(x), rows_of(w), x.shape[0], w.shape[1], idx.shape[0]
     y = x.new_empty(T, D) if out is None else out
+    assert y.stride(1) == 1 or y.numel() == 0
     if T:  # C = 0 runs the loop no times and writes zeros
         grid = lambda meta: (triton.cdiv(T, meta["BLOCK_M"]) * triton.cdiv(D, meta["BLOCK_N"]),)
         nn_kernel[grid](x, w, idx, y, T, C, x.stride(0), w.stride(0), y.stride(0), bucket(T), bucket(max(C, 1)), D,
@@ -249,36 +256,46 @@ def swiglu_backward_ref(dh, gu, out=None):
 
 
 @jit
-def swiglu_kernel(gu, h, C, gu_stride, h_stride, BLOCK: tl.constexpr):
-    t = tl.program_id(0).to(tl.int64)
-    c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    g = tl.load(gu + t * gu_stride + c, mask=c < C).to(tl.float32)
-    u = tl.load(gu + t * gu_stride + C + c, mask=c < C).to(tl.float32)
-    tl.store(h + t * h_stride + c, (g * tl.sigmoid(g) * u).to(h.dtype.element_ty), mask=c < C)
+def swiglu_kernel(gu, h, T, C, gu_stride, h_stride, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr):
+    t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)[:, None]
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    mask = (t < T) & (c < C)
+    g = tl.load(gu + t * gu_stride + c, mask=mask).to(tl.float32)
+    u = tl.load(gu + t * gu_stride + C + c, mask=mask).to(tl.float32)
+    tl.store(h + t * h_stride + c, (g * tl.sigmoid(g) * u).to(h.dtype.element_ty), mask=mask)
 
 
 @jit
-def swiglu_backward_kernel(dh, gu, dgu, C, dh_stride, gu_stride, dgu_stride, BLOCK: tl.constexpr):
-    t = tl.program_id(0).to(tl.int64)
-    c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    d = tl.load(dh + t * dh_stride + c, mask=c < C).to(tl.float32)
-    g = tl.load(gu + t * gu_stride + c, mask=c < C).to(tl.float32)
-    u = tl.load(gu + t * gu_stride + C + c, mask=c < C).to(tl.float32)
+def swiglu_backward_kernel(dh, gu, dgu, T, C, dh_stride, gu_stride, dgu_stride, BLOCK_T: tl.constexpr,
+                           BLOCK_C: tl.constexpr):
+    t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)[:, None]
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    mask = (t < T) & (c < C)
+    d = tl.load(dh + t * dh_stride + c, mask=mask).to(tl.float32)
+    g = tl.load(gu + t * gu_stride + c, mask=mask).to(tl.float32)
+    u = tl.load(gu + t * gu_stride + C + c, mask=mask).to(tl.float32)
     s = tl.sigmoid(g)
-    dg = d * u * s * (1 + g * (1 - s))
-    tl.store(dgu + t * dgu_stride + c, dg.to(dgu.dtype.element_ty), mask=c < C)
-    tl.store(dgu + t * dgu_stride + C + c, (d * g * s).to(dgu.dtype.element_ty), mask=c < C)
+    dg, du = d * u * s * (1 + g * (1 - s)), d * g * s
+    tl.store(dgu + t * dgu_stride + c, dg.to(dgu.dtype.element_ty), mask=mask)
+    tl.store(dgu + t * dgu_stride + C + c, du.to(dgu.dtype.element_ty), mask=mask)
+
+
+def swiglu_blocks(T, C):
+    """1024 elements a program, over several rows where rows are short -> grid, block"""
+    columns = min(1024, bucket(C))
+    block = 1024 // columns, columns
+    return (triton.cdiv(T, block[0]), triton.cdiv(C, block[1])), block
 
 
 def swiglu(gu):
     """gu (T, 2C) = [gate | up] -> h (T, C) = silu(gate) * up"""
     if not on_kernel(gu):
         return swiglu_ref(gu)
-    T, C = gu.shape[0], gu.shape[1] // 2
+    gu, T, C = rows_of(gu), gu.shape[0], gu.shape[1] // 2
     h = gu.new_empty(T, C)
     if T and C:
-        block = min(1024, bucket(C))
-        swiglu_kernel[(T, triton.cdiv(C, block))](gu, h, C, gu.stride(0), h.stride(0), block)
+        grid, block = swiglu_blocks(T, C)
+        swiglu_kernel[grid](gu, h, T, C, gu.stride(0), h.stride(0), *block)
     return h
 
 
@@ -286,11 +303,11 @@ def swiglu_backward(dh, gu, out=None):
     """dh (T, C), gu (T, 2C) -> dgu (T, 2C). out may be gu itself, which the gradient then overwrites."""
     if not on_kernel(gu):
         return swiglu_backward_ref(dh, gu, out)
-    T, C = dh.shape
+    dh, gu, (T, C) = rows_of(dh), rows_of(gu), dh.shape
     out = torch.empty_like(gu) if out is None else out
     if T and C:
-        block = min(1024, bucket(C))
-        swiglu_backward_kernel[(T, triton.cdiv(C, block))](dh, gu, out, C, dh.stride(0), gu.stride(0), out.stride(0), block)
+        grid, block = swiglu_blocks(T, C)
+        swiglu_backward_kernel[grid](dh, gu, out, T, C, dh.stride(0), gu.stride(0), out.stride(0), *block)
     return out
 
 
@@ -398,7 +415,7 @@ def rope_kernel(src, dst, cos, sin, rows, n_rot, n_heads, src_stride, dst_stride
 
 
 def rope_triton(src, dst, cos, sin, rows, n_rot, hd, scatter):
-    T, n_heads, block = len(rows), src.shape[1] // hd, 8
+    src, T, n_heads, block = rows_of(src), len(rows), src.shape[1] // hd, 8
     if T:
         rope_kernel[(T, triton.cdiv(n_heads, block))](src, dst, cos.contiguous(), sin.contiguous(), rows, n_rot, n_heads,
                                                       src.stride(0), dst.stride(0), hd // 2, scatter, block, bucket(hd // 2))

@@ -21,7 +21,7 @@ DEVICE = "cuda" if CUDA else "cpu"
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * CUDA
 ROWS, CHANNELS, N = (1, 6, 42, 123), (16, 48, 96), 96  # C = N is among them
 on_kernels = pytest.mark.skipif(not (CUDA or K.INTERPRET), reason="needs a GPU or TRITON_INTERPRET=1")
-shapes = pytest.mark.parametrize("T, C", [(t, c) for t in ROWS for c in CHANNELS] + [(0, 16), (6, 0), (0, 0)])
+SHAPES = [(t, c) for t in ROWS for c in CHANNELS] + [(0, 16), (6, 0), (0, 0)]
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 
 
@@ -54,9 +54,13 @@ def close(got, want, dtype):
 
 @on_kernels
 @dtypes
-@shapes
 @pytest.mark.parametrize("D", [40, 64])  # 40 is no multiple of a block
-def test_gather_matmul_nt(T, C, D, dtype):
+def test_gather_matmul_nt(D, dtype):
+    for T, C in SHAPES:
+        check_nt(T, C, D, dtype)
+
+
+def check_nt(T, C, D, dtype):
     x, w, idx, bias = randn(T, D, dtype=dtype), randn(N, D, dtype=dtype, seed=1), channels(C), randn(N, dtype=dtype)
     xd, wd, bd = x.double(), w.double(), bias.double()
     close(K.nt_triton(x, w, idx), K.gather_matmul_nt_ref(xd, wd, idx), dtype)
@@ -74,9 +78,13 @@ def test_gather_matmul_nt(T, C, D, dtype):
 
 @on_kernels
 @dtypes
-@shapes
 @pytest.mark.parametrize("D", [40, 64])
-def test_gather_matmul_nn(T, C, D, dtype):
+def test_gather_matmul_nn(D, dtype):
+    for T, C in SHAPES:
+        check_nn(T, C, D, dtype)
+
+
+def check_nn(T, C, D, dtype):
     h, x, w, idx = randn(T, C, dtype=dtype), randn(T, N, dtype=dtype), randn(N, D, dtype=dtype, seed=1), channels(C)
     compact, gathered = h.double() @ w.double()[idx], x.double()[:, idx] @ w.double()[idx]
     out = strided(randn(T, D, dtype=dtype, seed=2))
@@ -90,8 +98,12 @@ def test_gather_matmul_nn(T, C, D, dtype):
 
 @on_kernels
 @dtypes
-@shapes
-def test_swiglu(T, C, dtype):
+def test_swiglu(dtype):
+    for T, C in SHAPES:
+        check_swiglu(T, C, dtype)
+
+
+def check_swiglu(T, C, dtype):
     gu, dh = 3 * randn(T, 2 * C, dtype=dtype), randn(T, C, dtype=dtype, seed=1)
     close(K.swiglu(strided(gu)), K.swiglu_ref(gu.double()), dtype)
     want = K.swiglu_backward_ref(dh.double(), gu.double())
@@ -102,9 +114,12 @@ def test_swiglu(T, C, dtype):
 
 @on_kernels
 @dtypes
-@pytest.mark.parametrize("T", ROWS + (0, 1100))  # 1100 rows: three parts
-@pytest.mark.parametrize("r, I", [(8, 96), (9, 43), (17, 130)])
-def test_mlp_scores(T, r, I, dtype):
+def test_mlp_scores(dtype):
+    for T, r, I in [(1, 8, 96), (6, 9, 43), (42, 17, 130), (123, 8, 16), (0, 8, 16), (1100, 9, 70)]:  # 1100 rows: three parts
+        check_scores(T, r, I, dtype)
+
+
+def check_scores(T, r, I, dtype):
     z, q = [randn(T, r, dtype=dtype, seed=s) for s in (0, 1)], [randn(r, I, dtype=dtype, seed=s) for s in (2, 3)]
     got = K.mlp_scores(*z, *q)
     assert got.dtype == torch.float32 and torch.equal(got, K.mlp_scores(*z, *q))
@@ -113,9 +128,13 @@ def test_mlp_scores(T, r, I, dtype):
 
 @on_kernels
 @dtypes
-@pytest.mark.parametrize("T, holes", [(t, h) for t in ROWS + (0,) for h in (0, 5)])
 @pytest.mark.parametrize("n_rot, n_heads, hd", [(3, 4, 8), (10, 12, 20), (0, 2, 16), (2, 2, 16)])
-def test_rope(T, holes, n_rot, n_heads, hd, dtype):
+def test_rope(n_rot, n_heads, hd, dtype):
+    for T, holes in [(1, 0), (6, 5), (42, 0), (123, 4), (0, 3), (0, 0)]:
+        check_rope(T, holes, n_rot, n_heads, hd, dtype)
+
+
+def check_rope(T, holes, n_rot, n_heads, hd, dtype):
     qkv, angle = randn(T, n_heads * hd, dtype=dtype), randn(T, hd // 2, dtype=torch.float32, seed=1)
     rows, cos, sin = channels(T, T + holes), angle.cos(), angle.sin()
     rope = (cos, sin, rows, n_rot, hd)
@@ -134,7 +153,7 @@ def test_in_the_interpreter():
     run = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "not compile"],
                          env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-2000:]
-    assert int(re.search(r"(\d+) passed", run.stdout)[1]) > 100, run.stdout
+    assert int(re.search(r"(\d+) passed", run.stdout)[1]) >= 20, run.stdout
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -227,10 +246,11 @@ def compile_matmuls(arch, dtype, D):
 
 
 def compile_others(arch, dtype):
-    for block in (16, 256, 1024):
-        yield compile_kernel(arch, K.swiglu_kernel, dict(gu=dtype, h=dtype), ["C", "gu_stride", "h_stride"], [], dict(BLOCK=block))
+    for columns in (16, 256, 1024):
+        block = dict(BLOCK_T=1024 // columns, BLOCK_C=columns)
+        yield compile_kernel(arch, K.swiglu_kernel, dict(gu=dtype, h=dtype), ["T", "C", "gu_stride", "h_stride"], ["T"], block)
         yield compile_kernel(arch, K.swiglu_backward_kernel, dict(dh=dtype, gu=dtype, dgu=dtype),
-                             ["C", "dh_stride", "gu_stride", "dgu_stride"], [], dict(BLOCK=block))
+                             ["T", "C", "dh_stride", "gu_stride", "dgu_stride"], ["T"], block)
     scores = dict(ROWS=512, R=16, PRECISION="ieee", BLOCK_T=64, BLOCK_I=64)
     yield compile_kernel(arch, K.mlp_scores_kernel, dict(zg=dtype, zu=dtype, qg=dtype, qu=dtype, part="fp32"), ["T", "I", "r"],
                          ["T", "r"], scores)
@@ -251,31 +271,29 @@ def compiled(tmp_path, *args):
     return [json.loads(line) for line in run.stdout.splitlines()]
 
 
-@pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize("dtype, D", [("bf16", 4096), *(pytest.param(*p, marks=pytest.mark.slow) for p in
                                                         [("fp16", 4096), ("bf16", 576), ("fp32", 4096)])])
-def test_matmuls_compile(arch, dtype, D, tmp_path):
+def test_matmuls_compile(dtype, D, tmp_path):
     """Tensor cores, 16-byte asynchronous copies into at least two tiles, memory within the chip's, nothing spilled."""
-    for r in (results := compiled(tmp_path, "matmuls", arch, dtype, D)):
-        assert r["wgmma" if arch == 90 else "mma"] > 0, r
+    results = compiled(tmp_path, "matmuls", dtype, D)
+    for r in results:
+        assert r["wgmma" if r["arch"] == 90 else "mma"] > 0, r
         assert r["async16"] > 0, r
-        if dtype != "fp32":  # TF32, for which the larger tiles do not fit: autotuning drops those by itself
-            assert r["shared"] <= LIMITS[arch] and r["spilled"] == 0, r
+        if dtype != "fp32":  # TF32: the larger tiles do not fit, and autotuning drops those by itself
+            assert r["shared"] <= LIMITS[r["arch"]] and r["spilled"] == 0, r
         if r["MODE"] != "gather":  # a gathered x goes through registers
             assert r["shared"] >= 2 * (r["BLOCK_M"] + r["BLOCK_N"]) * r["BLOCK_K"] * 2, r
-    assert len(results) == 23
+    assert len(results) == 2 * (2 * 6 + 6 + 5)  # sm_80 and sm_90; nt twice, nn compact, nn gathered
 
 
-@pytest.mark.parametrize("arch", [80, 90])
-def test_others_compile(arch, tmp_path):
-    for dtype in ("bf16", "fp32"):
-        for r in compiled(tmp_path, "others", arch, dtype):
-            assert r["spilled"] == 0 and r["shared"] <= LIMITS[arch], r
-            assert r["kernel"] != "mlp_scores_kernel" or dtype == "fp32" or r["mma"] + r["wgmma"] > 0, r
+def test_others_compile(tmp_path):
+    for r in compiled(tmp_path, "others", "bf16") + compiled(tmp_path, "others", "fp32"):
+        assert r["spilled"] == 0 and r["shared"] <= LIMITS[r["arch"]], r
+        assert r["kernel"] != "mlp_scores_kernel" or r["dtype"] == "fp32" or r["mma"] + r["wgmma"] > 0, r
 
 
-if __name__ == "__main__":  # python -m tools.test_kernels matmuls 90 bf16 4096: one JSON line a configuration
-    what, arch, dtype, *D = sys.argv[1:]
-    results = compile_matmuls(int(arch), dtype, int(D[0])) if what == "matmuls" else compile_others(int(arch), dtype)
-    for result in results:
-        print(json.dumps(result), flush=True)
+if __name__ == "__main__":  # python -m tools.test_kernels matmuls bf16 4096: one JSON line a configuration
+    what, dtype, *D = sys.argv[1:]
+    for arch in LIMITS:
+        for result in compile_matmuls(arch, dtype, int(D[0])) if what == "matmuls" else compile_others(arch, dtype):
+            print(json.dumps(result | dict(dtype=dtype)), flush=True)
