@@ -583,7 +583,7 @@ class LLaMA(nn.Module):
             f = 2 * D * cols * (1 + need + full) + (pa.flops(n) if pa else 0)
             f += sum(lora(t if x == "q" else T, D, m, need) for x, m in (("q", Nq), ("k", Nkv), ("v", Nkv)) if x in self.lora_targets)
             inner_need = need or full or any(x in self.lora_targets for x in "qkv")
-            f += 4 * B * S * S * Nq * (1 + 2.5 * inner_need)
+            f += 2 * B * S * S * Nq * (2 + 5 * inner_need)  # causality is not counted: 2 products forward, 5 backward
             f += 2 * D * (n * pa.c * G + (T - n) * Nq if pa else t * Nq) * (1 + inner_need + full)
             f += lora(t, Nq, D, inner_need) if "o" in self.lora_targets else 0
             out[f"{i}.attn"] = f

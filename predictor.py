@@ -209,7 +209,8 @@ class Predictor:
         ws = self.part.predicted_weights()
         N, D = sum(len(w) for w in ws), ws[0].shape[1]
         if self.kind in ("oracle", "worst"):
-            return 2 * n * D * N
+            lora = self.part.pairs(("q", "k", "v", "gate", "up"))  # those of this part
+            return 2 * n * D * N + sum(2 * n * (A.numel() + B.numel()) for _, A, B in lora)
         if self.kind != "svd":
             return 0
         rank = [len(q) for q in self.Q]  # one more with a bias

@@ -1,0 +1,174 @@
+"""Tests of tools/bench*.py and of the FLOP counter that its ratios rest on. Tiny shapes, one thread."""
+import json
+import random
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import config
+import data
+import predictor
+from config import UserError
+from model import LLaMA, ModelConfig
+from tools import bench, bench_kernels, bench_report
+
+TINY = dict(model_type="llama", vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
+            num_key_value_heads=2, rms_norm_eps=1e-5, tie_word_embeddings=False)
+aten = torch.ops.aten
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def counted(f):
+    """FLOPs that torch's counter sees in f(). Its table lacks the CPU's attention and the in-place addmm_, so their formulas are here."""
+    def sdpa(q, k, v, *args, **kw):
+        return 4 * q[0] * q[1] * q[2] * k[2] * q[3]
+
+    def sdpa_backward(dy, q, k, v, *args, **kw):
+        return 10 * q[0] * q[1] * q[2] * k[2] * q[3]
+
+    def addmm(y, a, b, **kw):
+        return 2 * a[0] * a[1] * b[1]
+
+    more = {aten._scaled_dot_product_flash_attention_for_cpu: sdpa, aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward,
+            aten.addmm_: addmm}
+    with FlopCounterMode(display=False, custom_mapping=more) as counter:
+        f()
+    return counter.get_total_flops()
+
+
+def batch(lengths=((20, 9), (31, 5), (12, 17)), seed=0):
+    rng = random.Random(seed)
+    return [data.Tokenized([rng.randrange(97) for _ in range(p + a)], [0.0] * p + [1.0] * a) for p, a in lengths]
+
+
+def tiny(**kw):
+    torch.manual_seed(0)
+    return LLaMA(ModelConfig.from_dict({**TINY, **kw})).train()
+
+
+# ---- the FLOP counter ------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("kw", [{}, dict(num_key_value_heads=4), dict(model_type="qwen2"), dict(tie_word_embeddings=True)], ids=str)
+@pytest.mark.parametrize("targets", ["q,k,v,o", "q,v", "q,k,v,o,gate,up,down", "o", "down", "gate,up"])
+def test_dense_flops_are_torchs(kw, targets):
+    m, b = tiny(**kw), data.collate(batch())
+    m.add_lora(4, 8, targets)
+    assert m.flops(b) == (n := counted(lambda: m.loss(b).backward()), n)
+
+
+def test_full_training_flops_are_torchs():
+    m, b = tiny(), data.collate(batch())
+    m.train_all()
+    assert m.flops(b)[1] == counted(lambda: m.loss(b).backward())
+
+
+@pytest.mark.parametrize("targets", ["q,k,v,o", "q,k,v,o,gate,up,down"])
+@pytest.mark.parametrize("kind", ["svd", "measured", "oracle", "random"])
+@pytest.mark.parametrize("ratios", [(.5, 0.), (0., .5), (.7, .5), ([.5, 0., .5], [0., .5, 0.])], ids=str)
+@pytest.mark.parametrize("model_type", ["llama", "qwen2"])
+def test_sparse_flops_are_torchs(targets, kind, ratios, model_type, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    m, b = tiny(model_type=model_type), data.collate(batch())
+    m.add_lora(4, 8, targets)
+    predictor.attach(m, *ratios, kind=kind)
+    if kind == "measured":
+        m.set_sparsity(0)
+        m.loss(b)
+        m.set_sparsity(1)
+    dense, sparse = m.flops(b)
+    assert sparse == counted(lambda: m.loss(b).backward())
+    m.set_sparsity(0)
+    assert dense == counted(lambda: m.loss(b).backward()) and m.flops(b) == (dense, dense)
+
+
+# ---- the bench -------------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name, billions", [("llama3-8b", 8.030), ("llama3.2-1b", 1.236), ("llama2-7b", 6.738), ("qwen2.5-7b", 7.616),
+                                            ("smollm2-135m", .1345)])
+def test_architectures_have_the_published_sizes(name, billions):
+    cfg = config.Config(model="somewhere/" + {"llama3-8b": "Meta-Llama-3-8B-Instruct"}.get(name, name))
+    found, raw = bench.architecture(cfg, "")
+    assert found == name and bench.architecture(config.Config(model="x"), name) == (name, raw)
+    m = LLaMA(ModelConfig.from_dict(raw), device="meta")
+    assert sum(p.numel() for p in m.parameters()) / 1e9 == pytest.approx(billions, rel=1e-3)
+
+
+def test_unknown_architecture_and_shape():
+    with pytest.raises(UserError, match="give --arch= one of .*llama3-8b"):
+        bench.architecture(config.Config(model="owner/other"), "")
+    assert bench.parse_shape("8x512/128", None) == (8, 512, 128)
+    for bad in ("8x512", "8x512/512", "0x9/3", "axb/c"):
+        with pytest.raises(UserError, match="--shape"):
+            bench.parse_shape(bad, None)
+
+
+def test_batches():
+    (full,), real = bench.make_batches((3, 40, 10), 97, 1, False), bench.make_batches((8, 512, 128), 97, 40, True)
+    assert [(len(t.tokens), sum(t.weights)) for t in full] == [(40, 10)] * 3
+    lengths = [(len(t.tokens) - sum(t.weights), sum(t.weights)) for b in real for t in b]
+    assert sum(p for p, _ in lengths) / 320 == pytest.approx(82, rel=.05) and sum(a for _, a in lengths) / 320 == pytest.approx(101, rel=.1)
+    assert all(len(t.tokens) <= 60 for b in bench.make_batches((8, 60, 20), 97, 5, True) for t in b)  # cut, and still with an answer
+    p = bench.padded(full[:1] + batch(((3, 2),)), 41, "cpu")
+    assert p["attention_mask"].sum(1).tolist() == [40, 5] and (p["labels"] >= 0).sum(1).tolist() == [10, 2]
+
+
+@pytest.fixture
+def tiny_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (tmp_path / "tiny.json").write_text(json.dumps(TINY))
+    return ["config/bench_cpu.py", f"--model={tmp_path}/tiny.json", "--shape=3x40/10", "--attn_sparsity=.5", "--lora_r=4", f"--out={tmp_path}/out.json"]
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_hf_and_ours_do_the_same_work(tiny_run, kind):
+    """Same loss from the same weights, the FLOPs that we count for HF, and a step of theirs that leaves our weights alone."""
+    pytest.importorskip("peft")
+    cfg, raw = config.load(tiny_run[:2] + tiny_run[3:5]), {**TINY, "model_type": kind}
+    run = bench.setup(cfg, raw)
+    tokens = batch()
+    full, real, missing = bench.make_rows(run, raw, (3, 40, 10), data.collate(tokens))
+    assert [r.name for r in full] == ["HF + PEFT", "dense LoRA", "+ MLP, svd", "+ MLP, measured", "+ attention, svd", "+ attention, measured"]
+    assert [r.name for r in real] == ["HF + PEFT", "HF + PEFT, padded to 40", "dense LoRA", "+ attention, svd", "+ attention, measured"] and not missing
+    for r in (real[0], real[1]):
+        b = r.batch(tokens)
+        ours = data.collate(tokens)
+        full[1].select()
+        loss = run.model.loss(ours).item() / ours.weights.sum().item()
+        assert r.hf.model(**b).loss.item() == pytest.approx(loss, rel=1e-5)
+        assert r.flops(b) == counted(lambda: r.hf.model(**b, use_cache=False).loss.backward())
+    before = [p.clone() for p in run.model.parameters()]
+    real[0].step(real[0].batch(tokens))
+    assert all(torch.equal(a, b) for a, b in zip(before, run.model.parameters()))
+
+
+def test_one_run(tiny_run, tmp_path, capsys):
+    bench.main(tiny_run + ["--steps=2", "--kernels=False"])
+    out = json.loads((tmp_path / "out.json").read_text())
+    rows = {r["row"]: r for r in out["full"]["rows"]}
+    assert rows["dense LoRA"]["share"] == 1 and all(r["total_ms"] > 0 and len(r["times_ms"]) == 2 for r in rows.values())
+    assert rows["+ attention, measured"]["flops"] < rows["+ MLP, measured"]["flops"] < rows["dense LoRA"]["flops"]
+    assert rows["+ MLP, svd"]["peak_gib"] < rows["dense LoRA"]["peak_gib"]
+    assert "share" in capsys.readouterr().out
+    readme = tmp_path / "README.md"
+    readme.write_text("a\n<!-- bench -->old<!-- /bench -->\nz\n")
+    with pytest.raises(UserError, match="no measurement"):
+        bench_report.readme(tmp_path / "nothing", readme)
+    (tmp_path / "tiny.json").unlink()
+    bench_report.readme(tmp_path, readme)
+    text = readme.read_text()
+    assert text.startswith("a\n<!-- bench -->\n") and text.endswith("<!-- /bench -->\nz\n") and "old" not in text
+    assert "+ attention, svd" in text and "unmeasured" in text
+
+
+def test_kernel_table():
+    rows = bench_kernels.table(ModelConfig.from_dict(TINY), torch.float32, torch.device("cpu"), rows=(8,), repeats=1)
+    assert len(rows) == 24 and all(r["ours_ms"] is None and r["library_ms"] > 0 for r in rows)
+    assert "no GPU" in bench_report.kernel_table(rows)
