@@ -1,29 +1,29 @@
 """
-Products with picked rows of a frozen weight, and the few elementwise kernels that pay: tensors in, tensors out.
+Products with picked rows of a frozen weight, and the few elementwise kernels that pay.
 
-    T rows of the stream, D model width, N rows of a weight w (N, D), idx (C,) the kept ones (int64, sorted, on the device),
+    T rows of the stream, D model width, N rows of a weight w (N, D), idx (C,) the kept ones (int64),
     hd head width, I hidden width of the MLP, r rank of the predictor's factors.
 
-A sparse layer computes C of N channels. Weights are stored with the sparse axis first, so what is read of them is whole
-rows, row = idx[c]: each is D contiguous elements, streamed to shared memory by asynchronous copies as in a dense product.
-Two products serve the forward and the backward of everything (w never gets a gradient):
+A sparse layer computes C of N channels. Weights lie with the sparse axis first, so that whole rows are read,
+D contiguous elements each, streamed to shared memory by asynchronous copies as in a dense product. Two serve the
+forward and the backward of everything (w never gets a gradient):
 
-    gather_matmul_nt   y[t, c] = sum_d x[t, d] w[idx[c], d]    "output side": qkv, gate/up; dh = dy Wd[idx].T; dO's columns
-    gather_matmul_nn   y[t, d] = sum_c x[t, c] w[idx[c], d]    "reduction side": down, o; dx = dg Wg[idx]; dx of qkv
+    gather_matmul_nt   y[t, c] = sum_d x[t, d] w[idx[c], d]    picks outputs: qkv, gate, up; dh = dy Wd[idx].T
+    gather_matmul_nn   y[t, d] = sum_c x[t, c] w[idx[c], d]    picks the sum's terms: o, down; dx = dg Wg[idx]
 
-                      FLOPs               bytes moved (e = element size), each operand once
-    dense             2 T N D             e (T D + N D + T N)
-    picked            2 T C D             e (T D + C D + T C)       scattered y: out's other columns are not touched
-    index_select + mm 2 T C D             e (T D + 3 C D + T C)     the copy is read, written, and read again
-                                          + 2 e T C with a scattered result or a gathered operand (one more pass each)
-    swiglu            ~ 5 T C             3 e T C, backward 5 e T C
-    mlp_scores        4 T I r + 6 T I     4 I: no (T, I) tensor
-    rope              6 T n_rot hd/2      2 e T N (+ e grid N zeros, only if the grid has holes)
+                        FLOPs          bytes moved (e = element size)
+    dense               2 T N D        e (T D + N D + T N)
+    picked              2 T C D        e (T D + C D + T C)     a scattered y leaves out's other columns alone
+    index_select + mm   2 T C D        e (T D + 3 C D + T C)   the copy is read, written and read again;
+                                       + 2 e T C               one more pass for a scattered y or a gathered x
+    swiglu              5 T C          3 e T C                 backward 5 e T C
+    mlp_scores          4 T I r        2 e r (T + I) + 4 I     no (T, I) tensor
+    rope                3 T n_rot hd   2 e T N                 + zeros, where the grid has holes
 
-Every operation: formula, torch reference, Triton kernel, launcher. CUDA tensors in fp32, bf16 and fp16 take the kernel
-(accumulation in fp32), everything else the reference, which therefore is the CPU path and written to be fast there.
-With TRITON_INTERPRET=1 set before the import, CPU tensors take the kernels too: that is how tests see them without a GPU.
-The paper's code gathers with a copy (`weight[idx]`) and then calls the library; see `use_library` for where we do so too.
+Each operation: formula, torch reference, Triton kernel, launcher. CUDA tensors in fp32, bf16, fp16 take the
+kernel (fp32 accumulation), all others the reference, which is the CPU path and written to be fast there. With
+TRITON_INTERPRET=1 set before the import CPU tensors take the kernels too: so tests see them without a GPU.
+The paper's code copies the picked rows and calls the library; `use_library` says where we do so too.
 """
 import os
 
@@ -33,7 +33,7 @@ import torch.nn.functional as F
 try:
     import triton
     import triton.language as tl
-except ImportError:  # macOS, Windows, a bare CPU: only the references are left, and the kernels below are never called
+except ImportError:  # macOS, Windows: the references are left, the kernels below are never called
     triton = None
 
     class tl:
@@ -44,14 +44,16 @@ jit = triton.jit(do_not_specialize=["T"]) if triton is not None else lambda f: f
 
 
 def tuned(*configs):
-    """Autotune a matmul kernel over (BLOCK_M, BLOCK_N, BLOCK_K, stages, warps), once per bucket of shapes. T changes with
-    every batch and C along a ramp: keyed on exact values, training would tune for ever. Buckets are powers of two."""
+    """Autotune a product over (BLOCK_M, BLOCK_N, BLOCK_K, stages, warps), once per power of two of T and C.
+    T changes with every batch, C along a ramp: keyed on exact values, training would tune for ever."""
     if triton is None:
         return lambda f: f
     if INTERPRET:
         configs = [(32, 32, 32, 1, 4)]  # a single config is never timed, and odd sizes meet every mask
-    configs = [triton.Config(dict(BLOCK_M=m, BLOCK_N=n, BLOCK_K=k), num_stages=s, num_warps=w) for m, n, k, s, w in configs]
-    tune = triton.autotune(configs, key=["T_BUCKET", "C_BUCKET", "D", "MODE"], prune_configs_by={"early_config_prune": fitting})
+    configs = [triton.Config(dict(BLOCK_M=m, BLOCK_N=n, BLOCK_K=k), num_stages=stages, num_warps=warps)
+               for m, n, k, stages, warps in configs]
+    tune = triton.autotune(configs, key=["T_BUCKET", "C_BUCKET", "D", "MODE"],
+                           prune_configs_by={"early_config_prune": fitting})
     return lambda f: tune(triton.jit(f, do_not_specialize=["T", "T_BUCKET", "C_BUCKET"]))
 
 
@@ -62,7 +64,7 @@ def fitting(configs, args, **_):
 
 
 def bucket(n):
-    return max(16, 1 << (n - 1).bit_length())
+    return max(16, 1 << max(n - 1, 0).bit_length())
 
 
 def on_kernel(x):
@@ -78,33 +80,34 @@ def rows_of(x):
 
 def precision(x):
     """fp32 products are exact unless the user has allowed TF32 for torch's own."""
-    return "tf32" if x.dtype == torch.float32 and x.is_cuda and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    tf32 = x.dtype == torch.float32 and x.is_cuda and torch.backends.cuda.matmul.allow_tf32
+    return "tf32" if tf32 else "ieee"
 
 
 def use_library(op, T, C, D):
-    """Whether index_select + library matmul (the *_ref functions) serves CUDA tensors instead of our kernel; this is the one
-    place for it. op: "nt" compact, "nt_scatter", "nn" compact, "nn_gather".
-    UNMEASURED: no GPU has run this yet, so everything goes to our kernels. The kernel table of `python -m tools.bench` times
-    both for the shapes that a model uses; where the library wins by more than noise, its condition and numbers belong here."""
+    """Whether index_select + library product (the *_ref functions) serves CUDA tensors instead of our kernel.
+    The one place for this rule. op: "nt" (compact), "nt_scatter", "nn" (compact), "nn_gather".
+    UNMEASURED: no GPU has run this yet, so all goes to our kernels. tools/bench.py's table of kernels times both
+    for a model's shapes: where the library wins by more than noise, condition and numbers go here."""
     return False
 
 
 def gather_first(T, C, D):
-    """nn with a gathered x: copy x[:, idx] out in one pass (2 e T C more bytes), or gather inside the product?
-    Inside, each of the D / BLOCK_N column blocks reads the scattered columns again, two bytes at a time, and cp.async
-    moves no less than four. By that count the copy is the better one. UNMEASURED, decided by the same table."""
+    """nn with a gathered x: copy x[:, idx] out first (one pass, 2 e T C more bytes) or gather in the product?
+    There, each of the D / BLOCK_N column blocks reads the scattered columns again, two bytes a load, where
+    cp.async moves no less than four. By that count the copy is better. UNMEASURED; the same table decides."""
     return True
 
 
 @jit
 def tile(pid, n_m, n_n, GROUP: tl.constexpr):
-    """Program number -> block row and column, so that GROUP block rows share their w blocks in the L2 cache."""
+    """Program number -> block row and column, so that GROUP block rows share w's blocks in the L2 cache."""
     group = pid // (GROUP * n_n)
     size = min(n_m - group * GROUP, GROUP)
     return group * GROUP + (pid % (GROUP * n_n)) % size, (pid % (GROUP * n_n)) // size
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # y = x w[idx].T (+ bias[idx]), compact (T, C), or written to columns idx of out (T, N)
 
 def gather_matmul_nt_ref(x, w, idx, out=None, bias=None):
@@ -115,11 +118,12 @@ def gather_matmul_nt_ref(x, w, idx, out=None, bias=None):
         return y
     if x.is_cuda:
         return out.index_copy_(1, idx, y)
-    return out.scatter_(1, idx.expand_as(y), y)  # CPU, 1536 x 1024 of 4096: .36 ms; index_copy_ .78, out[:, idx] = y 1.25
+    # CPU, 1024 of 4096 columns of 1536 rows: scatter_ .36 ms, index_copy_ .78, out[:, idx] = y 1.25
+    return out.scatter_(1, idx.expand_as(y), y)
 
 
-@tuned((128, 256, 64, 4, 8), (128, 128, 64, 4, 8), (128, 64, 64, 4, 4), (64, 128, 64, 4, 4), (64, 64, 64, 4, 4),
-       (64, 64, 32, 4, 4))
+@tuned((128, 256, 64, 4, 8), (128, 128, 64, 4, 8), (128, 64, 64, 4, 4), (64, 128, 64, 4, 4),
+       (64, 64, 64, 4, 4), (64, 64, 32, 4, 4))
 def nt_kernel(x, w, idx, bias, y, T, C, x_stride, w_stride, y_stride, T_BUCKET, C_BUCKET, D: tl.constexpr,
               MODE: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
               BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
@@ -128,7 +132,7 @@ def nt_kernel(x, w, idx, bias, y, T, C, x_stride, w_stride, y_stride, T_BUCKET, 
     c = n * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     row = tl.load(idx + c, mask=c < C, other=0)  # int64, as are all row offsets: T * N may pass 2^31
-    x_block = x + (t % T).to(tl.int64)[:, None] * x_stride + k[None, :]  # rows past T wrap: no mask in the loop
+    x_block = x + (t % T).to(tl.int64)[:, None] * x_stride + k[None, :]  # rows past T wrap: no mask
     w_block = w + row[:, None] * w_stride + k[None, :]
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if BIAS:
@@ -143,10 +147,10 @@ def nt_kernel(x, w, idx, bias, y, T, C, x_stride, w_stride, y_stride, T_BUCKET, 
         x_block += BLOCK_K
         w_block += BLOCK_K
     col = c
-    if MODE == "scatter":  # loaded again: `row` kept over the loop for this would spill (Triton 3.6: 472 bytes at 128 x 256)
+    if MODE == "scatter":  # loaded again: `row`, kept over the loop, made Triton 3.6 spill 472 bytes a thread
         col = tl.load(idx + c, mask=c < C).to(tl.int32)
-    y_block = y + m.to(tl.int64) * BLOCK_M * y_stride + tl.arange(0, BLOCK_M)[:, None] * y_stride + col[None, :]
-    tl.store(y_block, acc.to(y.dtype.element_ty), mask=(t < T)[:, None] & (c < C)[None, :])
+    y_rows = y + m.to(tl.int64) * BLOCK_M * y_stride + tl.arange(0, BLOCK_M)[:, None] * y_stride
+    tl.store(y_rows + col[None, :], acc.to(y.dtype.element_ty), mask=(t < T)[:, None] & (c < C)[None, :])
 
 
 def nt_triton(x, w, idx, out=None, bias=None):
@@ -155,21 +159,22 @@ def nt_triton(x, w, idx, out=None, bias=None):
     assert y.stride(1) == 1 or y.numel() == 0
     if T and C:
         grid = lambda meta: (triton.cdiv(T, meta["BLOCK_M"]) * triton.cdiv(C, meta["BLOCK_N"]),)
-        nt_kernel[grid](x, w, idx, x if bias is None else bias, y, T, C, x.stride(0), w.stride(0), y.stride(0), bucket(T),
-                        bucket(C), D, "compact" if out is None else "scatter", bias is not None, precision(x))
+        mode = "compact" if out is None else "scatter"
+        nt_kernel[grid](x, w, idx, w if bias is None else bias, y, T, C, x.stride(0), w.stride(0),
+                        y.stride(0), bucket(T), bucket(C), D, mode, bias is not None, precision(x))
     return y
 
 
 def gather_matmul_nt(x, w, idx, out=None, bias=None):
-    """x (T, D), w (N, D), idx (C,) -> x @ w[idx].T (+ bias[idx]), compact (T, C); or written into columns idx of out (T, N),
-    whose other columns keep what they hold. Only writes: running it twice gives the same."""
+    """x (T, D), w (N, D), idx (C,) -> x @ w[idx].T (+ bias[idx]), compact (T, C); or written into columns
+    idx of out (T, N), whose other columns keep what they hold. Only writes: run twice it gives the same."""
     op = "nt" if out is None else "nt_scatter"
     if not on_kernel(x) or x.is_cuda and use_library(op, x.shape[0], len(idx), x.shape[1]):
         return gather_matmul_nt_ref(x, w, idx, out, bias)
     return nt_triton(x, w, idx, out, bias)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # y = x w[idx] with x compact (T, C), or gathered from (T, N): y = x[:, idx] w[idx]
 
 def columns(x, idx):
@@ -184,10 +189,10 @@ def gather_matmul_nn_ref(x, w, idx, gather=False, out=None):
     return torch.mm(x, w.index_select(0, idx), out=out)
 
 
-# w's address comes from another load (idx), and Triton's pipeliner spends half the stages on that: 7 stages hold 3 tiles in
-# shared memory on sm_80 and 4 on sm_90 (4 stages: 1 and 2, so on sm_80 nothing would overlap), 5 stages 2 and 3.
-@tuned((128, 256, 64, 5, 8), (128, 128, 64, 7, 8), (128, 128, 32, 7, 8), (64, 256, 32, 7, 8), (64, 128, 32, 7, 4),
-       (64, 64, 64, 7, 4))
+# w's address comes from another load (idx), and Triton's pipeliner spends half the stages on that: 7 stages hold
+# 3 tiles in shared memory on sm_80 and 4 on sm_90, 5 stages 2 and 3; 4 hold 1 and 2: no overlap on sm_80.
+@tuned((128, 256, 64, 5, 8), (128, 128, 64, 7, 8), (128, 128, 32, 7, 8), (64, 256, 32, 7, 8),
+       (64, 128, 32, 7, 4), (64, 64, 64, 7, 4))
 def nn_kernel(x, w, idx, y, T, C, x_stride, w_stride, y_stride, T_BUCKET, C_BUCKET, D: tl.constexpr,
               MODE: tl.constexpr, PRECISION: tl.constexpr,
               BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
@@ -207,8 +212,8 @@ def nn_kernel(x, w, idx, y, T, C, x_stride, w_stride, y_stride, T_BUCKET, C_BUCK
         else:
             b = tl.load(w_block, mask=(d < D)[None, :], other=0.0)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
-    y_block = y + m.to(tl.int64) * BLOCK_M * y_stride + tl.arange(0, BLOCK_M)[:, None] * y_stride + d[None, :]
-    tl.store(y_block, acc.to(y.dtype.element_ty), mask=(t < T)[:, None] & (d < D)[None, :])
+    y_rows = y + m.to(tl.int64) * BLOCK_M * y_stride + tl.arange(0, BLOCK_M)[:, None] * y_stride
+    tl.store(y_rows + d[None, :], acc.to(y.dtype.element_ty), mask=(t < T)[:, None] & (d < D)[None, :])
 
 
 def nn_triton(x, w, idx, gather=False, out=None):
@@ -217,13 +222,13 @@ def nn_triton(x, w, idx, gather=False, out=None):
     assert y.stride(1) == 1 or y.numel() == 0
     if T:  # C = 0 runs the loop no times and writes zeros
         grid = lambda meta: (triton.cdiv(T, meta["BLOCK_M"]) * triton.cdiv(D, meta["BLOCK_N"]),)
-        nn_kernel[grid](x, w, idx, y, T, C, x.stride(0), w.stride(0), y.stride(0), bucket(T), bucket(max(C, 1)), D,
+        nn_kernel[grid](x, w, idx, y, T, C, x.stride(0), w.stride(0), y.stride(0), bucket(T), bucket(C), D,
                         "gather" if gather else "compact", precision(x))
     return y
 
 
 def gather_matmul_nn(x, w, idx, gather=False, out=None):
-    """x (T, C), w (N, D), idx (C,) -> x @ w[idx] (T, D); with gather, x is (T, N) and its columns idx are used."""
+    """x (T, C), w (N, D), idx (C,) -> x @ w[idx] (T, D); with gather x is (T, N): x[:, idx] @ w[idx]."""
     T, C, D = x.shape[0], len(idx), w.shape[1]
     if not on_kernel(x) or x.is_cuda and use_library("nn_gather" if gather else "nn", T, C, D):
         return gather_matmul_nn_ref(x, w, idx, gather, out)
@@ -232,11 +237,12 @@ def gather_matmul_nn(x, w, idx, gather=False, out=None):
     return nn_triton(x, w, idx, gather, out)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # h = silu(g) u of gu = [g | u] (T, 2C);  backward: dg = dh u s (1 + g (1 - s)), du = dh g s, s = sigmoid(g)
 
 def row_blocks(C, *tensors):
-    """Rows in blocks of 2^19 elements, which stay in the cache from one pass to the next (1536 x 4096: 11 -> 6 ms)."""
+    """Blocks of 2^19 elements, cached from one pass to the next (backward of 1536 x 4096: 11 -> 6 ms, where malloc
+    reuses memory; else page faults hide it)."""
     return zip(*(t.split(max(1, 2 ** 19 // max(C, 1))) for t in tensors))
 
 
@@ -311,11 +317,11 @@ def swiglu_backward(dh, gu, out=None):
     return out
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# scores[i] = sum_t (silu(zg[t] . qg[:, i]) * (zu[t] . qu[:, i]))^2: energies of MLP channels from rank-r factors
+# ------------------------------------------------------------------------------------------------------------
+# scores[i] = sum_t (silu(zg[t] . qg[:, i]) * (zu[t] . qu[:, i]))^2: energies of the MLP's channels, estimated
 
 def mlp_scores_ref(zg, zu, qg, qu):
-    """In blocks of channels that hold 2^18 activations (T 1536, I 4096: 3.1 ms; blocks of rows at best 4.3, whole 9.5)."""
+    """Blocks of channels, 2^18 activations each. T 1536, I 4096: 3.1 ms; blocks of rows 4.3, one block 9.5."""
     if zg.dtype != torch.float64:  # sums of T squares need more than 8 or 11 bits
         zg, zu, qg, qu = zg.float(), zu.float(), qg.float(), qu.float()
     scores = zg.new_empty(qg.shape[1])
@@ -327,8 +333,8 @@ def mlp_scores_ref(zg, zu, qg, qu):
 
 
 @jit
-def mlp_scores_kernel(zg, zu, qg, qu, part, T, I, r, ROWS: tl.constexpr, R: tl.constexpr, PRECISION: tl.constexpr,
-                      BLOCK_T: tl.constexpr, BLOCK_I: tl.constexpr):
+def mlp_scores_kernel(zg, zu, qg, qu, part, T, I, r, ROWS: tl.constexpr, R: tl.constexpr,
+                      PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_I: tl.constexpr):
     i = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
     j = tl.arange(0, R)  # the rank, padded to the 16 that tl.dot wants
     first = tl.program_id(1) * ROWS
@@ -338,16 +344,16 @@ def mlp_scores_kernel(zg, zu, qg, qu, part, T, I, r, ROWS: tl.constexpr, R: tl.c
     acc = tl.zeros((BLOCK_I,), tl.float32)
     for block in range(0, ROWS, BLOCK_T):
         t = first + block + tl.arange(0, BLOCK_T)
-        z_mask = (t < T)[:, None] & (j < r)[None, :]  # rows past T give 0
-        g = tl.dot(tl.load(zg + t[:, None] * r + j[None, :], mask=z_mask, other=0.0), a, input_precision=PRECISION)
-        u = tl.dot(tl.load(zu + t[:, None] * r + j[None, :], mask=z_mask, other=0.0), b, input_precision=PRECISION)
+        at, z_mask = t[:, None] * r + j[None, :], (t < T)[:, None] & (j < r)[None, :]  # rows past T give 0
+        g = tl.dot(tl.load(zg + at, mask=z_mask, other=0.0), a, input_precision=PRECISION)
+        u = tl.dot(tl.load(zu + at, mask=z_mask, other=0.0), b, input_precision=PRECISION)
         h = g * tl.sigmoid(g) * u
         acc += tl.sum(h * h, 0)
     tl.store(part + tl.program_id(1) * I + i, acc, mask=i < I)
 
 
 def mlp_scores(zg, zu, qg, qu):
-    """zg, zu (T, r), qg, qu (r, I) -> (I,) float32. No (T, I) tensor: each program sums its 512 rows of a block of channels,
+    """zg, zu (T, r), qg, qu (r, I) -> (I,) float32. No (T, I) tensor: a program sums 512 rows of 64 channels,
     and the parts (T/512, I) are added in a fixed order, so that equal inputs keep equal channels."""
     if not on_kernel(zg) or len(zg) == 0:
         return mlp_scores_ref(zg, zu, qg, qu)
@@ -359,9 +365,9 @@ def mlp_scores(zg, zu, qg, qu):
     return part.sum(0)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# RoPE and the move between the stream's rows and the (batch, position) grid, in one pass. In each of the first n_rot heads
-# (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin), halves as Hugging Face splits them; the other heads are copied.
+# ------------------------------------------------------------------------------------------------------------
+# RoPE and the move between the stream's rows and the (batch, position) grid, in one pass. First n_rot heads:
+# (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin), x1 and x2 a head's halves; the other heads are copied.
 
 def halves(x, n_rot, hd):
     return x[:, :n_rot * hd].unflatten(1, (n_rot, 2, hd // 2)).unbind(2)  # two views (T, n_rot, hd/2)
@@ -390,8 +396,8 @@ def rope_gather_backward_ref(dgrid, cos, sin, rows, n_rot, hd):
 
 
 @jit
-def rope_kernel(src, dst, cos, sin, rows, n_rot, n_heads, src_stride, dst_stride, HALF: tl.constexpr, SCATTER: tl.constexpr,
-                BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr):
+def rope_kernel(src, dst, cos, sin, rows, n_rot, n_heads, src_stride, dst_stride, HALF: tl.constexpr,
+                SCATTER: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr):
     """dst[rows[t]] = rotate(src[t]), or, transposed, dst[t] = rotate back(src[rows[t]])."""
     t = tl.program_id(0).to(tl.int64)
     row = tl.load(rows + t)
@@ -415,15 +421,16 @@ def rope_kernel(src, dst, cos, sin, rows, n_rot, n_heads, src_stride, dst_stride
 
 
 def rope_triton(src, dst, cos, sin, rows, n_rot, hd, scatter):
-    src, T, n_heads, block = rows_of(src), len(rows), src.shape[1] // hd, 8
-    if T:
-        rope_kernel[(T, triton.cdiv(n_heads, block))](src, dst, cos.contiguous(), sin.contiguous(), rows, n_rot, n_heads,
-                                                      src.stride(0), dst.stride(0), hd // 2, scatter, block, bucket(hd // 2))
+    src, cos, sin, n_heads, block = rows_of(src), cos.contiguous(), sin.contiguous(), src.shape[1] // hd, 8
+    if len(rows):
+        rope_kernel[(len(rows), triton.cdiv(n_heads, block))](
+            src, dst, cos, sin, rows, n_rot, n_heads, src.stride(0), dst.stride(0), hd // 2, scatter, block,
+            bucket(hd // 2))
     return dst
 
 
 def rope_scatter(qkv, cos, sin, rows, n_rot, hd, grid_rows):
-    """qkv (T, N), cos and sin (T, hd/2), rows (T,) without repeats -> (grid_rows, N), zero where no row lands"""
+    """qkv (T, N), cos, sin (T, hd/2), rows (T,) without repeats -> (grid_rows, N), zero where no row lands"""
     if not on_kernel(qkv):
         return rope_scatter_ref(qkv, cos, sin, rows, n_rot, hd, grid_rows)
     new = qkv.new_empty if len(rows) == grid_rows else qkv.new_zeros  # a full grid needs no zeros

@@ -1,8 +1,8 @@
 """
-Tests of kernels.py. Every Triton kernel against its torch reference: natively where there is a GPU, and in Triton's
-interpreter (a subprocess with TRITON_INTERPRET=1) where there is none; the launchers' CPU path against plain formulas; and
-every configuration that autotuning may pick compiled for sm_80 and sm_90, which needs no GPU and sees what the interpreter
-cannot: missing tensor-core instructions and asynchronous copies, too much shared memory, spills.
+Tests of kernels.py. Every Triton kernel against its torch reference, natively where there is a GPU and in
+Triton's interpreter (a subprocess with TRITON_INTERPRET=1) anywhere; the references against plain formulas; every
+configuration that autotuning may pick compiled for sm_80 and sm_90, which needs no GPU and sees what the
+interpreter cannot: missing tensor-core instructions and asynchronous copies, too much shared memory, spills.
 """
 import json
 import os
@@ -16,6 +16,7 @@ import torch
 
 import kernels as K
 
+ROOT = os.path.dirname(os.path.abspath(K.__file__))
 CUDA = torch.cuda.is_available() and K.triton is not None
 DEVICE = "cuda" if CUDA else "cpu"
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * CUDA
@@ -49,22 +50,24 @@ def close(got, want, dtype):
         assert error < limit, f"relative error {error:.1e}"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # each kernel against the reference
 
 @on_kernels
 @dtypes
-@pytest.mark.parametrize("D", [40, 64])  # 40 is no multiple of a block
-def test_gather_matmul_nt(D, dtype):
+def test_gather_matmul_nt(dtype):
     for T, C in SHAPES:
-        check_nt(T, C, D, dtype)
+        check_nt(T, C, 40 if T % 2 else 64, dtype)  # 40 is no multiple of a block
 
 
 def check_nt(T, C, D, dtype):
-    x, w, idx, bias = randn(T, D, dtype=dtype), randn(N, D, dtype=dtype, seed=1), channels(C), randn(N, dtype=dtype)
+    x, w, bias = randn(T, D, dtype=dtype), randn(N, D, dtype=dtype, seed=1), randn(N, dtype=dtype)
+    idx = channels(C)
     xd, wd, bd = x.double(), w.double(), bias.double()
     close(K.nt_triton(x, w, idx), K.gather_matmul_nt_ref(xd, wd, idx), dtype)
-    close(K.nt_triton(strided(x), strided(w), idx, bias=bias), K.gather_matmul_nt_ref(xd, wd, idx, bias=bd), dtype)
+    want = K.gather_matmul_nt_ref(xd, wd, idx, bias=bd)
+    close(K.nt_triton(strided(x), strided(w), idx, bias=bias), want, dtype)
+    close(K.nt_triton(x.T.contiguous().T, w, idx, bias=bias), want, dtype)  # stored by columns
     old = randn(T, N, dtype=dtype, seed=2)
     for b, out in ((None, old.clone()), (bias, strided(old))):
         want = K.gather_matmul_nt_ref(xd, wd, idx, old.double(), None if b is None else bd)
@@ -78,14 +81,14 @@ def check_nt(T, C, D, dtype):
 
 @on_kernels
 @dtypes
-@pytest.mark.parametrize("D", [40, 64])
-def test_gather_matmul_nn(D, dtype):
+def test_gather_matmul_nn(dtype):
     for T, C in SHAPES:
-        check_nn(T, C, D, dtype)
+        check_nn(T, C, 40 if T % 2 else 64, dtype)
 
 
 def check_nn(T, C, D, dtype):
-    h, x, w, idx = randn(T, C, dtype=dtype), randn(T, N, dtype=dtype), randn(N, D, dtype=dtype, seed=1), channels(C)
+    h, x, w = randn(T, C, dtype=dtype), randn(T, N, dtype=dtype), randn(N, D, dtype=dtype, seed=1)
+    idx = channels(C)
     compact, gathered = h.double() @ w.double()[idx], x.double()[:, idx] @ w.double()[idx]
     out = strided(randn(T, D, dtype=dtype, seed=2))
     close(K.nn_triton(h, w, idx), compact, dtype)
@@ -115,12 +118,13 @@ def check_swiglu(T, C, dtype):
 @on_kernels
 @dtypes
 def test_mlp_scores(dtype):
-    for T, r, I in [(1, 8, 96), (6, 9, 43), (42, 17, 130), (123, 8, 16), (0, 8, 16), (1100, 9, 70)]:  # 1100 rows: three parts
+    for T, r, I in [(1, 8, 96), (6, 9, 43), (42, 17, 130), (123, 8, 16), (0, 8, 16), (1100, 9, 70)]:
         check_scores(T, r, I, dtype)
 
 
 def check_scores(T, r, I, dtype):
-    z, q = [randn(T, r, dtype=dtype, seed=s) for s in (0, 1)], [randn(r, I, dtype=dtype, seed=s) for s in (2, 3)]
+    z = [randn(T, r, dtype=dtype, seed=s) for s in (0, 1)]
+    q = [randn(r, I, dtype=dtype, seed=s) for s in (2, 3)]
     got = K.mlp_scores(*z, *q)
     assert got.dtype == torch.float32 and torch.equal(got, K.mlp_scores(*z, *q))
     close(got, K.mlp_scores_ref(*(t.double() for t in z + q)).double(), torch.float32)
@@ -142,7 +146,8 @@ def check_rope(T, holes, n_rot, n_heads, hd, dtype):
     got = K.rope_scatter(strided(qkv), *rope, T + holes)
     close(got, K.rope_scatter_ref(qkv.double(), *exact, T + holes), dtype)
     dgrid = randn(T + holes, n_heads * hd, dtype=dtype, seed=2)
-    close(K.rope_gather_backward(strided(dgrid), *rope), K.rope_gather_backward_ref(dgrid.double(), *exact), dtype)
+    want = K.rope_gather_backward_ref(dgrid.double(), *exact)
+    close(K.rope_gather_backward(strided(dgrid), *rope), want, dtype)
 
 
 def test_in_the_interpreter():
@@ -150,13 +155,13 @@ def test_in_the_interpreter():
     if K.INTERPRET or K.triton is None:
         pytest.skip("this is the interpreter" if K.INTERPRET else "no triton")
     env = dict(os.environ, TRITON_INTERPRET="1", OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
-    run = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "not compile"],
-                         env=env, capture_output=True, text=True)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "not compile"]
+    run = subprocess.run(command, env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-2000:]
-    assert int(re.search(r"(\d+) passed", run.stdout)[1]) >= 20, run.stdout
+    assert int(re.search(r"(\d+) passed", run.stdout)[1]) >= 16, run.stdout
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # the references themselves: the CPU path, in fp64, against autograd and plain indexing
 
 def test_references_agree_with_plain_formulas():
@@ -181,7 +186,8 @@ def test_backward_references_are_the_gradients():
     close(K.swiglu_backward(dh, gu.detach()), gu.grad, f64)
     close(K.swiglu_backward(dh, mine := gu.detach().clone(), out=mine), gu.grad, f64)
 
-    qkv, angle, rows = randn(9, 4 * hd, dtype=f64).requires_grad_(), randn(9, hd // 2, dtype=f64), channels(9, 14)
+    qkv, angle = randn(9, 4 * hd, dtype=f64).requires_grad_(), randn(9, hd // 2, dtype=f64)
+    rows = channels(9, 14)
     x = qkv.view(9, 4, hd)
     half = torch.cat([-x[..., hd // 2:], x[..., :hd // 2]], -1)  # Hugging Face's rotate_half
     cos, sin = (torch.cat([f(angle)] * 2, 1)[:, None] for f in (torch.cos, torch.sin))
@@ -194,79 +200,82 @@ def test_backward_references_are_the_gradients():
 
 
 def test_mlp_scores_reference():
-    z, q = [randn(300, 9, dtype=torch.float64, seed=s) for s in (0, 1)], [randn(9, 1111, dtype=torch.float64, seed=s) for s in (2, 3)]
+    z = [randn(300, 9, dtype=torch.float64, seed=s) for s in (0, 1)]
+    q = [randn(9, 1111, dtype=torch.float64, seed=s) for s in (2, 3)]
     want = (torch.nn.functional.silu(z[0] @ q[0]) * (z[1] @ q[1])).square().sum(0)
     close(K.mlp_scores(*z, *q).double(), want, torch.float32)
     close(K.mlp_scores(*(t.float() for t in z + q)).double(), want, torch.float32)
 
 
 def test_imports_without_triton():
-    code = ("import sys; sys.modules['triton'] = None; import torch, kernels as K; x = torch.ones(2, 4); assert not K.INTERPRET;"
-            "print(K.gather_matmul_nt(x, torch.ones(3, 4), torch.tensor([1])).tolist())")
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=os.path.dirname(K.__file__),
+    code = ("import sys; sys.modules['triton'] = None; import torch, kernels as K; assert not K.INTERPRET;"
+            "print(K.gather_matmul_nt(torch.ones(2, 4), torch.ones(3, 4), torch.tensor([1])).tolist())")
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT,
                          env=dict(os.environ, TRITON_INTERPRET="1"))
     assert run.stdout == "[[4.0], [4.0]]\n", run.stderr
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # compile every configuration, no GPU needed
 
 LIMITS = {80: 163 * 1024, 90: 227 * 1024}  # bytes of shared memory a program may have
 
 
-def compile_kernel(arch, kernel, pointers, ints, odd, constants, stages=3, warps=4):
-    """Compile as a launch would with aligned pointers and ints divisible by 16 (but those named in `odd`); -> what came out."""
+def compile_kernel(arch, kernel, types, odd, constants, stages=3, warps=4):
+    """Compile as a launch would, with pointers and integers divisible by 16 (but those named in `odd`)."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
-    types = {**{k: "*" + v for k, v in pointers.items()}, **dict.fromkeys(ints, "i32"), **dict.fromkeys(constants, "constexpr")}
-    attrs = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if name not in [*constants, *odd]}
-    source = ASTSource(kernel, {name: types[name] for name in kernel.arg_names}, constants, attrs)
-    out = K.triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(num_stages=stages, num_warps=warps))
-    ptx, tool = out.asm["ptx"], os.path.join(os.path.dirname(K.triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
+    types = types | dict.fromkeys(constants, "constexpr")
+    aligned = [i for i, name in enumerate(kernel.arg_names) if name not in [*constants, *odd]]
+    source = ASTSource(kernel, {name: types.get(name, "i32") for name in kernel.arg_names}, constants,
+                       {(i,): [["tt.divisibility", 16]] for i in aligned})
+    options = dict(num_stages=stages, num_warps=warps)
+    out = K.triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    tools, ptx = os.path.join(os.path.dirname(K.triton.__file__), "backends", "nvidia", "bin"), out.asm["ptx"]
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(out.asm["cubin"])
         cubin.flush()
-        usage = subprocess.run([tool, "--dump-resource-usage", cubin.name], capture_output=True, text=True, check=True).stdout
-    registers, stack, local = (int(re.search(rf"{word}:(\d+)", usage)[1]) for word in ("REG", "STACK", "LOCAL"))
-    return dict(arch=arch, kernel=kernel.__name__, **{k: v for k, v in constants.items()}, stages=stages, warps=warps,
-                mma=ptx.count("mma.sync"), wgmma=ptx.count("wgmma.mma_async"), async16=len(re.findall(r"cp\.async\.cg.*0x10", ptx)),
+        usage = subprocess.run([os.path.join(tools, "cuobjdump"), "--dump-resource-usage", cubin.name],
+                               capture_output=True, text=True, check=True).stdout
+    registers, stack, local = (int(re.search(s + r":(\d+)", usage)[1]) for s in ("REG", "STACK", "LOCAL"))
+    return dict(arch=arch, kernel=kernel.__name__, **constants, **options, mma=ptx.count("mma.sync"),
+                wgmma=ptx.count("wgmma.mma_async"), async16=len(re.findall(r"cp\.async\.cg.*0x10", ptx)),
                 shared=out.metadata.shared, registers=registers, spilled=stack + local)
 
 
 def compile_matmuls(arch, dtype, D):
-    strides, precision = ["x_stride", "w_stride", "y_stride"], "tf32" if dtype == "fp32" else "ieee"
+    types = dict(x=f"*{dtype}", w=f"*{dtype}", idx="*i64", bias=f"*{dtype}", y=f"*{dtype}")
+    odd, precision = ["T", "T_BUCKET", "C_BUCKET"], "tf32" if dtype == "fp32" else "ieee"
     for tuner, modes in ((K.nt_kernel, ("compact", "scatter")), (K.nn_kernel, ("compact", "gather"))):
         for mode in modes:
+            bias = dict(BIAS=mode == "scatter") if tuner is K.nt_kernel else {}
             for config in K.fitting(tuner.configs, dict(MODE=mode)):
-                nt = tuner is K.nt_kernel
-                pointers = dict(x=dtype, w=dtype, idx="i64", y=dtype, **dict(bias=dtype) if nt else {})
-                constants = dict(D=D, MODE=mode, PRECISION=precision, **dict(BIAS=mode == "scatter") if nt else {}, **config.kwargs)
-                yield compile_kernel(arch, tuner.fn, pointers, ["T", "C", "T_BUCKET", "C_BUCKET", *strides],
-                                     ["T", "T_BUCKET", "C_BUCKET"], constants, config.num_stages, config.num_warps)
+                yield compile_kernel(arch, tuner.fn, types, odd,
+                                     dict(D=D, MODE=mode, PRECISION=precision, **bias, **config.kwargs),
+                                     config.num_stages, config.num_warps)
 
 
 def compile_others(arch, dtype):
-    for columns in (16, 256, 1024):
+    types = dict.fromkeys(["gu", "h", "dh", "dgu", "zg", "zu", "qg", "qu", "src", "dst"], f"*{dtype}")
+    types |= dict(part="*fp32", cos="*fp32", sin="*fp32", rows="*i64")
+    for columns in (16, 1024):
         block = dict(BLOCK_T=1024 // columns, BLOCK_C=columns)
-        yield compile_kernel(arch, K.swiglu_kernel, dict(gu=dtype, h=dtype), ["T", "C", "gu_stride", "h_stride"], ["T"], block)
-        yield compile_kernel(arch, K.swiglu_backward_kernel, dict(dh=dtype, gu=dtype, dgu=dtype),
-                             ["T", "C", "dh_stride", "gu_stride", "dgu_stride"], ["T"], block)
-    scores = dict(ROWS=512, R=16, PRECISION="ieee", BLOCK_T=64, BLOCK_I=64)
-    yield compile_kernel(arch, K.mlp_scores_kernel, dict(zg=dtype, zu=dtype, qg=dtype, qu=dtype, part="fp32"), ["T", "I", "r"],
-                         ["T", "r"], scores)
+        yield compile_kernel(arch, K.swiglu_kernel, types, ["T"], block)
+        yield compile_kernel(arch, K.swiglu_backward_kernel, types, ["T"], block)
+    block = dict(ROWS=512, R=16, PRECISION="ieee", BLOCK_T=64, BLOCK_I=64)
+    yield compile_kernel(arch, K.mlp_scores_kernel, types, ["T", "r"], block)
     for half in (32, 64):
         for scatter in (True, False):
-            yield compile_kernel(arch, K.rope_kernel, dict(src=dtype, dst=dtype, cos="fp32", sin="fp32", rows="i64"),
-                                 ["n_rot", "n_heads", "src_stride", "dst_stride"], ["n_rot", "n_heads"],
-                                 dict(HALF=half, SCATTER=scatter, BLOCK_H=8, BLOCK_D=half))
+            block = dict(HALF=half, SCATTER=scatter, BLOCK_H=8, BLOCK_D=half)
+            yield compile_kernel(arch, K.rope_kernel, types, ["n_rot", "n_heads"], block)
 
 
 def compiled(tmp_path, *args):
     if K.triton is None:
         pytest.skip("no triton")
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
-    run = subprocess.run([sys.executable, "-m", "tools.test_kernels", *map(str, args)], capture_output=True, text=True, env=env,
-                         cwd=os.path.dirname(K.__file__))
+    env = dict(os.environ, TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
+    run = subprocess.run([sys.executable, "-m", "tools.test_kernels", *map(str, args)], env=env, cwd=ROOT,
+                         capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
     return [json.loads(line) for line in run.stdout.splitlines()]
 
@@ -274,7 +283,7 @@ def compiled(tmp_path, *args):
 @pytest.mark.parametrize("dtype, D", [("bf16", 4096), *(pytest.param(*p, marks=pytest.mark.slow) for p in
                                                         [("fp16", 4096), ("bf16", 576), ("fp32", 4096)])])
 def test_matmuls_compile(dtype, D, tmp_path):
-    """Tensor cores, 16-byte asynchronous copies into at least two tiles, memory within the chip's, nothing spilled."""
+    """Tensor cores, 16-byte asynchronous copies into two or more tiles, memory the chip has, no spills."""
     results = compiled(tmp_path, "matmuls", dtype, D)
     for r in results:
         assert r["wgmma" if r["arch"] == 90 else "mma"] > 0, r
@@ -286,14 +295,16 @@ def test_matmuls_compile(dtype, D, tmp_path):
     assert len(results) == 2 * (2 * 6 + 6 + 5)  # sm_80 and sm_90; nt twice, nn compact, nn gathered
 
 
-def test_others_compile(tmp_path):
-    for r in compiled(tmp_path, "others", "bf16") + compiled(tmp_path, "others", "fp32"):
+@pytest.mark.parametrize("dtype", ["bf16", pytest.param("fp32", marks=pytest.mark.slow)])
+def test_others_compile(dtype, tmp_path):
+    for r in compiled(tmp_path, "others", dtype):
         assert r["spilled"] == 0 and r["shared"] <= LIMITS[r["arch"]], r
-        assert r["kernel"] != "mlp_scores_kernel" or r["dtype"] == "fp32" or r["mma"] + r["wgmma"] > 0, r
+        assert r["kernel"] != "mlp_scores_kernel" or dtype == "fp32" or r["mma"] + r["wgmma"] > 0, r
 
 
 if __name__ == "__main__":  # python -m tools.test_kernels matmuls bf16 4096: one JSON line a configuration
     what, dtype, *D = sys.argv[1:]
     for arch in LIMITS:
-        for result in compile_matmuls(arch, dtype, int(D[0])) if what == "matmuls" else compile_others(arch, dtype):
+        results = compile_matmuls(arch, dtype, int(*D)) if what == "matmuls" else compile_others(arch, dtype)
+        for result in results:
             print(json.dumps(result | dict(dtype=dtype)), flush=True)
