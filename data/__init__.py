@@ -6,8 +6,8 @@
 
 weights[i] is how much the *prediction* of token i counts: 0 in a prompt, 1 in a response and its end-of-text
 token. Position i predicts token i+1, so it is a loss position if weights[i+1] > 0, else context; the last
-token predicts nothing and is left out. (The paper's code splits by label: there the position that predicts the
-first answer token is computed sparsely, and the last, useless one densely.)
+token predicts nothing and is left out. (The paper's code splits by label: there the position that predicts
+the first answer token is computed sparsely, and the last, useless one densely.)
 """
 import random
 import re
@@ -168,8 +168,8 @@ def batches(lengths, batch_size, seed, epoch):
 
 def collate(tokenized, split="output", seed=0):
     """[Tokenized] -> Batch. split: which rows are dense. "output": those in the loss; "none": none; "random":
-    as many as "output" has, drawn by seed; "rectangle" (the paper's code): all from the batch's shortest prompt
-    to its last output."""
+    as many as "output" has, drawn by seed; "rectangle" (the paper's code): from the shortest prompt of the
+    batch to its last output."""
     lengths = np.array([len(t.tokens) - 1 for t in tokenized])
     tokens = np.concatenate([t.tokens[:-1] for t in tokenized]).astype(np.int64)  # (T,), as all that follow
     targets = np.concatenate([t.tokens[1:] for t in tokenized]).astype(np.int64)

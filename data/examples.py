@@ -1,6 +1,6 @@
 """Examples from JSON lines. Your own data: one JSON object a line, in any of three forms,
 
-    {"prompt": "...", "response": "..."}                     optional "history": [[prompt, response]], "system"
+    {"prompt": "...", "response": "..."}                     optional "history": [[prompt, response]]
     {"messages": [{"role": "user", "content": "..."}, ...]}  system (optional), user, assistant, user, ...
     {"instruction": "...", "input": "...", "output": "..."}  Alpaca's keys; "input" may be empty
 
@@ -73,8 +73,8 @@ def locate(name, split):
     folder = os.path.dirname(path)
     if os.path.dirname(folder) != HERE or not os.path.isfile(os.path.join(folder, "prepare.py")):
         known = [f for f in sorted(os.listdir(HERE)) if os.path.isfile(os.path.join(HERE, f, "prepare.py"))]
-        raise UserError(f"there is no {split!r} part of a data set {name!r}: give a file of JSON lines, or one of "
-                        + ", ".join(known))
+        raise UserError(f"there is no {split!r} part of a data set {name!r}: give a JSON lines file or one "
+                        f"of {', '.join(known)}")
     if not os.path.isfile(path):
         importlib.import_module(f"data.{os.path.basename(folder)}.prepare").main()
     if not os.path.isfile(path):
