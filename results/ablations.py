@@ -1,0 +1,281 @@
+"""The ablations: every run is a train.py command line that can be pasted; this script only runs them and collects what they wrote.
+
+    python -m results.ablations config/tiny.py                       all rows, five seeds for 1, 4 and 7, three for the others
+    python -m results.ablations config/tiny.py --rows=1,4 --seeds=3 --name=lookup --dataset=tiny_lookup
+    python -m results.ablations config/smollm2.py --rows=1,4,7 --seeds=1 --name=smollm2 --mlp=.25,.5 --model=DIR
+
+    --rows=1,2,...     1 selectors  2 MLP, attention, both  3 where the ratios come from  4 split  5 when it is sparse
+                       6 rank and refresh  7 budgets, and dense LoRA stopped early  8 long runs
+    --seeds=0          runs of each line; 0: as above
+    --name=tiny        of this base, in the tables and under out/ablations
+    --mlp=, --attn=    ratios of row 1
+    --budgets=         of row 7 (FLOPs of a sparse step over a dense one's; the first one is row 3's)
+    --jobs=2           runs at a time, one thread each
+    --dry=True         only print the command lines;  --collect=True: only collect
+    --option=value     everything else goes to every train.py
+
+Interrupted, it goes on: finished runs have a result.json, half-finished ones a state. Writes results/ablations.json (all numbers) and
+results/ablations.md (mean, standard error and number of seeds, with the command line of each).
+"""
+import json
+import math
+import shlex
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import config
+from config import UserError
+from model import resolve, write_text
+from predictor import KINDS
+from tools import options, run
+
+ROOT = Path(__file__).resolve().parent.parent
+OWN = dict(rows="1,2,3,4,5,6,7,8", seeds=0, name="tiny", mlp=".9,.95,.97", attn=".25,.5", budgets=".7,.9,.8,.6,.5", jobs=2, dry=False, collect=False)
+TITLES = {1: "Which channels: five selectors", 2: "Which part", 3: "Where the ratios come from, at equal FLOPs", 4: "Which tokens are dense",
+          5: "When it is sparse", 6: "Rank of the SVD, refreshing of the measured channels", 7: "Budgets, against dense LoRA stopped early",
+          8: "Ten times as long"}
+SENSITIVITY = ["python", "-m", "tools.sensitivity"]
+SEEDS = {1: 5, 4: 5, 7: 5}  # three for the others
+
+
+# ---- the table of runs: row -> [(label, arguments of train.py)]. A label is one set of arguments; rows may share it. ---------------------
+
+def table(cfg, n_layers, folder, mlp, attn, budgets):
+    """cfg: the base config with its flags; folder: where the chosen ratios are written."""
+    inner = "1" if n_layers < 4 else f"1-{n_layers - 2}"  # block 0 costs everything, the last one is dense in any case
+    steps = cfg.max_steps or 200
+
+    def ratios(m=0, a=0):
+        return [f'--{k}_sparsity={{"{inner}": {r}}}' if r else f"--{k}_sparsity=0" for k, r in (("mlp", m), ("attn", a))]
+
+    dense, ours, measured = ("dense LoRA", ratios()), ("as configured", []), ("measured", ["--predictor=measured"])
+    rows = {1: [dense]}
+    rows[1] += [(f"{kind}, MLP {m:g}", ratios(m) + [f"--predictor={kind}"]) for m in mlp for kind in KINDS]
+    rows[1] += [(f"{kind}, attention {a:g}", ratios(0, a) + [f"--predictor={kind}"]) for a in attn for kind in KINDS]
+    kind, m, a = f"--predictor={cfg.predictor}", mlp[0], (attn or [.25])[0]
+    rows[2] = [dense, (f"{cfg.predictor}, MLP {m:g}", ratios(m) + [kind]), (f"{cfg.predictor}, attention {a:g}", ratios(0, a) + [kind]),
+               (f"{cfg.predictor}, MLP {m:g} and attention {a:g}", ratios(m, a) + [kind])]
+    rows[3] = [dense] + [(f"{cfg.predictor}, {what}, budget {budgets[0]:g}", [f"{folder}/{cfg.predictor}-{budgets[0]:g}{suffix}.py"])
+                         for what, suffix in (("uniform", "_uniform"), ("uniform in the MLPs", "_uniform_mlp"),
+                                              ("published pattern", "_published"), ("sensitivity", ""))]
+    rows[4] = [dense, ours] + [(f"split {s}", [f"--split={s}"]) for s in ("rectangle", "none", "random")]
+    rows[5] = [dense, ours, ("sparse from the start", ["--sparse_start=0"]),
+               ("dense for 20 %", ["--sparse_start=0.2"]), ("dense for 5 %, ramp over 20 %", ["--sparse_start=0.05", "--sparse_ramp=0.2"]),
+               ("dense for 5 % and the last 10 %", ["--sparse_start=0.05", "--sparse_end=0.9"])]
+    rows[6] = [dense, ours] + [(f"svd, rank {r}", ["--predictor=svd", f"--predictor_rank={r}"]) for r in (1, 2, 4, 8, 16, 64)]
+    rows[6] += [measured] + [(f"measured, refresh {n}", ["--predictor=measured", f"--predictor_refresh={n}"]) for n in (50, 10)]
+    rows[7] = [dense] + [(f"dense LoRA, {round(f * steps)} steps", ratios() + [f"--max_steps={round(f * steps)}"]) for f in (.9, .8, .7, .6, .5, .4)]
+    rows[7] += [(f"{k}, sensitivity, budget {b:g}", [f"{folder}/{k}-{b:g}.py"]) for k in dict.fromkeys(("svd", "measured", cfg.predictor))
+                for b in sorted(budgets, reverse=True)]
+    long = [f"--max_steps={10 * steps}"]
+    rows[8] = [(f"{name}, {10 * steps} steps", args + long) for name, args in (dense, ours, measured)]
+    return rows
+
+
+def analyses(args, folder):
+    """The tools.sensitivity command line (as a list) that writes the config file in the arguments of a run; None where there is none."""
+    for path in (Path(a) for a in args if a.endswith(".py")):
+        kind, _, budget = path.stem.partition("_")[0].partition("-")
+        return [f"--predictor={kind}", f"--budget={budget}", f"--out={folder}/{kind}-{budget}.py"]
+
+
+def short(label):
+    return "".join(c if c.isalnum() or c in ".-" else "_" for c in label.replace(", ", "-").replace(" %", "pct"))
+
+
+# ---- run -------------------------------------------------------------------------------------------------------------------------------
+
+def execute(command, log):
+    """Runs a command line in the repository's root. Returns whether it succeeded; its output goes to the file log."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "a") as f:
+        code = subprocess.run([sys.executable, *command[1:]], cwd=ROOT, stdout=f, stderr=subprocess.STDOUT).returncode
+    if code:
+        print(f"failed ({code}): {shlex.join(command)}\n  " + (log.read_text().strip().splitlines() or [""])[-1], flush=True)
+    return code == 0
+
+
+def run_all(commands, folder, base, jobs):
+    """commands: {(label, seed): (command line, arguments of the label)}. First the analyses that they need, one after the other (they
+    share one file), then the trainings, so many at a time."""
+    for need in dict.fromkeys(tuple(a) for a in (analyses(args, folder) for _, args in commands.values()) if a):
+        if not Path(ROOT, need[-1].partition("=")[2]).exists():
+            execute([*SENSITIVITY, *base, "--threads=1", *need], ROOT / folder / "sensitivity.log")
+
+    def one(key):
+        command, args = commands[key]
+        out = Path(ROOT, command[-1].partition("=")[2])
+        if not (out / "result.json").exists() and all(Path(ROOT, a).exists() for a in args if a.endswith(".py")):
+            if execute(command + ["--resume=True"], out / "log.txt"):
+                print(f"done: {key[0]}, seed {key[1]}", flush=True)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(one, sorted(commands, key=lambda k: k[1])))  # all labels with the first seed, then with the second
+
+
+# ---- collect ---------------------------------------------------------------------------------------------------------------------------
+
+def read(out):
+    """What one run wrote -> {quantity: number}, and "losses", its training losses. None if it has not finished."""
+    if not (out / "result.json").exists():
+        return None
+    result = json.loads((out / "result.json").read_text())
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    r = {k: result.get(k) for k in ("after", "before", "test_loss", "val_loss", "seconds", "flops", "time_ratio")}
+    seen = [m for m in lines if m.get("sparse_loss") is not None]
+    if seen:
+        r["rise_at_switch"] = seen[0]["sparse_loss"] - seen[0]["dense_loss"]
+    if result.get("sparse_loss") is not None:
+        r["rise_at_end"] = result["sparse_loss"] - result["dense_loss"]
+    r["losses"] = [m["loss"] for m in lines if "loss" in m]
+    r["switch"] = next((m["step"] for m in lines if "loss" in m and m["scale"]), None)
+    return {k: v for k, v in r.items() if v is not None}
+
+
+def compare(r, dense):
+    """Adds what needs the dense run of the same seed: its difference in accuracy, share of FLOPs and seconds, and the spike: by how much
+    the training loss of the first five sparse steps lies over that of the dense run on the same batches."""
+    if "after" in r and "after" in dense:
+        r["vs_dense"] = r["after"] - dense["after"]
+    r["flops_share"], r["seconds_share"] = r["flops"] / dense["flops"], r["seconds"] / dense["seconds"]
+    if "switch" in r:
+        both = list(zip(r["losses"], dense["losses"]))[r["switch"]:r["switch"] + 5]
+        r["spike"] = sum(a - b for a, b in both) / max(1, len(both))
+
+
+def summary(values):
+    """-> mean, standard error (None for one value), n."""
+    n, mean = len(values), sum(values) / len(values)
+    return dict(mean=mean, error=math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1) / n) if n > 1 else None, n=n)
+
+
+def collect(commands, rows, folder, base):
+    """-> {label: {"command", "rows", "seeds": {seed: {quantity: number}}, "summary": {quantity: {mean, error, n}}}}"""
+    runs = {key: read(Path(ROOT, command[-1].partition("=")[2])) for key, (command, _) in commands.items()}
+    out = {}
+    for (label, seed), r in runs.items():
+        if r is None:
+            continue
+        dense = runs.get(("dense LoRA", seed))
+        if dense:
+            compare(r, dense)
+        if label not in out:
+            command, args = commands[label, seed]
+            need = analyses(args, folder)
+            text = (shlex.join([*SENSITIVITY, *base, *need]) + " && " if need else "") + shlex.join(command[:-2])
+            out[label] = dict(command=text, rows=[n for n in rows if label in dict(rows[n])], seeds={})
+        out[label]["seeds"][seed] = r
+    for entry in out.values():
+        some = entry["seeds"].values()
+        for r in some:
+            r.pop("losses", None)
+        keys = dict.fromkeys(k for r in some for k in r if k != "switch")
+        entry["summary"] = {k: summary([r[k] for r in some if k in r]) for k in keys}
+    return out
+
+
+COLUMNS = (("after", "accuracy", "{:.1%}"), ("vs_dense", "against dense", "{:+.1%}"), ("test_loss", "test loss", "{:.4f}"),
+           ("rise_at_switch", "rise at switch", "{:+.3f}"), ("rise_at_end", "rise at end", "{:+.3f}"), ("spike", "spike", "{:+.3f}"),
+           ("flops_share", "FLOPs", "{:.0%}"), ("seconds_share", "seconds", "{:.0%}"), ("time_ratio", "fwd+bwd", "{:.2f}"))
+
+
+def cell(s, form):
+    if s is None:
+        return ""
+    error = "" if s["error"] is None else " ± " + form.replace("+", "").format(s["error"]).rstrip("%")
+    return form.format(s["mean"]) + error
+
+
+def markdown(everything):
+    lines = ["# Ablations", "", "Made by results/ablations.py; all numbers are in ablations.json. Mean ± standard error over n seeds. accuracy: greedy "
+             "answers to test problems, after training, dense. against dense: the paired difference to dense LoRA with the same seed. rise: of "
+             "one validation batch's loss when its context runs sparse. spike: training loss of the first five sparse steps over the dense "
+             "run's. FLOPs, seconds: of the whole run over full-length dense LoRA's. fwd+bwd: time of a sparse step over a dense one's.", ""]
+    for name, entries in everything.items():
+        before = [r["before"] for e in entries.values() for r in e["seeds"].values() if "before" in r]
+        lines += [f"## {name}", "", f"Before training: {before[0]:.1%}." if before else "", ""]
+        for n, title in TITLES.items():
+            some = {label: e for label, e in entries.items() if n in e["rows"]}
+            if not some:
+                continue
+            shown = [c for c in COLUMNS if any(c[0] in e["summary"] for e in some.values())]
+            lines += [f"### {n}. {title}", "", "| | n | " + " | ".join(c[1] for c in shown) + " | command |", "|---" * (len(shown) + 3) + "|"]
+            for label, e in some.items():
+                row = [label, str(len(e["seeds"])), *(cell(e["summary"].get(k), form) for k, _, form in shown), f"`{e['command']}`"]
+                lines.append("| " + " | ".join(row) + " |")
+            lines.append("")
+    return "\n".join(lines)
+
+
+def draw_budgets(entries, path):
+    """Row 7: accuracy against FLOPs and against seconds, dense LoRA stopped early beside the sparse runs."""
+    try:
+        import matplotlib
+    except ImportError:
+        return
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    some = {label: e["summary"] for label, e in entries.items() if 7 in e["rows"] and {"after", "flops_share"} <= e["summary"].keys()}
+    fig, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
+    for line in dict.fromkeys(label.split(",")[0] for label in some):
+        points = sorted((s for label, s in some.items() if label.split(",")[0] == line), key=lambda s: s["flops_share"]["mean"])
+        for ax, key in zip(axes, ("flops_share", "seconds_share")):
+            ax.errorbar([s[key]["mean"] for s in points], [s["after"]["mean"] for s in points],
+                        [s["after"]["error"] or 0 for s in points], marker="o", label=line, capsize=2)
+    axes[0].set(xlabel="FLOPs of the run / full dense LoRA's", ylabel="accuracy on test problems")
+    axes[1].set(xlabel="seconds of the run / full dense LoRA's")
+    axes[0].legend()
+    fig.savefig(path, dpi=130)
+    plt.close(fig)
+
+
+def numbers(own, key, kind=float):
+    try:
+        return [kind(v) for v in own[key].split(",") if v]
+    except ValueError:
+        raise UserError(f"--{key}={own[key]} has to be numbers with commas between") from None
+
+
+def command_lines(base, own):
+    """-> (rows, {(label, seed): (command line as a list, arguments of the label)} of all rows, the keys of those to run, folder)."""
+    cfg = config.load(base)
+    layers = json.loads((resolve(cfg.model) / "config.json").read_text())["num_hidden_layers"]
+    folder = f"out/ablations/{own['name']}"
+    rows = table(cfg, layers, folder, numbers(own, "mlp"), numbers(own, "attn"), numbers(own, "budgets"))
+    wanted, commands, keys = numbers(own, "rows", int), {}, []
+    if not set(wanted) <= set(rows):
+        raise UserError(f"--rows={own['rows']} has to be some of {','.join(map(str, rows))}")
+    for n, (label, args) in ((n, run) for n in [*wanted, *(n for n in rows if n not in wanted)] for run in rows[n]):
+        seeds = own["seeds"] or SEEDS.get(n, 3)
+        for seed in range(max(10, seeds)):
+            command = ["python", "train.py", *base, *args, "--threads=1", f"--seed={seed}", f"--out_dir={folder}/{short(label)}/{seed}"]
+            assert commands.get((label, seed), (command, args)) == (command, args), f"two runs are called {label}"
+            commands[label, seed] = command, args
+            if n in wanted and seed < seeds and (label, seed) not in keys:
+                keys.append((label, seed))
+    return rows, commands, keys, folder
+
+
+def main(argv):
+    mine = [a for a in argv if a in ("-h", "--help") or a.partition("=")[0].removeprefix("--") in OWN]
+    _, own = options(mine, __doc__, (0, 0), **OWN)
+    base = [a for a in argv if a not in mine]
+    base = base if any(a.endswith(".py") for a in base) else ["config/tiny.py", *base]
+    rows, commands, keys, folder = command_lines(base, own)
+    if own["dry"]:
+        return print("\n".join(shlex.join(commands[k][0]) for k in keys))
+    if not own["collect"]:
+        run_all({k: commands[k] for k in keys}, folder, base, own["jobs"])
+    path = ROOT / "results" / "ablations.json"
+    everything = json.loads(path.read_text()) if path.exists() else {}
+    everything[own["name"]] = collect(commands, rows, folder, base)
+    write_text(path, json.dumps(everything, indent=1) + "\n")
+    write_text(path.with_suffix(".md"), markdown(everything))
+    draw_budgets(everything[own["name"]], path.with_name(f"budgets_{own['name']}.png"))
+    print(path.with_suffix(".md"))
+
+
+if __name__ == "__main__":
+    run(main)

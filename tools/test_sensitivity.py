@@ -1,0 +1,221 @@
+"""The layer analysis and the scripts of results/: the chooser on curves made by hand, whole analyses of a random model."""
+import itertools
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import config
+import predictor
+from config import UserError
+from results import ablations, gradient_quality, overlap, plot, predictor_quality
+from tools import sensitivity
+from tools.test_runs import home  # noqa: F401 (a fixture)
+
+FAST = ["--batches=2", "--ratios=.25,.5,.75"]
+
+
+def analyse(home, out, *flags):
+    sensitivity.main([str(home / "c.py"), *FAST, f"--out={out}", *flags])
+    return json.loads((out.parent / "sensitivity.json").read_text())
+
+
+# ---- choosing, without a model ---------------------------------------------------------------------------------------------------------
+
+def test_hull():
+    points = [(.5, 10, .1), (.75, 15, .6), (.9, 20, .5), (.97, 20, .7)]
+    assert sensitivity.hull(points) == [(0, 0, 0), (.5, 10, .1), (.9, 20, .5)]
+    assert sensitivity.hull([(.5, -3, 0.), (.9, 4, -.2)]) == [(0, 0, 0), (.9, 4, 0)]  # what saves nothing is out; a rise below 0 is noise
+    assert sensitivity.hull([(.5, 10, .5), (.9, 20, .1)]) == [(0, 0, 0), (.9, 20, .1)]
+    assert sensitivity.hull([(.5, 0, 0.)]) == [(0, 0, 0)]
+
+
+def test_choice_is_the_best_there_is():
+    """Against all combinations of measured ratios, at every saving that the chooser stops at."""
+    g = torch.Generator().manual_seed(0)
+    curves = {k: [(r, 100 * r * w, w * r ** 2 * b) for r in (.5, .75, .9)] for k, w, b in
+              zip("abcd", torch.rand(4, generator=g).add(.5).tolist(), torch.rand(4, generator=g).tolist())}
+    saved = {k: {r: s for r, s, _ in v} for k, v in curves.items()}
+    for need in (5, 40, 90, 150, 200):
+        chosen, rise = sensitivity.choose(curves, need, lambda k, r: 100 * r * saved[k][.5] / 50)
+        got = sum(100 * r * saved[k][.5] / 50 for k, r in chosen.items())
+        assert got >= need
+        assert got - need < 2  # the last edge is taken in hundredths
+        best = min(sum(d for _, _, d in combination) for combination in itertools.product(*([(0, 0, 0), *v] for v in curves.values()))
+                   if sum(s for _, s, _ in combination) >= need)
+        assert rise <= best + 1e-9
+
+
+def test_dead_parts_are_left_alone():
+    chosen, rise = sensitivity.choose({"0.mlp": [(.9, 10, 5.)], "1.mlp": [(.9, 10, .01)], "2.mlp": [(.9, 0, 0.)]}, 9.5, lambda k, r: 10 * r / .9)
+    assert chosen.keys() == {"1.mlp"} and .85 <= chosen["1.mlp"] <= .9
+
+
+def test_published_pattern():
+    mlp, attn = sensitivity.published(32)
+    assert sorted(mlp) == list(range(3, 31)) and sorted(attn) == [*range(14, 20), *range(21, 24), *range(25, 30)]
+    mlp, attn = sensitivity.published(6)
+    assert sorted(mlp) == [1, 2, 3, 4] and 0 not in attn and 5 not in attn
+
+
+# ---- whole analyses ----------------------------------------------------------------------------------------------------------------------
+
+def test_start_at_a_block_is_the_whole_forward(home):
+    cfg = config.load([str(home / "c.py"), "--predictor=svd"])
+    model, warm, batches, fresh = sensitivity.setup(cfg, 1)
+    inputs = []
+    hooks = [b.register_forward_pre_hook(lambda _, args: inputs.append(args[0])) for b in model.blocks]
+    predictor.set_ratios(model, {})
+    with torch.no_grad():
+        dense = model.loss(batches[0])
+        [h.remove() for h in hooks]
+        assert all(torch.equal(model.loss(batches[0], x, i), dense) for i, x in enumerate(inputs))
+        predictor.set_ratios(model, {"1.mlp": .5})
+        assert model.blocks[1].mlp.predictor.c and not model.blocks[0].mlp.predictor.c
+        whole = model.loss(batches[0])
+        assert whole != dense and torch.equal(model.loss(batches[0], inputs[1], 1), whole)
+
+
+@pytest.mark.parametrize("kind", ["svd", "measured"])
+def test_analysis(home, tmp_path, capsys, kind):
+    out = tmp_path / "ratios.py"
+    store = analyse(home, out, "--budget=.95", f"--predictor={kind}")
+    (done,) = store.values()
+    assert len(done) == 2 and all(len(seen) == 1 + 2 * 2 * 3 for seen in done.values())  # 2 batches; 2 blocks, 2 parts, 3 ratios
+    cfg = config.load([str(home / "c.py"), str(out)])
+    assert len(cfg.mlp_sparsity) == len(cfg.attn_sparsity) == 3 and cfg.mlp_sparsity[2] == cfg.attn_sparsity[2] == 0 and cfg.predictor == kind
+    model, _, batches, _ = sensitivity.setup(cfg, 2)
+    predictor.attach(model, cfg.mlp_sparsity, cfg.attn_sparsity, cfg.predictor_rank, "random")
+    dense, sparse = (sum(f) for f in zip(*map(model.flops, batches)))
+    assert kind == "svd" or sparse <= .95 * dense * 1.0001  # the factors' own FLOPs are not in it with random
+    for name in ("uniform", "uniform_mlp", "published"):
+        config.load([str(home / "c.py"), str(tmp_path / f"ratios_{name}.py")])
+    assert out.with_suffix(".png").stat().st_size > 1000
+    text = capsys.readouterr().out
+    assert "block" in text and "published pattern" in text and f"train.py {home / 'c.py'} {out}" in text
+
+
+def test_goes_on_where_it_stopped(home, tmp_path, monkeypatch):
+    whole = analyse(home, tmp_path / "a" / "r.py", "--budget=.95")
+    count, real = [], sensitivity.Progress.step
+
+    def step(self):
+        count.append(1)
+        if len(count) == 7:
+            raise KeyboardInterrupt
+        real(self)
+
+    monkeypatch.setattr(sensitivity.Progress, "step", step)
+    with pytest.raises(KeyboardInterrupt):
+        analyse(home, tmp_path / "b" / "r.py", "--budget=.95")
+    monkeypatch.setattr(sensitivity.Progress, "step", lambda self: count.append(1))
+    parts = json.loads((tmp_path / "b" / "sensitivity.json").read_text())
+    (first,) = parts.values()
+    stored = sum(len(seen) - 1 for seen in first.values())
+    assert stored == 6
+    count.clear()
+    assert analyse(home, tmp_path / "b" / "r.py", "--budget=.95") == whole
+    assert len(count) == 24 - stored
+    assert (tmp_path / "a" / "r.py").read_text().splitlines()[2:] == (tmp_path / "b" / "r.py").read_text().splitlines()[2:]
+    count.clear()
+    analyse(home, tmp_path / "b" / "s.py", "--budget=.97")  # another budget measures nothing anew
+    assert not count
+    assert len(analyse(home, tmp_path / "b" / "r.py", "--budget=.95", "--predictor=random")) == 2  # another predictor does
+
+
+@pytest.mark.parametrize("flag, message", [("--budget=.01", "cannot be met"), ("--budget=1.5", "below 1"), ("--ratios=.5,x", "numbers between"),
+                                           ("--ratios=1", "numbers between"), ("--batches=0", "at least 1"), ("--batches=99", "lower --batches"),
+                                           ("--lora_r=0", "nothing to analyse"), ("--bugdet=.5", "unknown option"), ("--budget=x", "float")])
+def test_bad_values(home, tmp_path, flag, message):
+    with pytest.raises(UserError, match=message):
+        analyse(home, tmp_path / "r.py", flag)
+
+
+def test_lowest_budget_that_is_named_can_be_met(home, tmp_path):
+    with pytest.raises(UserError) as e:
+        analyse(home, tmp_path / "r.py", "--budget=.05")
+    analyse(home, tmp_path / "r.py", "--budget=" + str(e.value).split("give --budget=")[1].split()[0])
+
+
+# ---- results -----------------------------------------------------------------------------------------------------------------------------
+
+def test_every_ablation_is_a_valid_command_line(home, tmp_path):
+    own = dict(ablations.OWN, name="test")
+    rows, commands, keys, folder = ablations.command_lines(["config/tiny.py"], own)
+    assert sorted(rows) == list(range(1, 9)) and len({c[-1] for c, _ in commands.values()}) == len(commands)
+    for label, seed in keys:
+        command, args = commands[label, seed]
+        need = ablations.analyses(args, folder)
+        if need:  # its config file is yet to be written
+            assert {a.partition("=")[0] for a in need} == {"--predictor", "--budget", "--out"}
+        assert shlex.split(shlex.join(command)) == command
+        cfg = config.load([a for a in command[2:] if not a.startswith("out/")])
+        assert cfg.seed == seed and cfg.threads == 1 and cfg.out_dir.startswith("out/ablations/test/")
+        config.ratios(cfg.mlp_sparsity, 6, "mlp_sparsity")
+    with pytest.raises(UserError, match="rows"):
+        ablations.command_lines(["config/tiny.py"], dict(own, rows="9"))
+
+
+@pytest.mark.slow
+def test_ablations_run_resume_and_collect(home, tmp_path, monkeypatch):
+    monkeypatch.setattr(ablations, "ROOT", tmp_path)  # a copy of what train.py needs
+    for name in ("train.py", "model.py", "sparse.py", "kernels.py", "predictor.py", "config", "data", "tools"):
+        (tmp_path / name).symlink_to(Path(sensitivity.__file__).resolve().parent.parent / name)
+    (tmp_path / "results").mkdir()
+    args = [str(home / "c.py"), "--rows=4", "--seeds=1", "--name=t", "--mlp=.5", "--max_steps=6"]
+    ablations.main(args)
+    path = tmp_path / "results" / "ablations.json"
+    entries = json.loads(path.read_text())["t"]
+    assert {"dense LoRA", "as configured", "split none"} <= entries.keys() and entries["dense LoRA"]["summary"]["after"]["n"] == 1
+    assert entries["split none"]["summary"].keys() >= {"vs_dense", "rise_at_switch", "rise_at_end", "spike", "flops_share"}
+    assert entries["as configured"]["summary"]["flops_share"]["mean"] < 1
+    text = path.with_suffix(".md").read_text()
+    assert "### 4. Which tokens are dense" in text and "--split=none" in text
+    before = path.read_text()
+    monkeypatch.setattr(ablations, "execute", lambda *a: pytest.fail("a finished run was run again"))
+    ablations.main(args)
+    assert path.read_text() == before
+
+    # and their losses over one another
+    plot.main([str(tmp_path / "out/ablations/t/dense_LoRA/0"), str(tmp_path / "out/ablations/t/as_configured/0"), f"--out={tmp_path / 'p.png'}"])
+    assert (tmp_path / "p.png").stat().st_size > 1000
+    with pytest.raises(UserError, match="out_dir of a run"):
+        plot.main([str(tmp_path / "nothing")])
+
+
+def test_summary():
+    assert ablations.summary([2.0]) == dict(mean=2.0, error=None, n=1)
+    s = ablations.summary([1.0, 2.0, 3.0])
+    assert s["mean"] == 2 and abs(s["error"] - 1 / 3 ** .5) < 1e-12
+
+
+def test_quality_overlap_and_gradients(home, tmp_path, monkeypatch, capsys):
+    base = [str(home / "c.py"), "--threads=1"]
+    for module in (predictor_quality, overlap, gradient_quality):
+        monkeypatch.setattr(module, "HERE", tmp_path)
+    predictor_quality.main([*base, "--ranks=1,8", "--ratios=.5,.75", "--batches=2"])
+    rows = json.loads((tmp_path / "predictor_quality.json").read_text())["tiny"]
+    held = {(r["part"], r["method"], r["ratio"]): r for r in rows}
+    assert all(r["recall"] == 1 for r in rows if r["method"] == "oracle")
+    assert all(r["held"] <= held[r["part"], "oracle", r["ratio"]]["held"] + 1e-4 for r in rows if r["part"].endswith("mlp"))
+    shutil.copy(home / "data.jsonl", tmp_path / "other.jsonl")
+    overlap.main([*base, "--batches=2", "--ratio=.5", f"--data=a:{home / 'data.jsonl'},b:{tmp_path / 'other.jsonl'}"])
+    study = json.loads((tmp_path / "overlap.json").read_text())["tiny"]["mlp 0.5"]
+    assert study["overlap"]["a"] == study["overlap"]["b"] and 0 < study["overlap"]["a"]["b"] <= 1
+    with pytest.raises(UserError, match="two tasks"):
+        overlap.main([*base, "--data=a:x"])
+    gradient_quality.main([*base, "--every=6", "--batches=1", "--kinds=oracle,random", "--max_steps=6"])
+    looks = json.loads((tmp_path / "gradient_quality.json").read_text())["tiny"]
+    assert [look["step"] for look in looks] == [0, 6] and all(-1 <= c <= 1 for c, _ in looks[0]["kinds"]["oracle"].values())
+    for name in ("predictor_quality", "overlap", "gradient_quality"):
+        assert (tmp_path / f"{name}.md").read_text().startswith("# ")
+
+
+def test_command_line_errors_are_one_line():
+    done = subprocess.run([sys.executable, "-m", "tools.sensitivity", "--budget=2"], capture_output=True, text=True, cwd=ablations.ROOT)
+    assert done.returncode == 1 and done.stderr.strip().splitlines()[-1].startswith("error: --budget=2")
