@@ -80,6 +80,7 @@ def metrics(out):
     lines = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
     keys = [(m["step"], "val_loss" in m, "held" in m) for m in lines]
     assert len(set(keys)) == len(keys), "a step twice in metrics.jsonl"
+    lines.sort(key=lambda m: m["step"])  # a step's line comes one step late
     return [{k: v for k, v in m.items() if k != "seconds"} for m in lines]
 
 
@@ -274,7 +275,7 @@ def test_other_contents_are_refused(home, half, tmp_path):
         train.main(options(home, out_dir=out, resume=True, dataset=tmp_path / "d.jsonl"))
     shutil.copytree(home / "base", tmp_path / "moved")
     shutil.copy(home / "data.jsonl", tmp_path / "moved.jsonl")
-    train.main(options(home, out_dir=out, resume=True, model=tmp_path / "moved", dataset=tmp_path / "moved.jsonl", log_interval=5, threads=2,
+    train.main(options(home, out_dir=out, resume=True, model=tmp_path / "moved", dataset=tmp_path / "moved.jsonl", log_interval=5,
                        save_interval=1, recompute=True, debug=True))
     assert newest(out)[1]["step"] == 12
 
@@ -343,3 +344,166 @@ def test_three_in_a_row_end_the_run(home, tmp_path, monkeypatch):
     texts = (tmp_path / "a/bad_batch.jsonl").read_text().splitlines()
     assert len(texts) in (3, 5) and all("Tom has" in json.loads(t) for t in texts)
     assert newest(tmp_path / "a")[1]["step"] in (3, 6)  # resumable
+
+
+# ---- kills: children are forked from a server that has imported train already, so a start costs a moment ---------------------------
+
+def faults(kill_at):
+    """Kills this process before the n-th call that changes the disk. A write is torn in its middle."""
+    calls, real_write = iter(range(1, 10 ** 9)), state.write
+
+    def faulty(real):
+        def call(*args, **kw):
+            if next(calls) == kill_at:
+                if real is real_write:
+                    real(args[0], args[1][:len(args[1]) // 2])
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*args, **kw)
+        return call
+
+    state.write = faulty(state.write)
+    for name in ("fsync", "rename", "replace", "unlink", "rmdir", "mkdir"):
+        setattr(os, name, faulty(getattr(os, name)))
+
+
+def child(home, changes, kill_at):
+    """The body of a child process: a run. kill_at: None, never."""
+    if kill_at:
+        faults(kill_at)
+    sys.stdout = open(os.devnull, "w")
+    torch.set_num_threads(1)
+    train.main(options(home, resume=True, **changes))
+
+
+def child_that_saves(out, step, kill_at):
+    faults(kill_at)
+    tensors, info = state.read(out / "state/000002")
+    state.save(out, tensors, {**info, "step": step})
+
+
+def start(target, *args):
+    import multiprocessing
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tools.test_runs"])
+    p = context.Process(target=target, args=args)
+    p.start()
+    return p
+
+
+def kill_until_done(home, out, kills, rng, **changes):
+    """Starts a run again and again, killed at random: half of the kills before a random write, fsync, rename or removal, half at a random
+    time. The last start is left alone. -> how many were killed."""
+    killed = 0
+    for i in range(kills):
+        p = start(child, home, dict(changes, out_dir=out), rng.randrange(1, 60) if i % 2 else None)
+        if i % 2 == 0:
+            time.sleep(rng.uniform(0.1, 1.5))
+            p.kill()
+        p.join()
+        killed += p.exitcode == -signal.SIGKILL
+    p = start(child, home, dict(changes, out_dir=out), None)
+    p.join()
+    assert p.exitcode == 0
+    return killed
+
+
+@pytest.mark.parametrize("kills", [4, pytest.param(30, marks=pytest.mark.slow)])
+def test_killed_at_random_equals_uninterrupted(home, tmp_path, kills):
+    """Long enough that most kills hit before the end: 40 steps, a state every second step."""
+    changes = dict(max_steps=40 if kills > 9 else 20, save_interval=2, test_examples=0, eval_interval=8)
+    train.main(options(home, out_dir=tmp_path / "a", **changes))
+    killed = kill_until_done(home, tmp_path / "b", kills, random.Random(kills), **changes)
+    print(f"{killed} of {kills} kills hit")
+    assert killed >= kills * 2 // 3
+    same_run(tmp_path / "a", tmp_path / "b")
+
+
+def test_killed_before_every_step_of_a_save(half, tmp_path):
+    """A save is killed before each of its writes, renames and removals in turn, and in the middle of each write. There is always a good
+    state, the old one or the new one; the next save tidies up."""
+    seen = []
+    for n in range(1, 40):
+        out = shutil.copytree(half / "half", tmp_path / str(n))
+        p = start(child_that_saves, out, 7, n)
+        p.join()
+        info = state.load(out, newest_identity(half))[1]
+        seen.append(info["step"])
+        if p.exitcode == 0:
+            break
+        assert p.exitcode == -signal.SIGKILL
+        tensors, _ = state.read(out / "state/000002")
+        state.save(out, tensors, {**info, "step": 9})
+        assert state.load(out, newest_identity(half))[1]["step"] == 9
+        assert len(list((out / "state").iterdir())) == 2
+    assert seen == sorted(seen) and set(seen) == {6, 7} and len(seen) >= 12
+
+
+# ---- signals and the lock ----------------------------------------------------------------------------------------------------------
+
+def slow_child(home, changes, seconds):
+    """A run whose steps take so long that a signal meets one, and which writes its output to out_dir/../log."""
+    real = train.update
+    train.update = lambda run, lr: (time.sleep(seconds), real(run, lr))[1]
+    sys.stdout = open(Path(changes["out_dir"]).parent / "log", "a", buffering=1)
+    torch.set_num_threads(1)
+    train.main(options(home, resume=True, **changes))
+
+
+def wait_for(path, text, seconds=60):
+    end = time.time() + seconds
+    while time.time() < end:
+        if path.exists() and text in path.read_text():
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"no {text!r} in {path}")
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1"])
+def test_signals_save_and_exit_0(home, tmp_path, name):
+    p = start(slow_child, home, dict(out_dir=tmp_path / "a", test_examples=0, save_interval=0), 0.2)
+    wait_for(tmp_path / "log", "step    1/12")
+    os.kill(p.pid, getattr(signal, name))
+    p.join()
+    log = (tmp_path / "log").read_text()
+    step = newest(tmp_path / "a")[1]["step"]
+    assert p.exitcode == 0 and 2 <= step < 8
+    assert f"stopped by {name} after step {step} of 12; go on with:\n  python train.py --resume=True" in log
+
+
+def test_second_interrupt_quits_at_once(home, tmp_path):
+    p = start(slow_child, home, dict(out_dir=tmp_path / "a", test_examples=0), 8.0)
+    wait_for(tmp_path / "log", "sparse step computes")
+    wait_for(tmp_path / "a/metrics.jsonl", "")
+    time.sleep(1)
+    begun = time.time()
+    for _ in range(2):
+        os.kill(p.pid, signal.SIGINT)
+        time.sleep(0.3)
+    p.join()
+    assert p.exitcode == 130 and time.time() - begun < 6
+
+
+def test_two_runs_in_one_out_dir(home, half, tmp_path):
+    """The second is refused while the first lives, and changes nothing; when the first is killed, however hard, the way is free."""
+    out = copy_half(half, tmp_path)
+    p = start(slow_child, home, dict(out_dir=out), 30.0)
+    wait_for(tmp_path / "log", "resumed after step 6")
+    before = tree(out)
+    for resume in (True, False):
+        with pytest.raises(UserError, match="in use by another run"):
+            train.main(options(home, out_dir=out, resume=resume))
+    assert tree(out) == before
+    p.kill()
+    p.join()
+    train.main(options(home, out_dir=out, resume=True))
+    same_run(half / "whole", out)
+
+
+def test_foreign_out_dir_is_left_alone(home, tmp_path):
+    """A directory with weights of something else, the base itself among them, and a file in the place of a directory."""
+    before = tree(home)
+    for out in (home / "base", home / "data.jsonl", home / "data.jsonl/x"):
+        for resume in (True, False):
+            with pytest.raises(UserError, match="choose another --out_dir"):
+                train.main(options(home, out_dir=out, resume=resume))
+    assert tree(home) == before
