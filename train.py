@@ -47,9 +47,12 @@ def load_data(run):
     """run.examples and run.tokenized: {"train", "val", "test": lists}; prints their statistics and one example, scored part marked."""
     cfg, run.examples, run.tokenized = run.cfg, {}, {}
     for split in ("train", "val", "test") if cfg.test_examples else ("train", "val"):
-        run.examples[split] = data.load_split(cfg, split)
-        run.tokenized[split] = data.tokenize(run.examples[split], run.tokenizer, cfg.max_seq_len, cfg.prompt_format, cfg.prompt_weight)
-        say(f"{split:5s} {data.statistics(run.examples[split], run.tokenized[split])}")
+        run.examples[split] = examples = data.load_split(cfg, split)
+        if split == "test" and not any(e.response for e in examples):  # only questions and answers
+            run.tokenized[split] = []
+            continue
+        run.tokenized[split] = data.tokenize(examples, run.tokenizer, cfg.max_seq_len, cfg.prompt_format, cfg.prompt_weight)
+        say(f"{split:5s} {data.statistics(examples, run.tokenized[split], cfg.prompt_weight)}")
     say("first example, [[scored]]: " + repr(data.marked(run.tokenized["train"][0], run.tokenizer)))
 
 
@@ -452,9 +455,9 @@ def say_plan(run):
     model.set_sparsity(1)
     sample = data.collate(run.tokenized["train"][:cfg.batch_size], cfg.split)
     dense, sparse = model.flops(sample)
-    first, end = round(cfg.sparse_start * run.max_steps), round(cfg.sparse_end * run.max_steps)
-    say(f"dense for {first} steps, then sparse ({cfg.predictor}) until step {end}: a sparse step computes {sparse / dense:.0%} of a dense one's "
-        f"{dense / 1e9:,.1f} GFLOP" if predictor.predictors(model) else "dense throughout")
+    first, end = math.ceil(cfg.sparse_start * run.max_steps), math.ceil(cfg.sparse_end * run.max_steps)
+    say(f"dense for {first} steps, then sparse ({cfg.predictor}; ratios: {cfg.ratio_source()}) until step {end}: a sparse step computes "
+        f"{sparse / dense:.0%} of a dense one's {dense / 1e9:,.1f} GFLOP" if predictor.predictors(model) else "dense throughout")
 
 
 def optimizer_tensors(run):
@@ -555,7 +558,7 @@ def finish(run, lengths):
     if cfg.eval_interval:
         result.update(evaluate(run, None))
     if cfg.test_examples:
-        result["test_loss"] = mean_loss(run, "test", cfg.test_examples)
+        result["test_loss"] = mean_loss(run, "test", cfg.test_examples) if run.tokenized["test"] else None
         result["after"], result["test_examples"] = accuracy(run, "test", cfg.test_examples)
     if predictor.predictors(run.model):
         result["time_ratio"] = time_ratio(run, data.batches(lengths, cfg.batch_size, cfg.seed, 0)[:11])
