@@ -204,25 +204,22 @@ class Attention(Part):
         return sparse.ProjectIn.apply(x, self.o, keep and keep.o, n, self.lora_scale, spans, *[p for _, A, B in pairs for p in (A, B)])
 
     def grid(self, y, batch, rope, rows, heads, n_rot):
-        """y (T', heads hd) -> (B, heads, S, hd): the first n_rot heads rotated, each row at its place, zeros elsewhere."""
-        B, S = batch.shape
-        cos, sin = rope[0][rows], rope[1][rows]
-        g = sparse.RopeScatter.apply(y, cos, sin, batch.rows[rows], n_rot, self.head_dim, B * S)  # (B*S, heads hd)
-        return g.view(B, S, heads, self.head_dim).transpose(1, 2)
+        """y (T', sum(heads) hd) -> one (B, h, S, hd) for each h of heads: the first n_rot heads rotated, each row at its place, zeros
+        elsewhere."""
+        return sparse.RopeScatter.apply(y, rope[0][rows], rope[1][rows], batch.rows[rows], n_rot, self.head_dim, batch.shape, heads)
 
     def forward(self, x, batch, rope, keep, energies, last, cache):
         """x (T, D) -> (T, D), in the last block (T_loss, D). rope: cos, sin (T, hd/2)."""
         H, K, N = self.n_heads, self.n_kv_heads, self.qkv.shape[0]
         n, every, wanted = batch.n_sparse, slice(0, len(x)), batch.loss if last else slice(0, len(x))
         if last:  # queries for the loss rows only
-            q = self.grid(self.project(x[wanted], 0, H * self.head_dim), batch, rope, wanted, H, H)
-            kv = self.grid(self.project(x, H * self.head_dim, N), batch, rope, every, 2 * K, K)
+            q, = self.grid(self.project(x[wanted], 0, H * self.head_dim), batch, rope, wanted, (H,), H)
+            k, v = self.grid(self.project(x, H * self.head_dim, N), batch, rope, every, (K, K), K)
         else:
             y = self.project(x, 0, N, keep, n)  # (T, N)
             if energies is not None:
                 energies += sparse.energy(y[:n].detach())
-            q, kv = self.grid(y, batch, rope, every, H + 2 * K, H + K).split([H, 2 * K], 1)  # (B, H, S, hd), (B, 2 K, S, hd)
-        k, v = kv.split([K, K], 1)
+            q, k, v = self.grid(y, batch, rope, every, (H, K, K), H + K)  # (B, H, S, hd), twice (B, K, S, hd)
         if cache is not None:
             cache.fill(k, v)
         a = attend(q, k, v)  # (B, H, S, hd)
@@ -320,7 +317,7 @@ class LLaMA(nn.Module):
     def __init__(self, config, dtype=torch.float32, device="cpu"):
         super().__init__()
         c, kw = config, dict(dtype=dtype, device=device)
-        self.config, self.dtype, self.recompute, self.scale = c, dtype, False, 0.0
+        self.config, self.dtype, self.recompute, self.scale, self.frequencies = c, dtype, False, 0.0, None
         self.embed = weight(c.vocab_size, c.hidden_size, **kw)
         self.blocks = nn.ModuleList(Block(c, **kw) for _ in range(c.num_hidden_layers))
         self.final_norm = weight(c.hidden_size, **kw)
@@ -479,8 +476,9 @@ class LLaMA(nn.Module):
     def rope(self, positions):
         """cos and sin (T, hd/2) of positions (T,), in fp32 (fp64 in an fp64 model)."""
         high = torch.promote_types(self.dtype, torch.float32)
-        freq = inverse_frequencies(self.config).to(device=positions.device, dtype=high)  # (hd/2,)
-        angles = positions.to(high)[:, None] * freq
+        if self.frequencies is None:  # made once: a copy from the host in every step would wait for the device
+            self.frequencies = inverse_frequencies(self.config).to(device=positions.device, dtype=high)  # (hd/2,)
+        angles = positions.to(high)[:, None] * self.frequencies
         return angles.cos(), angles.sin()
 
     def hidden(self, batch, cache=None, x=None, first=0):

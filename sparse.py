@@ -297,19 +297,23 @@ def mlp_hidden(x, gate_up, k, lora, s):
 # ---- between the projections: rows <-> the (B, S) grid that attention needs -------------------------------------------------------
 
 class RopeScatter(Function):
-    """Rotates the first n_rot heads of x (T, heads * hd) and puts each row at its place of a zero-filled grid (B*S, heads * hd)."""
+    """Rotates the first n_rot heads of x (T, sum(heads) hd) and puts each row at its place of a zero-filled grid, shape = (B, S). Returns
+    a view of the grid for each of heads, (B, h, S, hd): their gradients then meet in one pass, where autograd's split would take three."""
 
     @staticmethod
-    def forward(ctx, x, cos, sin, rows, n_rot, hd, grid_rows):
+    def forward(ctx, x, cos, sin, rows, n_rot, hd, shape, heads):
         ctx.save_for_backward(cos, sin, rows)
         ctx.n_rot, ctx.hd = n_rot, hd
-        return kernels.rope_scatter(x, cos, sin, rows, n_rot, hd, grid_rows)
+        B, S = shape
+        grid = kernels.rope_scatter(x, cos, sin, rows, n_rot, hd, B * S)  # (B*S, sum(heads) hd)
+        return grid.view(B, S, -1, hd).transpose(1, 2).split(heads, 1)
 
     @staticmethod
-    def backward(ctx, dgrid):
+    def backward(ctx, *dparts):
         cos, sin, rows = ctx.saved_tensors
-        dx = kernels.rope_gather_backward(dgrid.contiguous(), cos, sin, rows, ctx.n_rot, ctx.hd)
-        return dx, None, None, None, None, None, None
+        dgrid = torch.cat([d.transpose(1, 2) for d in dparts], 2).flatten(2).flatten(0, 1)  # (B*S, sum(heads) hd)
+        dx = kernels.rope_gather_backward(dgrid, cos, sin, rows, ctx.n_rot, ctx.hd)
+        return dx, None, None, None, None, None, None, None
 
 
 class Gather(Function):
