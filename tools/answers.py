@@ -1,0 +1,65 @@
+"""What a generated text answers, read as LLM-Adapters (arXiv 2304.01933) reads it, so that numbers compare.
+
+    a number          the last one of the text, commas left out, right within 1e-3
+    an option word    the first of true, false / answer1 ... answer5 / solution1, 2 / ending1 ... 4 / option1, 2
+    a letter (AQuA)   the first capital A to E, which may be the A of "After": stated_letter() is the sounder reading
+    a function        HumanEval: the program that runs its tests
+"""
+import math
+import re
+
+import data
+
+
+def number(text):
+    """The last number of a text, or None."""
+    found = re.findall(r"-?\d+\.?\d*", text.replace(",", ""))
+    return float(found[-1]) if found else None
+
+
+def first(pattern, text):
+    found = re.search(pattern, text)
+    return found[0] if found else ""
+
+
+def stated_letter(text):
+    """The letter of the last "The answer is (C)", "answer: C" or "#### C"."""
+    found = re.findall(r"(?:[Aa]nswer(?: is)?:?|####)\s*\(?([A-E])\b", text)
+    return found[-1] if found else ""
+
+
+def judge(text, answer):
+    """(what the text answers, whether that is right). Which rule reads the text follows from the true answer's form."""
+    true, word = data.number(answer), re.fullmatch(r"(answer|solution|option|ending)\d", answer)
+    if true is not None:
+        said = number(text)
+        return said, said is not None and abs(said - true) <= 1e-3
+    if re.fullmatch("[A-E]", answer):
+        said = first("[A-E]", text)
+    elif answer in ("true", "false"):
+        said = first("true|false", text)
+    elif word:
+        said = first(word[1] + "[1-5]", text)
+    else:  # free text: words are compared
+        return text, data.is_correct(text, answer)
+    return said, said == answer
+
+
+def program(prompt, text, name, test):
+    """The whole program that tests what was generated for a HumanEval prompt: a function body that goes on with it, up to
+    the first line that is not indented, or a fenced block. What the prompt imports and defines stays in either case."""
+    goes_on = re.match(r"\n*[ \t]+\S", text)
+    block = None if goes_on else re.search(r"```(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", text, re.DOTALL)
+    code = block[1] if block else text
+    if re.search(rf"^def {name}\(", code, re.MULTILINE):
+        body = prompt[:prompt.rfind(f"def {name}(")] + code
+    else:
+        body = prompt + re.split(r"\n(?=[^\s)\]}])", "\n" + code, maxsplit=1)[0][1:]
+    return f"{body}\n{test}\ncheck({name})\n"
+
+
+def wilson(right, n, z=1.959964):
+    """95 % interval of a share."""
+    p, c = right / n, z * z / n
+    half = z * math.sqrt(p * (1 - p) / n + c / (4 * n))
+    return max(0.0, (p + c / 2 - half) / (1 + c)), min(1.0, (p + c / 2 + half) / (1 + c))

@@ -1,0 +1,360 @@
+"""Answers test problems with an adapter or a whole model, and counts what is right.
+
+    python -m tools.eval out/math --tasks=gsm8k,svamp,mawps    a run's directory, or any Hugging Face directory or hub id
+    python -m tools.eval out/code --tasks=humaneval --execute=True
+    python -m tools.eval out/mine --tasks=my_test.jsonl        {"prompt", "response", "answer"} a line
+    python -m tools.eval out/tiny --prompt="Question: Eva has 3 jars ... \\nAnswer:"    one answer, as it is written
+
+--tasks        names (gsm8k, svamp, mawps, aqua, boolq, piqa, ..., humaneval, a folder of data/) or files; default: the
+               run's own test set
+--limit=N      only the first N problems of each task               --batch_size=32    problems at a time
+--max_new_tokens, --prompt_format, --dtype, --device                default: the run's; else by task, plain, by device
+--model=DIR    the adapter's base, if it is no longer where the adapter says
+--output=DIR   where predictions go, one file a task; default: eval/ in the run's directory
+--overwrite=True   drops predictions of another adapter, task file or setting; those of this very one are always kept:
+               an interrupted evaluation goes on where it stopped, a finished one only prints its result
+--execute=True runs the programs that a model wrote for HumanEval on this machine, with limits (tools/sandbox.py)
+--temperature, --top_p, --seed: of --prompt; tasks are answered greedily. Under torchrun the problems are shared out.
+
+How an answer is read off a text: tools/answers.py, as LLM-Adapters does it, so that numbers compare with its and the paper's
+(but for beams: the answers here are greedy). Intervals are Wilson's, 95 %: they speak of the choice of problems, not of how
+training runs differ.
+"""
+import hashlib
+import importlib
+import json
+import os
+import re
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+import data
+import data.tokenizer
+import tools
+from config import ROOT, UserError
+from data import examples
+from model import LLaMA, load_adapter, read_json, resolve, weight_files, write_text
+from tools import answers, sandbox
+
+DATA = Path(ROOT, "data")
+SETS = {"math": ("gsm8k", "svamp", "mawps", "aqua"), "code": ("humaneval",), "commonsense": (
+        "boolq", "piqa", "social_i_qa", "hellaswag", "winogrande", "arc-easy", "arc-challenge", "openbookqa")}
+ALIASES = {"siqa": "social_i_qa", "arc-e": "arc-easy", "arc-c": "arc-challenge", "obqa": "openbookqa"}
+
+
+# ---- what to evaluate, and on what -----------------------------------------------------------------------------------
+
+def run_config(path):
+    """The options of the training that made this directory, {} if none did."""
+    for name in ("config.json", "state/state.json"):
+        found = read_json(Path(path, name)) if Path(path, name).exists() else {}
+        found = found.get("config", found)
+        if "prompt_format" in found:
+            return found
+    return {}
+
+
+def load(path, base, dtype, device):
+    """Directory or hub id -> (model, tokenizer, the files that its weights came from)."""
+    folder = resolve(path)
+    if not (folder / "adapter_config.json").exists():
+        return LLaMA.from_pretrained(folder, dtype, device), data.tokenizer.load(str(folder)), weight_files(folder)
+    base = base or read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+    if not base:
+        raise UserError(f"{path}/adapter_config.json names no base model: give it with --model=DIR")
+    home = resolve(base)
+    model = LLaMA.from_pretrained(home, dtype, device)
+    load_adapter(model, folder)
+    return model, data.tokenizer.load(str(home)), [*weight_files(home), folder / "adapter_model.safetensors"]
+
+
+def find_task(name, dataset=""):
+    """The file of a task: a path, a data set's test.jsonl or test_NAME.jsonl (of the run's own data set, if it has it)."""
+    if os.path.isfile(name):
+        return Path(name)
+    task = ALIASES.get(name.lower(), name.lower())
+    folder = next((s for s, tasks in SETS.items() if task in tasks), "")
+    if task == "humaneval" or task == os.path.basename(dataset):
+        return Path(examples.locate(folder if task == "humaneval" else task, "test"))
+    for attempt in (1, 2):
+        for path in sorted(DATA.glob("*/test_*.jsonl"), key=lambda p: p.parent.name != os.path.basename(dataset)):
+            if path.name.lower() == f"test_{task}.jsonl":
+                return path
+        if folder and attempt == 1 and not (DATA / folder / "test.jsonl").exists():
+            importlib.import_module(f"data.{folder}.prepare").main()
+    if folder:
+        raise UserError(f"data/{folder} has no test_{task}.jsonl: run data/{folder}/prepare.py, or give a file, --tasks=FILE")
+    try:
+        return Path(examples.locate(name, "test"))
+    except UserError:
+        raise UserError(f"there is no task {name!r}: give a file of JSON lines, a folder of data/ that has a test set, or one of "
+                        + ", ".join(t for tasks in SETS.values() for t in tasks)) from None
+
+
+def problems(path, limit):
+    """[(Example, row)] of a task's file: those that have an answer, or, HumanEval's, a test."""
+    out = []
+    for where, row in examples.read_rows(path):
+        if isinstance(row, dict) and "test" in row and "entry_point" in row:
+            row = {"response": row.get("canonical_solution", ""), **row}
+        example = examples.parse(row, where)
+        if example.answer or "test" in row:
+            out.append((example, row))
+    if not out:
+        raise UserError(f"{path} has no problem with an \"answer\" to compare with")
+    return out[:limit or None]
+
+
+def default_tokens(task):
+    """How many tokens an answer gets: LLM-Adapters' numbers, and 512 for a function."""
+    example, row = task[0]
+    return 512 if "test" in row else 32 if re.fullmatch(r"true|false|[a-z]+\d", example.answer) else 256
+
+
+def prompt_ids(example, row, tokenizer, prompt_format):
+    """A function to complete is continued as it stands in the plain format; in a chat it needs a request."""
+    if "test" in row and prompt_format != "plain":
+        request = "Complete this Python function. Give the whole function in one code block.\n\n"
+        example = example._replace(prompt=f"{request}```python\n{example.prompt.strip()}\n```")
+    elif "test" in row:  # the line break before the body is the model's to write, as in its training text
+        example = example._replace(prompt=example.prompt.strip())
+    return data.prompt_ids(example, tokenizer, prompt_format)
+
+
+def fingerprint(weights, task_file, settings):
+    """Tells one evaluation from another: the task's file, the settings, and of each weight file its size and 64 samples."""
+    h = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    h.update(Path(task_file).read_bytes())
+    for path in weights:
+        size = os.path.getsize(path)
+        h.update(f"{size}".encode())
+        with open(path, "rb") as f:
+            for i in range(64):
+                f.seek(size * i // 64)
+                h.update(f.read(1 << 16))
+    return h.hexdigest()[:16]
+
+
+# ---- predictions on disk: TASK.jsonl when all are there, TASK.partRANK.jsonl until then ------------------------------
+
+def read_predictions(path, mark, overwrite):
+    """{id: prediction} of a file, without a line that was cut off. UserError for those of another evaluation."""
+    out = {}
+    for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else []:
+        try:
+            p = json.loads(line)
+        except ValueError:  # cut off by a kill, or the end
+            continue
+        if p.get("fingerprint") == mark:
+            out[p["id"]] = p
+        elif not overwrite:
+            raise UserError(f"{path} holds predictions of another adapter, task file or setting: keep them with "
+                            "--output=DIR, or drop them with --overwrite=True")
+    return out
+
+
+def all_predictions(folder, task, mark, overwrite):
+    out = {}
+    for path in [folder / f"{task}.jsonl", *sorted(folder.glob(f"{task}.part*.jsonl"))]:
+        out.update(read_predictions(path, mark, overwrite))
+    return out
+
+
+def lines(predictions):
+    return "".join(json.dumps(p, ensure_ascii=False) + "\n" for p in predictions)
+
+
+# ---- generating ------------------------------------------------------------------------------------------------------
+
+class Progress:
+    """A bar with the share that is right, tokens a second and the time left; where no one watches, a line a minute."""
+
+    def __init__(self, task, done, total, show):
+        self.task, self.done, self.total, self.show = task, done, total, show
+        self.start, self.before, self.tokens, self.last = time.time(), done, 0, 0.0
+
+    def add(self, n, tokens, right=None):
+        self.done, self.tokens = self.done + n, self.tokens + tokens
+        now, tty = time.time(), sys.stderr.isatty()
+        if not self.show or not tty and now - max(self.last, self.start) < 60:
+            return
+        self.last, seconds = now, max(now - self.start, 1e-9)
+        left = seconds * (self.total - self.done) / max(1, self.done - self.before)
+        bar = "#" * (20 * self.done // self.total)
+        share = "" if right is None else f", {right:.1%} right"
+        text = (f"{self.task} [{bar:20}] {self.done}/{self.total}{share}, {self.tokens / seconds:,.0f} tokens/s, "
+                f"{int(left) // 60}:{int(left) % 60:02} left")
+        print(("\r" if tty else "") + text, end=" " if tty else "\n", file=sys.stderr, flush=True)
+
+    def end(self):
+        if self.show and sys.stderr.isatty():
+            print(file=sys.stderr)
+
+
+def answer(model, tokenizer, task, name, todo, total, o, part, mark):
+    """Generates for the problems `todo` and appends each prediction to the file `part`, a batch at a time."""
+    ids = {i: prompt_ids(*task[i], tokenizer, o["prompt_format"]) for i in todo}
+    order = sorted(todo, key=lambda i: -len(ids[i]))  # alike in length; the largest first, so that memory fails at once
+    bar, judged, right = Progress(name, total - len(todo), total, o["rank"] == 0), 0, 0
+    with open(part, "a", encoding="utf-8") as f:
+        for at in range(0, len(order), o["batch_size"]):
+            batch = order[at:at + o["batch_size"]]
+            outs = model.generate([ids[i] for i in batch], o["max_new_tokens"], stop=tokenizer.stop)
+            done = []
+            for i, out in zip(batch, outs):
+                example, row = task[i]
+                p = dict(id=i, fingerprint=mark, prompt=example.prompt, text=tokenizer.decode(out), tokens=len(out))
+                if "test" not in row:
+                    p["answer"] = example.answer
+                    p["said"], p["correct"] = answers.judge(p["text"], example.answer)
+                    judged, right = judged + 1, right + p["correct"]
+                done.append(p)
+            f.write(lines(done))
+            f.flush()
+            bar.add(len(batch), sum(map(len, outs)), right / judged if judged else None)
+    bar.end()
+
+
+def execute(task, predictions, name):
+    """Runs the programs that have not been run: sets "correct", and "said" to how it went."""
+    todo = [p for p in predictions if p.get("correct") is None]
+    bar = Progress(f"{name}, running", 0, len(todo), True)
+    for p in todo:
+        example, row = task[p["id"]]
+        p["said"] = sandbox.check(answers.program(example.prompt, p["text"], row["entry_point"], row["test"]))
+        p["correct"] = p["said"] == "passed"
+        bar.add(1, 0)
+    bar.end()
+
+
+def evaluate(model, tokenizer, weights, name, o, folder):
+    """One task, from its file to its line of the result: {"task", "accuracy", "interval", "n", "file"}; None on ranks
+    above 0, and "accuracy" None where programs were not run."""
+    path = find_task(name, o["dataset"])
+    task = problems(path, o["limit"])
+    if os.path.isfile(name):
+        name = path.parent.name if path.stem == "test" else path.stem.removeprefix("test_")
+    o = {**o, "max_new_tokens": o["max_new_tokens"] or default_tokens(task)}
+    mark = fingerprint(weights, path, {k: o[k] for k in ("prompt_format", "max_new_tokens", "dtype")})
+    folder.mkdir(parents=True, exist_ok=True)
+    part = folder / f"{name}.part{o['rank']}.jsonl"
+    done = all_predictions(folder, name, mark, o["overwrite"])
+    write_text(part, lines(read_predictions(part, mark, o["overwrite"]).values()))  # without a line that was cut off
+    mine = range(o["rank"], len(task), o["world"])
+    todo = [i for i in mine if i not in done]
+    if todo:
+        answer(model, tokenizer, task, name, todo, len(mine), o, part, mark)
+    if o["rank"]:
+        return None
+    while not (done := all_predictions(folder, name, mark, o["overwrite"])).keys() >= set(range(len(task))):
+        time.sleep(1)  # the other ranks are not ready
+    chosen = [done[i] for i in range(len(task))]
+    if o["execute"]:
+        execute(task, [p for p in chosen if "test" in task[p["id"]][1]], name)
+    file = folder / f"{name}.jsonl"
+    write_text(file, lines(done[i] for i in sorted(done)))
+    for old in folder.glob(f"{name}.part*.jsonl"):
+        old.unlink()
+    return result(name, chosen, file)
+
+
+def result(name, chosen, file):
+    if any(p.get("correct") is None for p in chosen):
+        return dict(task=name, accuracy=None, n=len(chosen), file=str(file))
+    n, right = len(chosen), sum(p["correct"] for p in chosen)
+    out = dict(task=name, accuracy=right / n, interval=answers.wilson(right, n), n=n, file=str(file))
+    letters = [p for p in chosen if re.fullmatch("[A-E]", p.get("answer", ""))]
+    if letters:
+        out["stated"] = sum(answers.stated_letter(p["text"]) == p["answer"] for p in letters) / n
+    return out
+
+
+def say(r):
+    if r["accuracy"] is None:
+        print(f"{r['task']:14} {r['n']} programs written, none run: look at them in {r['file']}, then add --execute=True")
+        return
+    low, high = r["interval"]
+    print(f"{r['task']:14} {r['accuracy']:6.1%} of {r['n']}, 95 % interval {low:.1%} to {high:.1%}    {r['file']}")
+    if "stated" in r:
+        print(f"{'':14} {r['stated']:6.1%} by the letter that is stated as the answer")
+
+
+# ---- one prompt ------------------------------------------------------------------------------------------------------
+
+def stream(model, tokenizer, o):
+    """Prints the answer to --prompt as it is generated. A character whose bytes are not all there yet waits."""
+    ids = data.prompt_ids(data.Example(o["prompt"].replace("\\n", "\n"), ""), tokenizer, o["prompt_format"])
+    out, shown = [], ""
+
+    def show(new, last=False):
+        nonlocal shown
+        out.extend(t for _, t in new)
+        text = tokenizer.decode(out)
+        if not last:
+            text = text.rstrip("\ufffd")
+        print(text[len(shown):], end="", flush=True)
+        shown = text
+
+    model.generate([ids], o["max_new_tokens"] or 256, o["temperature"], o["top_p"], tokenizer.stop, o["seed"], show)
+    show([], last=True)
+    print()
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+
+def complete(path, o):
+    """The options, with the run's where none was given, and by rank. UserError for values that cannot be."""
+    run = run_config(path) if os.path.isdir(path) else {}
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    o = {**o, "rank": rank, "world": world, "dataset": run.get("dataset", "")}
+    o["own_tests"] = run.get("val_dataset") or ("" if os.path.isfile(o["dataset"]) else o["dataset"])
+    o["prompt_format"] = o["prompt_format"] or run.get("prompt_format", "plain")
+    o["max_new_tokens"] = o["max_new_tokens"] or run.get("max_new_tokens", 0)
+    if o["device"] == "auto":
+        o["device"] = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    o["dtype"] = o["dtype"] or run.get("dtype") or ("float32" if o["device"] == "cpu" else "bfloat16")
+    for name, low in (("batch_size", 1), ("limit", 0), ("max_new_tokens", 0), ("temperature", 0), ("threads", 0)):
+        if not o[name] >= low:
+            raise UserError(f"--{name}={o[name]} must be at least {low}")
+    if o["dtype"] not in ("float32", "bfloat16", "float16"):
+        raise UserError(f"--dtype={o['dtype']} must be float32, bfloat16 or float16")
+    if o["prompt_format"] not in data.FORMATS:
+        raise UserError(f"--prompt_format={o['prompt_format']} must be one of {', '.join(data.FORMATS)}")
+    if o["device"].startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"--device={o['device']}, but torch sees no CUDA GPU here: use --device=cpu")
+    return o
+
+
+def main(argv):
+    (path,), o = tools.options(
+        argv, __doc__, (1, 1), tasks="", prompt="", limit=0, batch_size=32, max_new_tokens=0, prompt_format="", dtype="",
+        device="auto", model="", output="", overwrite=False, execute=False, temperature=0.0, top_p=1.0, seed=0, threads=0)
+    o = complete(path, o)
+    if o["threads"]:
+        torch.set_num_threads(o["threads"])
+    names = [t.strip() for t in (o["tasks"] or o["own_tests"]).split(",") if t.strip()]
+    if not names and not o["prompt"]:
+        raise UserError(f"{path} has no test set of its own: name some, --tasks=gsm8k,svamp or a file, or ask it something, --prompt=...")
+    for name in () if o["prompt"] else names:  # before minutes of loading
+        problems(find_task(name, o["dataset"]), o["limit"])
+    model, tokenizer, weights = load(path, o["model"], getattr(torch, o["dtype"]), o["device"])
+    own = os.path.isdir(path) and bool(o["dataset"] or Path(path, "adapter_config.json").exists())
+    folder = Path(o["output"] or (Path(path, "eval") if own else Path("out", "eval", Path(path).name)))
+    try:
+        if o["prompt"]:
+            return stream(model, tokenizer, o)
+        results = [r for r in (evaluate(model, tokenizer, weights, name, o, folder) for name in names) if r]
+    except torch.OutOfMemoryError:
+        raise UserError(f"out of memory on {o['device']} with {o['batch_size']} problems at a time: lower --batch_size") from None
+    for r in results:
+        say(r)
+    known = [r["accuracy"] for r in results if r["accuracy"] is not None]
+    if len(known) > 1:
+        print(f"{'mean':14} {sum(known) / len(known):6.1%} of {len(known)} tasks")
+
+
+if __name__ == "__main__":
+    tools.run(main)
