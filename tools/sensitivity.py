@@ -180,7 +180,7 @@ class Progress:
 
 def hull(points):
     """[(ratio, saved, rise)] -> the lower convex hull from (0, 0, 0) on, by saved: slopes grow along it. A rise below 0 is noise."""
-    points = sorted(((r, s, max(0.0, d)) for r, s, d in points if s > 0), key=lambda p: (p[1], p[2], p[0]))
+    points = sorted(((r, s, abs(d)) for r, s, d in points if s > 0), key=lambda p: (p[1], p[2], p[0]))
     out = [(0.0, 0.0, 0.0)]
     for p in points:
         if p[1] == out[-1][1]:
