@@ -327,14 +327,15 @@ class LLaMA(nn.Module):
         if torch.device(device).type != "meta":
             self.init_weights()
 
-    def init_weights(self, seed=None):
-        """Normal(0, .02), output projections scaled down by sqrt(2 L) as in GPT-2; norms 1, biases 0."""
-        with torch.no_grad():
-            for name, p in self.named_parameters():
-                if p.dim() == 1:
-                    p.fill_(0.0 if "bias" in name else 1.0)
-                else:
-                    p.normal_(0, .02 / (math.sqrt(2 * len(self.blocks)) if name.endswith((".o", ".down")) else 1))
+    @torch.no_grad()
+    def init_weights(self):
+        """Matrices normal with 1 / sqrt(inputs), embeddings with .02; norms 1, biases 0."""
+        for name, p in self.named_parameters():
+            if p.dim() == 1:
+                p.fill_(0.0 if "bias" in name else 1.0)
+            else:
+                inputs = p.shape[0] if name.endswith((".o", ".down")) else p.shape[1]
+                p.normal_(0, .02 if name in ("embed", "head") else inputs ** -.5)
 
     @property
     def device(self):

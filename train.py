@@ -150,8 +150,9 @@ def make_batches(run, split, idx, seed=0):
     """The micro-batches of these examples that are this rank's, on the device. seed: of split = "random"."""
     cfg, share = run.cfg, idx[dist.rank()::dist.world()]
     size = min(cfg.micro_batch_size or cfg.batch_size, -(-cfg.batch_size // dist.world()))
-    return [data.collate([run.tokenized[split][j] for j in share[i:i + size]], cfg.split, seed=seed + i).to(run.device)
-            for i in range(0, len(share), size)]
+    micro = [data.collate([run.tokenized[split][j] for j in share[i:i + size]], cfg.split, seed=seed + i).to(run.device)
+             for i in range(0, len(share), size)]
+    return dist.even(micro, -(-len(idx) // dist.world()), size, lambda: data.collate([run.tokenized[split][idx[0]]]).to(run.device)) if cfg.fsdp else micro
 
 
 # ---- evaluation: dense, between steps; `run` holds what a run has (see main) -----------------------------------------------------
@@ -185,10 +186,10 @@ def accuracy(run, split, n):
     """(share that greedy generation gets right of the split's first n examples with an answer, their number); (None, 0) without any."""
     run.model.eval()
     examples = [e for e in run.examples[split] if e.answer][:n]
-    mine = examples[dist.rank()::dist.world()]
+    mine = examples if run.cfg.fsdp else examples[dist.rank()::dist.world()]  # FSDP: all ranks generate the same, in step
     prompts = [data.prompt_ids(e, run.tokenizer, run.cfg.prompt_format) for e in mine]
     order, right = sorted(range(len(mine)), key=lambda i: len(prompts[i])), 0
-    for i in range(0, -(-len(examples) // dist.world()), 128):
+    for i in range(0, len(mine) if run.cfg.fsdp else -(-len(examples) // dist.world()), 128):
         look(run)
         some = order[i:i + 128]
         outs = run.model.generate([prompts[j] for j in some], run.cfg.max_new_tokens, stop=run.tokenizer.stop)
@@ -267,7 +268,7 @@ def main(cfg, command="python train.py"):
     dist.broadcast(run.flat)
     run.optimizer = make_optimizer(cfg, run.flat, run.grad, matrices)
     lengths = [len(t.tokens) for t in run.tokenized["train"]]
-    per_epoch = len(data.batches(lengths, cfg.batch_size, cfg.seed, 0))
+    per_epoch = len(data.batches(lengths, cfg.batch_size, cfg.seed, 0, cfg.length_window))
     run.max_steps = cfg.max_steps or math.ceil(cfg.epochs * per_epoch)
     run.info = dict(step=0, sparse=False, evaluated=0, skipped=0, seconds=0.0, tokens=0, flops=0, dense_flops=0, best_val=None, before=None, finished=False)
     say_plan(run)
@@ -320,7 +321,7 @@ def loop(run, lengths, per_epoch):
             info["evaluated"] = step
         epoch, i = divmod(step, per_epoch)
         if order is None or i == 0:
-            order = data.batches(lengths, cfg.batch_size, cfg.seed, epoch)  # lists of example numbers
+            order = data.batches(lengths, cfg.batch_size, cfg.seed, epoch, cfg.length_window)  # lists of example numbers
         batch = order[i]
         micro = make_batches(run, "train", batch, seed=step * cfg.batch_size)
 
@@ -561,7 +562,7 @@ def finish(run, lengths):
         result["test_loss"] = mean_loss(run, "test", cfg.test_examples) if run.tokenized["test"] else None
         result["after"], result["test_examples"] = accuracy(run, "test", cfg.test_examples)
     if predictor.predictors(run.model):
-        result["time_ratio"] = time_ratio(run, data.batches(lengths, cfg.batch_size, cfg.seed, 0)[:11])
+        result["time_ratio"] = time_ratio(run, data.batches(lengths, cfg.batch_size, cfg.seed, 0, cfg.length_window)[:11])
     info["finished"] = True
     save(run)
     if dist.rank() == 0:

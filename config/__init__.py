@@ -47,6 +47,7 @@ class Config:
     # steps
     batch_size: int = 8  # examples of an optimizer step, over all GPUs
     micro_batch_size: int = 0  # examples of one forward pass, 0: batch_size; only memory depends on it
+    length_window: int = 32  # batches among which examples of like length meet; 1: random batches
     max_steps: int = 0  # optimizer steps, 0: as many as epochs make
     epochs: float = 1.0  # used where max_steps is 0
     eval_interval: int = 0  # steps between two validation losses, 0: never, not at the end either
@@ -94,7 +95,7 @@ CHOICES = dict(prompt_format=("plain", "alpaca", "llama3", "chatml"), lr_schedul
                dtype=("float32", "bfloat16", "float16"), split=("output", "none", "random", "rectangle"),
                predictor=("svd", "measured", "oracle", "random", "worst"))
 TARGETS = "q", "k", "v", "o", "gate", "up", "down"
-AT_LEAST = dict(max_seq_len=2, max_new_tokens=1, batch_size=1, predictor_rank=1, eval_examples=1, seed=0,
+AT_LEAST = dict(max_seq_len=2, max_new_tokens=1, batch_size=1, length_window=1, predictor_rank=1, eval_examples=1, seed=0,
                 test_examples=0, threads=0, micro_batch_size=0, max_steps=0, epochs=0, eval_interval=0,
                 save_interval=0, log_interval=0, warmup_steps=0, weight_decay=0, grad_clip=0, lora_r=0,
                 predictor_refresh=0, timeout=1)

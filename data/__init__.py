@@ -152,13 +152,13 @@ def marked(tokenized, tokenizer):
 
 # ---- batches
 
-def batches(lengths, batch_size, seed, epoch):
+def batches(lengths, batch_size, seed, epoch, window=32):
     """[[int]]: the examples of each step of an epoch, every one once; one batch may be smaller. Those of like
     length meet, for the grid of attention is as wide as its longest row: the order is drawn, sorted within
     every 32 batches, cut, and the batches are shuffled. A pure function of its arguments."""
     rng, order = random.Random(f"{seed} {epoch}"), list(range(len(lengths)))
     rng.shuffle(order)
-    window, out = 32 * batch_size, []
+    window, out = window * batch_size, []
     for i in range(0, len(order), window):
         near = sorted(order[i:i + window], key=lambda j: lengths[j])
         out += [near[j:j + batch_size] for j in range(0, len(near), batch_size)]
