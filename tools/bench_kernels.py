@@ -13,6 +13,7 @@ belongs into kernels.use_library, with these numbers.
 import torch
 
 import kernels
+from tools.bench_measure import milliseconds, quantile
 
 MLP, ATTENTION, ROWS = (.9, .97, .99), (.25, .5, .75), (1024, 4096, 16384)
 
@@ -43,7 +44,6 @@ def calls(kind, x, xc, w, idx, out):
 
 def table(c, dtype, device, rows=ROWS, repeats=0):
     """[{op, kind, ratio, T, C, ours_ms, library_ms, dense_ms, ...}] for model config c; ours_ms is None without a GPU."""
-    from tools.bench import median, milliseconds
     D, e, out = c.hidden_size, torch.finfo(dtype).bits // 8, []
     repeats = repeats or (20 if device.type == "cuda" else 3)
     for T in rows:
@@ -57,7 +57,7 @@ def table(c, dtype, device, rows=ROWS, repeats=0):
             for i in range(repeats + 1):  # the first round warms up, and tunes
                 for k, f in fs.items():
                     times[k].append(milliseconds(f, device))
-            ms = {k: median(t[1:]) for k, t in times.items()}
+            ms = {k: quantile(t[1:]) for k, t in times.items()}
             best = ms.get("ours", ms["library"])
             out.append(dict(op=name, kind=kind, ratio=s, T=T, C=C, N=N, ours_ms=ms.get("ours"), library_ms=ms["library"], dense_ms=ms["dense"],
                             share=ms["dense"] / best * C / N, gb_s=e * (T * D + C * D + T * C) / best / 1e6, tflop_s=2 * T * C * D / best / 1e9))

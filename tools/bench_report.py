@@ -5,32 +5,26 @@ from pathlib import Path
 import config
 from config import UserError
 from model import read_json, write_text
+from tools.bench_measure import quantile
 
 ROOT = Path(config.ROOT)
 BEGIN, END = "<!-- bench -->", "<!-- /bench -->"
 PHASES = ("forward", "backward", "optimizer")
 
 
-def quantile(xs, q):
-    """Linear between the two nearest."""
-    xs, at = sorted(xs), q * (len(xs) - 1)
-    i = min(int(at), len(xs) - 2) if len(xs) > 1 else 0
-    return xs[i] if len(xs) == 1 else xs[i] + (at - i) * (xs[i + 1] - xs[i])
-
-
 def summary(name, v, measured, rates):
     """One row's raw times -> what the tables show. Ratios are of medians; their quartiles are of the rounds, where rows ran side by side."""
     totals = {k: [sum(t) for t in m["times"]] for k, m in measured.items()}
-    mine, ms = totals[name], quantile(totals[name], .5)
+    mine, ms = totals[name], quantile(totals[name])
     roofline = 1e3 * (v["flops"] / rates[0] + v["traffic"] / rates[1])
-    out = dict(row=name, **{f"{p}_ms": quantile([t[i] for t in v["times"]], .5) for i, p in enumerate(PHASES)}, total_ms=ms,
+    out = dict(row=name, **{f"{p}_ms": quantile([t[i] for t in v["times"]]) for i, p in enumerate(PHASES)}, total_ms=ms,
                quartiles_ms=[quantile(mine, .25), quantile(mine, .75)], tokens=v["tokens"], tokens_s=v["tokens"] / ms * 1e3,
                flops=v["flops"], mfu=v["flops"] / ms * 1e3 / rates[0], roofline_ms=roofline, of_roofline=roofline / ms,
                peak_gib=v["peak"] / 2 ** 30, loss=v["loss"], host_sync=v.get("host_sync"), times_ms=v["times"])
     for key, base in (("dense", "dense LoRA"), ("hf", "HF + PEFT")):
         if base in totals:
             per_round = [b / t for b, t in zip(totals[base], mine)]
-            out[f"over_{key}"] = quantile(totals[base], .5) / ms
+            out[f"over_{key}"] = quantile(totals[base]) / ms
             out[f"over_{key}_quartiles"] = [quantile(per_round, .25), quantile(per_round, .75)]
     out["flop_ratio"] = measured["dense LoRA"]["flops"] / v["flops"]
     out["share"] = out["over_dense"] / out["flop_ratio"]

@@ -56,7 +56,7 @@ def tiny(**kw):
 
 # ---- the FLOP counter ------------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("kw", [{}, dict(num_key_value_heads=4), dict(model_type="qwen2"), dict(tie_word_embeddings=True)], ids=str)
+@pytest.mark.parametrize("kw", [{}, dict(num_key_value_heads=4), dict(model_type="qwen2")], ids=str)
 @pytest.mark.parametrize("targets", ["q,k,v,o", "q,v", "q,k,v,o,gate,up,down", "o", "down", "gate,up"])
 def test_dense_flops_are_torchs(kw, targets):
     m, b = tiny(**kw), data.collate(batch())
@@ -70,10 +70,9 @@ def test_full_training_flops_are_torchs():
     assert m.flops(b)[1] == counted(lambda: m.loss(b).backward())
 
 
-@pytest.mark.parametrize("targets", ["q,k,v,o", "q,k,v,o,gate,up,down"])
 @pytest.mark.parametrize("kind", ["svd", "measured", "oracle", "random"])
-@pytest.mark.parametrize("ratios", [(.5, 0.), (0., .5), (.7, .5), ([.5, 0., .5], [0., .5, 0.])], ids=str)
-@pytest.mark.parametrize("model_type", ["llama", "qwen2"])
+@pytest.mark.parametrize("ratios", [(.5, 0.), (0., .5), ([.5, 0., .5], [0., .5, 0.])], ids=["mlp", "attention", "some of both"])
+@pytest.mark.parametrize("model_type, targets", [("llama", "q,k,v,o"), ("qwen2", "q,k,v,o,gate,up,down")])
 def test_sparse_flops_are_torchs(targets, kind, ratios, model_type, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     m, b = tiny(model_type=model_type), data.collate(batch())
