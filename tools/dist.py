@@ -148,8 +148,11 @@ def fsdp(device):
     return shard
 
 
-def even(micro, n, spare):
-    """Under FSDP all ranks have to run the same number of forward passes, n. A rank with fewer micro-batches gets some of weight 0.
-    spare: a micro-batch to make them of. All their rows are dense, so that they have no say in which channels are kept."""
-    blank = spare._replace(weights=torch.zeros_like(spare.weights), n_sparse=0)
-    return micro + [blank] * (n - len(micro))
+def even(micro, share, size, example):
+    """Under FSDP all ranks have to run the same number of forward passes: those of the largest share, in micro-batches of this size. A rank
+    with fewer gets some of weight 0, made of example(). Their rows are all dense, so they have no say in which channels are kept."""
+    n = -(-share // size) - len(micro)
+    if not n:
+        return micro
+    spare = example()
+    return micro + n * [spare._replace(weights=torch.zeros_like(spare.weights), n_sparse=0)]
