@@ -525,11 +525,13 @@ class LLaMA(nn.Module):
         stop = set(self.config.eos_token_id if stop is None else stop)
         rng = torch.Generator(self.device).manual_seed(seed)
         out, lanes = [[] for _ in prompts], list(range(len(prompts)))  # lanes: prompt numbers of the cache's rows
+        ended = set()  # prompt numbers
         cache = KVCache(self, prompts, max_new_tokens)
         x = self.hidden(prompt_batch(prompts, self.device), cache)  # (B, D): each prompt's last row
         for step in range(max_new_tokens):
             new = sample(x @ self.head.T, temperature, top_p, rng).tolist()
-            alive = [j for j, t in enumerate(new) if t not in stop]
+            ended.update(lane for lane, t in zip(lanes, new) if t in stop)
+            alive = [j for j, lane in enumerate(lanes) if lane not in ended]
             for j in alive:
                 out[lanes[j]].append(new[j])
             if stream is not None:
