@@ -5,8 +5,8 @@ Products with picked rows of a frozen weight, and the few elementwise kernels th
     hd head width, I hidden width of the MLP, r rank of the predictor's factors.
 
 A sparse layer computes C of N channels. Weights lie with the sparse axis first, so that whole rows are read,
-D contiguous elements each, streamed to shared memory by asynchronous copies as in a dense product. Two serve the
-forward and the backward of everything (w never gets a gradient):
+D contiguous elements each, streamed to shared memory by asynchronous copies as in a dense product.
+Two products serve the forward and the backward of everything (w never gets a gradient):
 
     gather_matmul_nt   y[t, c] = sum_d x[t, d] w[idx[c], d]    picks outputs: qkv, gate, up; dh = dy Wd[idx].T
     gather_matmul_nn   y[t, d] = sum_c x[t, c] w[idx[c], d]    picks the sum's terms: o, down; dx = dg Wg[idx]
@@ -87,8 +87,8 @@ def precision(x):
 def use_library(op, T, C, D):
     """Whether index_select + library product (the *_ref functions) serves CUDA tensors instead of our kernel.
     The one place for this rule. op: "nt" (compact), "nt_scatter", "nn" (compact), "nn_gather".
-    UNMEASURED: no GPU has run this yet, so all goes to our kernels. tools/bench.py's table of kernels times both
-    for a model's shapes: where the library wins by more than noise, condition and numbers go here."""
+    UNMEASURED: no GPU has run this yet, so all goes to our kernels. The kernel table of tools/bench.py times
+    both for a model's shapes: where the library wins by more than noise, condition and numbers go here."""
     return False
 
 
@@ -189,8 +189,8 @@ def gather_matmul_nn_ref(x, w, idx, gather=False, out=None):
     return torch.mm(x, w.index_select(0, idx), out=out)
 
 
-# w's address comes from another load (idx), and Triton's pipeliner spends half the stages on that: 7 stages hold
-# 3 tiles in shared memory on sm_80 and 4 on sm_90, 5 stages 2 and 3; 4 hold 1 and 2: no overlap on sm_80.
+# w's address comes from another load (idx), and Triton's pipeliner spends half the stages on it: 7 stages
+# keep 3 tiles in shared memory on sm_80 and 4 on sm_90, 5 keep 2 and 3, 4 only 1 and 2: no overlap on sm_80.
 @tuned((128, 256, 64, 5, 8), (128, 128, 64, 7, 8), (128, 128, 32, 7, 8), (64, 256, 32, 7, 8),
        (64, 128, 32, 7, 4), (64, 64, 64, 7, 4))
 def nn_kernel(x, w, idx, y, T, C, x_stride, w_stride, y_stride, T_BUCKET, C_BUCKET, D: tl.constexpr,
@@ -241,8 +241,8 @@ def gather_matmul_nn(x, w, idx, gather=False, out=None):
 # h = silu(g) u of gu = [g | u] (T, 2C);  backward: dg = dh u s (1 + g (1 - s)), du = dh g s, s = sigmoid(g)
 
 def row_blocks(C, *tensors):
-    """Blocks of 2^19 elements, cached from one pass to the next (backward of 1536 x 4096: 11 -> 6 ms, where malloc
-    reuses memory; else page faults hide it)."""
+    """Blocks of 2^19 elements, cached from one pass to the next (backward of 1536 x 4096: 11 -> 6 ms, as long
+    as malloc reuses memory; else page faults hide it)."""
     return zip(*(t.split(max(1, 2 ** 19 // max(C, 1))) for t in tensors))
 
 
@@ -321,7 +321,7 @@ def swiglu_backward(dh, gu, out=None):
 # scores[i] = sum_t (silu(zg[t] . qg[:, i]) * (zu[t] . qu[:, i]))^2: energies of the MLP's channels, estimated
 
 def mlp_scores_ref(zg, zu, qg, qu):
-    """Blocks of channels, 2^18 activations each. T 1536, I 4096: 3.1 ms; blocks of rows 4.3, one block 9.5."""
+    """Blocks of channels, 2^18 elements each. T 1536, I 4096: 3.1 ms; blocks of rows 4.3, one block 9.5."""
     if zg.dtype != torch.float64:  # sums of T squares need more than 8 or 11 bits
         zg, zu, qg, qu = zg.float(), zu.float(), qg.float(), qu.float()
     scores = zg.new_empty(qg.shape[1])
