@@ -6,9 +6,9 @@
 
     nt   y = x W[idx].T, compact, or scattered into columns idx        nn   y = x W[idx], x compact, or its columns idx gathered
 
-Calls of the three take turns; medians. share = (dense ms / best ms) / (N / C): how much of the FLOPs that the row saves arrives.
-GB/s counts every operand once (kernels.py's table), TFLOP/s 2 T C D. Where `library` wins on a GPU by more than noise, the rule
-belongs into kernels.use_library, with these numbers.
+Calls of the three take turns; medians. share = (dense ms / best ms) / (N / C): how much of the FLOPs saved arrives.
+GB/s counts every operand once (kernels.py's table), TFLOP/s 2 T C D. Where `library` wins on a GPU by more than noise,
+the rule belongs into kernels.use_library, with these numbers.
 """
 import torch
 
@@ -23,42 +23,44 @@ def products(c):
     hd, inner = c.head_dim, c.intermediate_size
     Nq, N = c.num_attention_heads * hd, (c.num_attention_heads + 2 * c.num_key_value_heads) * hd
     for s in MLP:
-        yield from (("gate, up", "nt", 2 * inner, s), ("down", "nn", inner, s), ("dh of down", "nt", inner, s), ("dx of gate, up", "nn", 2 * inner, s))
+        yield from (("gate, up", "nt", 2 * inner, s), ("down", "nn", inner, s),
+                    ("dh of down", "nt", inner, s), ("dx of gate, up", "nn", 2 * inner, s))
     for s in ATTENTION:
-        yield from (("q, k, v", "nt_scatter", N, s), ("o", "nn_gather", Nq, s), ("dx of q, k, v", "nn_gather", N, s), ("dx of o", "nt_scatter", Nq, s))
+        yield from (("q, k, v", "nt_scatter", N, s), ("o", "nn_gather", Nq, s),
+                    ("dx of q, k, v", "nn_gather", N, s), ("dx of o", "nt_scatter", Nq, s))
 
 
 def calls(kind, x, xc, w, idx, out):
-    """{ours, library, dense: a function} of one product. x (T, N) for nn and (T, D) for nt; xc (T, C) the compact operand of nn."""
-    cuda = x.is_cuda and kernels.triton is not None
+    """{ours, library, dense: a function} of one product. x (T, D) for nt, (T, N) for nn; xc (T, C): nn's compact operand."""
     if kind in ("nt", "nt_scatter"):
         to = out if kind == "nt_scatter" else None
-        ours, library = lambda: kernels.nt_triton(x, w, idx, to), lambda: kernels.gather_matmul_nt_ref(x, w, idx, to)
-        dense = lambda: x @ w.T
+        fs = dict(ours=lambda: kernels.nt_triton(x, w, idx, to), library=lambda: kernels.gather_matmul_nt_ref(x, w, idx, to),
+                  dense=lambda: x @ w.T)
     else:
         gather, a = kind == "nn_gather", x if kind == "nn_gather" else xc
-        ours, library = lambda: kernels.nn_triton(a, w, idx, gather), lambda: kernels.gather_matmul_nn_ref(a, w, idx, gather)
-        dense = lambda: x @ w
-    return dict(ours=ours, library=library, dense=dense) if cuda else dict(library=library, dense=dense)
+        fs = dict(ours=lambda: kernels.nn_triton(a, w, idx, gather), library=lambda: kernels.gather_matmul_nn_ref(a, w, idx, gather),
+                  dense=lambda: x @ w)
+    return fs if x.is_cuda and kernels.triton is not None else {k: f for k, f in fs.items() if k != "ours"}
 
 
 def table(c, dtype, device, rows=ROWS, repeats=0):
-    """[{op, kind, ratio, T, C, ours_ms, library_ms, dense_ms, ...}] for model config c; ours_ms is None without a GPU."""
+    """[{op, kind, ratio, T, C, ours_ms, library_ms, dense_ms, ...}] of model config c; ours_ms is None without a GPU."""
     D, e, out = c.hidden_size, torch.finfo(dtype).bits // 8, []
     repeats = repeats or (20 if device.type == "cuda" else 3)
     for T in rows:
         for name, kind, N, s in products(c):
             C = min(N, max(16, -(-round(N * (1 - s)) // 16) * 16))
             idx = torch.randperm(N, generator=torch.Generator().manual_seed(0))[:C].sort().values.to(device)
-            make = lambda *shape: torch.randn(*shape, device=device).to(dtype)
-            x, w = make(T, D if kind.startswith("nt") else N), make(N, D)
-            fs = calls(kind, x, make(T, C), w, idx, make(T, N))
+            x, xc, w, y = (torch.randn(*shape, device=device).to(dtype)
+                           for shape in ((T, D if kind.startswith("nt") else N), (T, C), (N, D), (T, N)))
+            fs = calls(kind, x, xc, w, idx, y)
             times = {k: [] for k in fs}
             for i in range(repeats + 1):  # the first round warms up, and tunes
                 for k, f in fs.items():
                     times[k].append(milliseconds(f, device))
             ms = {k: quantile(t[1:]) for k, t in times.items()}
             best = ms.get("ours", ms["library"])
-            out.append(dict(op=name, kind=kind, ratio=s, T=T, C=C, N=N, ours_ms=ms.get("ours"), library_ms=ms["library"], dense_ms=ms["dense"],
-                            share=ms["dense"] / best * C / N, gb_s=e * (T * D + C * D + T * C) / best / 1e6, tflop_s=2 * T * C * D / best / 1e9))
+            out.append(dict(op=name, kind=kind, ratio=s, T=T, C=C, N=N, ours_ms=ms.get("ours"), library_ms=ms["library"],
+                            dense_ms=ms["dense"], share=ms["dense"] / best * C / N,
+                            gb_s=e * (T * D + C * D + T * C) / best / 1e6, tflop_s=2 * T * C * D / best / 1e9))
     return out

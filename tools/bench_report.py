@@ -1,4 +1,4 @@
-"""What tools.bench shows of its measurements: the table of a run, a bar chart, and the README's speed section from results/bench/*.json."""
+"""What tools.bench shows of its measurements: the tables of a run, a bar chart, the README's section from results/bench/*.json."""
 import re
 from pathlib import Path
 
@@ -10,17 +10,20 @@ from tools.bench_measure import quantile
 ROOT = Path(config.ROOT)
 BEGIN, END = "<!-- bench -->", "<!-- /bench -->"
 PHASES = ("forward", "backward", "optimizer")
+GROUPS = dict(full="full length", real="GSM8K's lengths")
+GPU = "python -m tools.bench config/math.py --shape=8x512/128 --arch=llama3-8b"
 
 
 def summary(name, v, measured, rates):
-    """One row's raw times -> what the tables show. Ratios are of medians; their quartiles are of the rounds, where rows ran side by side."""
+    """One row's raw times -> what the tables show. Ratios are of medians; their quartiles are of the rounds, side by side."""
     totals = {k: [sum(t) for t in m["times"]] for k, m in measured.items()}
     mine, ms = totals[name], quantile(totals[name])
     roofline = 1e3 * (v["flops"] / rates[0] + v["traffic"] / rates[1])
-    out = dict(row=name, **{f"{p}_ms": quantile([t[i] for t in v["times"]]) for i, p in enumerate(PHASES)}, total_ms=ms,
-               quartiles_ms=[quantile(mine, .25), quantile(mine, .75)], tokens=v["tokens"], tokens_s=v["tokens"] / ms * 1e3,
-               flops=v["flops"], mfu=v["flops"] / ms * 1e3 / rates[0], roofline_ms=roofline, of_roofline=roofline / ms,
-               peak_gib=v["peak"] / 2 ** 30, loss=v["loss"], host_sync=v.get("host_sync"), times_ms=v["times"])
+    phases = {f"{p}_ms": quantile([t[i] for t in v["times"]]) for i, p in enumerate(PHASES)}
+    out = dict(row=name, **phases, total_ms=ms, quartiles_ms=[quantile(mine, .25), quantile(mine, .75)],
+               tokens=v["tokens"], tokens_s=v["tokens"] / ms * 1e3, flops=v["flops"], mfu=v["flops"] / ms * 1e3 / rates[0],
+               roofline_ms=roofline, of_roofline=roofline / ms, peak_gib=v["peak"] / 2 ** 30, loss=v["loss"],
+               host_sync=v.get("host_sync"), times_ms=v["times"])
     for key, base in (("dense", "dense LoRA"), ("hf", "HF + PEFT")):
         if base in totals:
             per_round = [b / t for b, t in zip(totals[base], mine)]
@@ -31,39 +34,45 @@ def summary(name, v, measured, rates):
     return out
 
 
+def title(out):
+    return f"{out['arch']} {out['shape']}, {out['lora']}, {out['dtype']}, {out.get('cpu', out['device'])}, {out['threads']} threads"
+
+
 # ---- text ------------------------------------------------------------------------------------------------------------------------
 
-HEAD = ("row", "forward", "backward", "optimizer", "total ms", "quartiles", "tokens/s", "MFU", "TFLOPs", "over dense", "FLOP ratio", "share", "over HF",
-        "peak GiB", "roofline ms", "of it")
+HEAD = ("row", "forward", "backward", "optimizer", "total ms", "quartiles", "tokens/s", "MFU", "TFLOPs", "over dense",
+        "FLOP ratio", "share", "over HF", "peak GiB", "roofline ms", "of it")
 
 
 def cells(r):
     hf = f"{r['over_hf']:.2f}x" if "over_hf" in r else "-"
-    return (r["row"], *(f"{r[p + '_ms']:.0f}" for p in PHASES), f"{r['total_ms']:.0f}", "{:.0f}-{:.0f}".format(*r["quartiles_ms"]),
-            f"{r['tokens_s']:,.0f}", f"{r['mfu']:.0%}", f"{r['flops'] / 1e12:.3g}", f"{r['over_dense']:.2f}x", f"{r['flop_ratio']:.2f}x",
-            f"{r['share']:.0%}", hf, f"{r['peak_gib']:.2f}", f"{r['roofline_ms']:.0f}", f"{r['of_roofline']:.0%}")
+    return (r["row"], *(f"{r[p + '_ms']:.0f}" for p in PHASES), f"{r['total_ms']:.0f}",
+            "{:.0f}-{:.0f}".format(*r["quartiles_ms"]), f"{r['tokens_s']:,.0f}", f"{r['mfu']:.0%}", f"{r['flops'] / 1e12:.3g}",
+            f"{r['over_dense']:.2f}x", f"{r['flop_ratio']:.2f}x", f"{r['share']:.0%}", hf, f"{r['peak_gib']:.2f}",
+            f"{r['roofline_ms']:.0f}", f"{r['of_roofline']:.0%}")
 
 
 def aligned(rows):
     widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
-    return "\n".join("  ".join(x.ljust(w) if i == 0 else x.rjust(w) for i, (x, w) in enumerate(zip(r, widths))) for r in rows)
+    line = lambda r: "  ".join([r[0].ljust(widths[0])] + [x.rjust(w) for x, w in zip(r[1:], widths[1:])])
+    return "\n".join(map(line, rows))
 
 
 def text(out):
     """The tables of one run, for a terminal."""
-    parts = [f"\n{out['arch']} {out['shape']}, {out['lora']}, {out['dtype']}, {out['device']}, {out['threads']} threads, commit {out['commit']}"]
-    for key, title in (("full", "full-length batches"), ("real", "GSM8K's lengths under the Alpaca template")):
+    parts = [f"\n{title(out)}, commit {out['commit']}"]
+    for key, name in GROUPS.items():
         if key in out:
             g = out[key]
-            parts.append(f"\n{title} ({g['gemm_flops'] / 1e12:.3g} TFLOP/s, {g['copy_bytes'] / 1e9:.3g} GB/s between the rounds)")
+            parts.append(f"\n{name} ({g['gemm_flops'] / 1e12:.3g} TFLOP/s, {g['copy_bytes'] / 1e9:.3g} GB/s between the rounds)")
             parts.append(aligned([HEAD, *map(cells, g["rows"])]))
     parts += [f"{name}: {why}" for name, why in out["missing"].items()]
+    steps = {r["row"]: r["total_ms"] for r in out["full"]["rows"]}
     for name, ms in out.get("predictor_ms", {}).items():
-        step = next((r["total_ms"] for r in out["full"]["rows"] if r["row"] == name), None)
-        parts.append(f"predictor of {name}: {ms['total']:.2f} ms, {ms['total'] / step:.1%} of the step (estimate {ms['estimate']:.2f}, top-k {ms['topk']:.2f}, "
-                     f"sort and index {ms['sort_and_index']:.2f})")
-    dense = next(r["total_ms"] for r in out["full"]["rows"] if r["row"] == "dense LoRA")
-    parts.append(f"between rows and grid (RoPE, scatter, gather, and back): {out['grid_ms']:.2f} ms, {out['grid_ms'] / dense:.1%} of the dense step")
+        parts.append(f"predictor of {name}: {ms['total']:.2f} ms, {ms['total'] / steps[name]:.1%} of the step (estimate "
+                     f"{ms['estimate']:.2f}, top-k {ms['topk']:.2f}, sort and index {ms['sort_and_index']:.2f})")
+    parts.append(f"between rows and grid (RoPE, scatter, gather, and back): {out['grid_ms']:.2f} ms, "
+                 f"{out['grid_ms'] / steps['dense LoRA']:.1%} of the dense step")
     syncs = {r["row"]: r["host_sync"] for r in out["full"]["rows"] if r.get("host_sync")}
     parts += [f"host synchronization in {k}: {v}" for k, v in syncs.items()]
     if "kernels" in out:
@@ -72,9 +81,12 @@ def text(out):
 
 
 def kernel_table(rows):
-    head = ("product", "kind", "ratio", "rows", "C", "ours ms", "library ms", "dense ms", "share", "GB/s", "TFLOP/s")
-    return aligned([head] + [(r["op"], r["kind"], f"{r['ratio']}", f"{r['T']}", f"{r['C']}", f"{r['ours_ms']:.3f}" if r["ours_ms"] else "no GPU",
-                              f"{r['library_ms']:.3f}", f"{r['dense_ms']:.3f}", f"{r['share']:.0%}", f"{r['gb_s']:.0f}", f"{r['tflop_s']:.3g}") for r in rows])
+    lines = [("product", "kind", "ratio", "rows", "C", "ours ms", "library ms", "dense ms", "share", "GB/s", "TFLOP/s")]
+    for r in rows:
+        ours = f"{r['ours_ms']:.3f}" if r["ours_ms"] else "no GPU"
+        lines.append((r["op"], r["kind"], f"{r['ratio']}", f"{r['T']}", f"{r['C']}", ours, f"{r['library_ms']:.3f}",
+                      f"{r['dense_ms']:.3f}", f"{r['share']:.0%}", f"{r['gb_s']:.0f}", f"{r['tflop_s']:.3g}"))
+    return aligned(lines)
 
 
 def draw(out, path):
@@ -85,9 +97,9 @@ def draw(out, path):
         import matplotlib.pyplot as plt
     except ImportError:
         return
-    groups = [(k, t) for k, t in (("full", f"{out['shape']} (examples x tokens / scored)"), ("real", "GSM8K's lengths")) if k in out]
+    groups = [(k, t) for k, t in GROUPS.items() if k in out]
     fig, axes = plt.subplots(1, len(groups), figsize=(6.2 * len(groups), 3), squeeze=False)
-    for ax, (key, title) in zip(axes[0], groups):
+    for ax, (key, name) in zip(axes[0], groups):
         rows = out[key]["rows"][::-1]
         left = [0.0] * len(rows)
         for phase, color in zip(PHASES, ("#4878a8", "#90b8d8", "#d0a050")):
@@ -97,7 +109,7 @@ def draw(out, path):
         for i, r in enumerate(rows):
             ax.text(left[i], i, f" {r['total_ms']:.0f} ms, {r['over_dense']:.2f}x", va="center", fontsize=8)
         ax.set_xlim(0, 1.3 * max(left))
-        ax.set_title(f"{out['arch']}, {title}, {out['device']}", fontsize=9)
+        ax.set_title(f"{out['arch']} {out['shape']}, {name}, {out['device']}", fontsize=9)
         ax.set_xlabel("ms a step, median")
     axes[0][0].legend(fontsize=7, loc="lower right")
     fig.tight_layout()
@@ -108,25 +120,25 @@ def draw(out, path):
 # ---- the README's section --------------------------------------------------------------------------------------------------------
 
 def section(runs):
-    """Markdown of all stored runs. What has no run is named as unmeasured, with its command."""
+    """Markdown of all stored runs. What no run has measured is named so, with its command."""
+    head = ("ms a step (quartiles)", "over dense LoRA", "FLOP ratio", "share that arrives", "over HF + PEFT", "peak GiB")
     lines = []
     for out in runs:
-        chip = out.get("cpu", out["device"])
-        lines += [f"**{out['arch']}, {out['shape']}**, {out['lora']}, {out['dtype']}, {chip}, {out['threads']} threads, {out['steps']} rounds, commit {out['commit']}: "
-                  f"`{out['command']}`", ""]
-        for key, title in (("full", "full length"), ("real", "GSM8K's lengths")):
-            if key not in out:
-                continue
-            lines += [f"| {title} | ms a step (quartiles) | over dense LoRA | FLOP ratio | share that arrives | over HF + PEFT | peak GiB |", "|---|---|---|---|---|---|---|"]
-            for r in out[key]["rows"]:
-                hf = f"{r['over_hf']:.2f}x" if "over_hf" in r else "-"
-                sparse = r["row"].startswith("+")
-                lines.append(f"| {r['row']} | {r['total_ms']:,.0f} ({r['quartiles_ms'][0]:,.0f}-{r['quartiles_ms'][1]:,.0f}) | {r['over_dense']:.2f}x | "
-                             f"{r['flop_ratio']:.2f}x | " + (f"{r['share']:.0%}" if sparse else "") + f" | {hf} | {r['peak_gib']:.2f} |")
-            lines += [f"| {name} | {why} | | | | | |" for name, why in out["missing"].items()] + [""]
+        lines += [f"**{title(out)}**: {out['steps']} rounds, commit {out['commit']}, `{out['command']}`", ""]
+        for key, name in GROUPS.items():
+            if key in out:
+                lines += [f"| {name} | {' | '.join(head)} |", "|---" * (len(head) + 1) + "|", *map(markdown, out[key]["rows"])]
+                lines += [f"| {row} | {why} | | | | | |" for row, why in out["missing"].items()] + [""]
     if not any("driver" in out for out in runs):
-        lines += ["**On a GPU: unmeasured**, for lack of one. The command: `python -m tools.bench config/math.py --shape=8x512/128 --arch=llama3-8b`", ""]
+        lines += [f"**On a GPU: unmeasured**, for lack of one. The command: `{GPU}`", ""]
     return "\n".join(lines)
+
+
+def markdown(r):
+    low, high = r["quartiles_ms"]
+    share = f"{r['share']:.0%}" if r["row"].startswith("+") else ""
+    return (f"| {r['row']} | {r['total_ms']:,.0f} ({low:,.0f}-{high:,.0f}) | {r['over_dense']:.2f}x | {r['flop_ratio']:.2f}x | {share} | "
+            + (f"{r['over_hf']:.2f}x" if "over_hf" in r else "") + f" | {r['peak_gib']:.2f} |")
 
 
 def readme(folder=None, path=None):

@@ -27,7 +27,7 @@ def one_thread():
 
 
 def counted(f):
-    """FLOPs that torch's counter sees in f(). Its table lacks the CPU's attention and the in-place addmm_, so their formulas are here."""
+    """FLOPs that torch's counter sees in f(). Its table lacks the CPU's attention and the in-place addmm_: here they are."""
     def sdpa(q, k, v, *args, **kw):
         return 4 * q[0] * q[1] * q[2] * k[2] * q[3]
 
@@ -37,8 +37,8 @@ def counted(f):
     def addmm(y, a, b, **kw):
         return 2 * a[0] * a[1] * b[1]
 
-    more = {aten._scaled_dot_product_flash_attention_for_cpu: sdpa, aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward,
-            aten.addmm_: addmm}
+    more = {aten._scaled_dot_product_flash_attention_for_cpu: sdpa, aten.addmm_: addmm,
+            aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward}
     with FlopCounterMode(display=False, custom_mapping=more) as counter:
         f()
     return counter.get_total_flops()
@@ -113,7 +113,8 @@ def test_batches():
     (full,), real = bench.make_batches((3, 40, 10), 97, 1, False), bench.make_batches((8, 512, 128), 97, 40, True)
     assert [(len(t.tokens), sum(t.weights)) for t in full] == [(40, 10)] * 3
     lengths = [(len(t.tokens) - sum(t.weights), sum(t.weights)) for b in real for t in b]
-    assert sum(p for p, _ in lengths) / 320 == pytest.approx(82, rel=.05) and sum(a for _, a in lengths) / 320 == pytest.approx(101, rel=.1)
+    assert sum(p for p, _ in lengths) / 320 == pytest.approx(82, rel=.05)
+    assert sum(a for _, a in lengths) / 320 == pytest.approx(101, rel=.1)
     assert all(len(t.tokens) <= 60 for b in bench.make_batches((8, 60, 20), 97, 5, True) for t in b)  # cut, and still with an answer
     p = bench.padded(full[:1] + batch(((3, 2),)), 41, "cpu")
     assert p["attention_mask"].sum(1).tolist() == [40, 5] and (p["labels"] >= 0).sum(1).tolist() == [10, 2]
@@ -123,19 +124,21 @@ def test_batches():
 def tiny_run(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     (tmp_path / "tiny.json").write_text(json.dumps(TINY))
-    return ["config/bench_cpu.py", f"--model={tmp_path}/tiny.json", "--shape=3x40/10", "--attn_sparsity=.5", "--lora_r=4", f"--out={tmp_path}/out.json"]
+    return ["config/bench_cpu.py", f"--model={tmp_path}/tiny.json", "--attn_sparsity=.5", "--lora_r=4", "--shape=3x40/10",
+            f"--out={tmp_path}/out.json"]
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2"])
-def test_hf_and_ours_do_the_same_work(tiny_run, kind):
+@pytest.mark.parametrize("kind, tied", [("llama", False), ("llama", True), ("qwen2", False)])
+def test_hf_and_ours_do_the_same_work(tiny_run, kind, tied):
     """Same loss from the same weights, the FLOPs that we count for HF, and a step of theirs that leaves our weights alone."""
     pytest.importorskip("peft")
-    cfg, raw = config.load(tiny_run[:2] + tiny_run[3:5]), {**TINY, "model_type": kind}
+    cfg, raw = config.load(tiny_run[:4]), {**TINY, "model_type": kind, "tie_word_embeddings": tied}
     run = bench.setup(cfg, raw)
     tokens = batch()
     full, real, missing = bench.make_rows(run, raw, (3, 40, 10), data.collate(tokens))
-    assert [r.name for r in full] == ["HF + PEFT", "dense LoRA", "+ MLP, svd", "+ MLP, measured", "+ attention, svd", "+ attention, measured"]
-    assert [r.name for r in real] == ["HF + PEFT", "HF + PEFT, padded to 40", "dense LoRA", "+ attention, svd", "+ attention, measured"] and not missing
+    sparse = [f"+ {part}, {kind}" for part in ("MLP", "attention") for kind in ("svd", "measured")]
+    assert [r.name for r in full] == ["HF + PEFT", "dense LoRA", *sparse] and not missing
+    assert [r.name for r in real] == ["HF + PEFT", "HF + PEFT, padded to 40", "dense LoRA", *sparse[2:]]
     for r in (real[0], real[1]):
         b = r.batch(tokens)
         ours = data.collate(tokens)
