@@ -241,6 +241,9 @@ class Attention(Part):
         """The true q, k, v of x (n, D), LoRA and bias included: (n, Nq + 2 Nkv)."""
         return self.project(x, 0, self.qkv.shape[0])
 
+    def fused(self):
+        return self.qkv
+
     def predicted_weights(self):
         return [self.qkv[lo:hi] for lo, hi in self.spans.values()]
 
@@ -266,6 +269,9 @@ class MLP(Part):
     def activations(self, x):
         """The true h = silu(g) u of x (n, D): (n, I)."""
         return sparse.mlp_hidden(x, self.gate_up, None, sparse.kept_lora(self.lora_six(), None, x.dtype), self.lora_scale)[2]
+
+    def fused(self):
+        return self.gate_up
 
     def predicted_weights(self):
         return list(self.gate_up.chunk(2))

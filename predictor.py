@@ -22,6 +22,7 @@ that reads it; a value channel's output-projection rows are those of every query
 """
 import hashlib
 import os
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -133,24 +134,39 @@ def factorize(w, rank):
     return vh[:r].T.contiguous(), ((y @ u[:, :r]) * s[:r]).T.contiguous()
 
 
-def factors(model, parts, rank):
+@contextmanager
+def whole(model, name):
+    """Inside, the weights of part `name` have all their rows, where FSDP has cut them up over ranks (which all have to come here)."""
+    block = model.blocks[int(name.split(".")[0])]
+    if hasattr(block, "unshard"):
+        block.unshard()
+    yield
+    if hasattr(block, "reshard"):
+        block.reshard()
+
+
+def factors(model, parts, rank, agree):
     """{name: tensor} of P and Q for all parts, from the cache (~/.cache/nanosparselora, XDG_CACHE_HOME) when these very weights were
-    factorized before. The key hashes every bit of the weights, so a changed model never meets stale factors."""
+    factorized before. The key hashes every bit of the weights, so a changed model never meets stale factors. agree: see attach."""
     key = hashlib.sha256(f"1 {rank} ".encode())
     for name, part in parts:
-        for w in part.predicted_weights():
-            key.update(f"{name} {tuple(w.shape)} {checksum(w)} ".encode())
+        with whole(model, name):
+            for w in part.predicted_weights():
+                key.update(f"{name} {tuple(w.shape)} {checksum(w)} ".encode())
     folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "nanosparselora"
     path = folder / f"svd-{key.hexdigest()[:24]}.safetensors"
+    out = {}
     try:
         with safe_open(path, "pt") as f:
-            return {k: f.get_tensor(k) for k in f.keys()}
+            out = {k: f.get_tensor(k) for k in f.keys()}
     except Exception:  # none yet, or damaged: make it
         pass
-    out = {}
+    if agree(bool(out)):
+        return out
     for name, part in parts:
-        for i, w in enumerate(part.predicted_weights()):
-            out[f"{name}.P{i}"], out[f"{name}.Q{i}"] = (t.cpu() for t in factorize(w, rank))
+        with whole(model, name):
+            for i, w in enumerate(part.predicted_weights()):
+                out[f"{name}.P{i}"], out[f"{name}.Q{i}"] = (t.cpu() for t in factorize(w, rank))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tmp = path.with_suffix(f".{os.getpid()}.tmp")
@@ -182,7 +198,7 @@ class Predictor:
         self.n_channels = n_channels  # I, or Nkv
         self.c = 0  # how many of them a forward keeps now; 0: dense
         # of `measured`: summed true energies, whether any were summed since channels were last fixed, and those channels
-        w = part.predicted_weights()[0]
+        w = part.fused()
         high = torch.promote_types(w.dtype, torch.float32)
         self.energies = torch.zeros(n_energies, dtype=high, device=w.device) if kind == "measured" else None
         self.fresh, self.fixed, self.fixed_c = False, None, 0
@@ -206,8 +222,7 @@ class Predictor:
 
     def flops(self, n):
         """Of one estimate from n sparse rows."""
-        ws = self.part.predicted_weights()
-        N, D = sum(len(w) for w in ws), ws[0].shape[1]
+        N, D = self.part.fused().shape
         if self.kind in ("oracle", "worst"):
             lora = self.part.pairs(("q", "k", "v", "gate", "up"))  # those of this part
             return 2 * n * D * N + sum(2 * n * (A.numel() + B.numel()) for _, A, B in lora)
@@ -241,10 +256,11 @@ def share(part, kept, true):
     return torch.stack([t[i].sum() / t.sum() for t, i in zip(true.split(sizes), kept.channels)]).mean()
 
 
-def attach(model, mlp_sparsity, attn_sparsity, rank=8, kind="svd", seed=0):
+def attach(model, mlp_sparsity, attn_sparsity, rank=8, kind="svd", seed=0, agree=bool):
     """Gives every block but the last a ratio and a way to choose channels, and switches sparsity fully on.
 
     mlp_sparsity, attn_sparsity: a float for all blocks, or a list of n_layers floats in [0, 1). rank: of the SVD. kind: one of KINDS.
+    agree(found) says whether factors were found in the cache, by this process and, under FSDP, by all that have to factorize together.
     The last block stays dense: only its loss rows compute anything but keys and values. Errors: UserError for an unknown kind, a bad
     ratio, or attention sparsity in a model with q/k norms, which would rescale what is left of a query."""
     n = len(model.blocks)
@@ -274,21 +290,23 @@ def attach(model, mlp_sparsity, attn_sparsity, rank=8, kind="svd", seed=0):
             m.predictor = Predictor(m, mlp[i], kind, e_mlp, keep_mlp, sizes[1], sizes[1])
             parts.append((f"{i}.mlp", m))
     if kind == "svd" and parts:
-        load_factors(factors(model, parts, rank), parts, rank)
+        load_factors(model, factors(model, parts, rank, agree), parts)
     model.selection_rng = generator
     model.set_sparsity(1.0)
 
 
-def load_factors(tensors, parts, rank):
+def load_factors(model, tensors, parts):
     """Puts P of all weights of a part side by side, P (D, k r), so that the estimate is one thin product."""
     for name, part in parts:
-        like, p = part.predicted_weights()[0], part.predictor
-        P = [tensors[f"{name}.P{i}"] for i in range(len(part.predicted_weights()))]
+        like, p = part.fused(), part.predictor
+        P = [tensors[f"{name}.P{i}"] for i in range(3 if hasattr(part, "qkv") else 2)]
         Q = [tensors[f"{name}.Q{i}"].to(like.device) for i in range(len(P))]
         p.P, p.rank = torch.cat(P, 1).to(like.device, like.dtype), P[0].shape[1]  # (D, 3 r) or (D, 2 r)
         bias = getattr(part, "qkv_bias", None)
         if bias is not None:
-            Q = [torch.cat([q, b[None].float()]) for q, b in zip(Q, bias.detach().split([q.shape[1] for q in Q]))]
+            with whole(model, name):
+                bias = part.qkv_bias.detach().float().clone()  # (N,)
+            Q = [torch.cat([q, b[None]]) for q, b in zip(Q, bias.split([q.shape[1] for q in Q]))]
         p.Q = Q if hasattr(part, "qkv") else [q.to(like.dtype).contiguous() for q in Q]  # (r, N) each
 
 

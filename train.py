@@ -78,7 +78,7 @@ def load_model(cfg, folder, device, tokenizer):
     else:
         model.add_lora(cfg.lora_r, cfg.lora_alpha, cfg.lora_targets)
     model.recompute = cfg.recompute
-    predictor.attach(model, mlp, attn, cfg.predictor_rank, cfg.predictor, seed=cfg.seed + dist.rank())
+    predictor.attach(model, mlp, attn, cfg.predictor_rank, cfg.predictor, seed=cfg.seed + dist.rank(), agree=dist.agree)
     return model
 
 
@@ -194,7 +194,7 @@ def accuracy(run, split, n):
         some = order[i:i + 128]
         outs = run.model.generate([prompts[j] for j in some], run.cfg.max_new_tokens, stop=run.tokenizer.stop)
         right += sum(data.is_correct(run.tokenizer.decode(o), mine[j].answer) for j, o in zip(some, outs))
-    total = torch.tensor([right, len(mine)], dtype=torch.float64, device=run.device)
+    total = torch.tensor([right, len(mine)], dtype=torch.float64, device=run.device) / (dist.world() if run.cfg.fsdp else 1)
     dist.all_reduce(total)
     right, n = total.tolist()
     return (right / n, int(n)) if n else (None, 0)

@@ -109,6 +109,11 @@ def add(*numbers):
     return list(numbers) if world() == 1 else all_reduce(torch.tensor([int(n) for n in numbers])).tolist()
 
 
+def agree(yes):
+    """True where it is on all ranks."""
+    return add(bool(yes))[0] == world()
+
+
 def gather(t):
     """t on the CPU, the same shape everywhere -> [rank 0's, rank 1's, ...]."""
     if world() == 1:
