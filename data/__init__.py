@@ -41,8 +41,11 @@ class Batch(NamedTuple):
     shape: tuple  # (B, S)
 
     def to(self, device):
-        moved = [x.to(device, non_blocking=True) if isinstance(x, torch.Tensor) else x for x in self]
-        return Batch(*moved)
+        """Pinned first where device is a GPU: a copy from pageable memory makes the host wait for the kernels before it."""
+        def move(x):
+            pinned = x.pin_memory() if torch.device(device).type == "cuda" and not x.is_cuda else x
+            return pinned.to(device, non_blocking=True)
+        return Batch(*(move(x) if isinstance(x, torch.Tensor) else x for x in self))
 
 
 # ---- prompt formats: plain functions of strings. first: it opens the text; later turns follow an end of text
