@@ -32,7 +32,7 @@ from predictor import KINDS
 from tools import options, run
 
 ROOT = Path(__file__).resolve().parent.parent
-OWN = dict(rows="1,2,3,4,5,6,7,8", seeds=0, name="tiny", mlp=".9,.95,.97", attn=".25,.5", budgets=".7,.9,.8,.6,.5", jobs=2, dry=False, collect=False)
+OWN = dict(rows="1,2,3,4,5,6,7,8", seeds=0, name="tiny", mlp=".9,.95,.97", attn=".25,.5", budgets=".75,.9,.85,.8,.7,.65", jobs=2, dry=False, collect=False)
 TITLES = {1: "Which channels: five selectors", 2: "Which part", 3: "Where the ratios come from, at equal FLOPs", 4: "Which tokens are dense",
           5: "When it is sparse", 6: "Rank of the SVD, refreshing of the measured channels", 7: "Budgets, against dense LoRA stopped early",
           8: "Ten times as long"}

@@ -2,8 +2,10 @@
 
     python -m results.plot out/a out/b           writes out/b/loss.png
     --out=PATH       the picture     --smooth=20      steps that a point of the training loss is the mean of
+    --target=        a validation loss, "": the highest of the runs' lowest, which all of them reach
 
-Thin: the training loss, smoothed. Dots: the validation loss.
+Thin: the training loss, smoothed. Dots: the validation loss. Printed: when each run first has the target, between two evaluations on a line.
+The finer eval_interval, the better it is known.
 """
 import json
 from pathlib import Path
@@ -38,6 +40,15 @@ def smooth(values, n):
     return [sum(values[max(0, i - n + 1):i + 1]) / min(n, i + 1) for i in range(len(values))]
 
 
+def reach(evaluations, target):
+    """-> (seconds, FLOPs) at which the validation loss first is at the target, or None."""
+    for a, b in zip([None, *evaluations], evaluations):
+        if b["val_loss"] <= target:
+            f = 1.0 if a is None else (a["val_loss"] - target) / (a["val_loss"] - b["val_loss"])
+            return tuple(b[k] if a is None else a[k] + f * (b[k] - a[k]) for k in ("seconds", "flops"))
+    return None
+
+
 def draw(runs, path, n):
     """runs: {name: read()'s pair}."""
     try:
@@ -62,11 +73,20 @@ def draw(runs, path, n):
 
 
 def main(argv):
-    folders, o = options(argv, __doc__, (1, 99), out="", smooth=20)
+    folders, o = options(argv, __doc__, (1, 99), out="", smooth=20, target="")
     if o["smooth"] < 1:
         raise UserError(f"--smooth={o['smooth']} has to be at least 1")
     path = o["out"] or str(Path(folders[-1]) / "loss.png")
-    draw({f: read(f) for f in folders}, path, o["smooth"])
+    runs = {f: read(f) for f in folders}
+    lowest = [min(e["val_loss"] for e in evaluations) for _, evaluations in runs.values() if evaluations]
+    try:
+        target = float(o["target"]) if o["target"] else max(lowest, default=0.0)
+    except ValueError:
+        raise UserError(f"--target={o['target']} has to be a validation loss") from None
+    for name, (_, evaluations) in runs.items():
+        at = reach(evaluations, target)
+        print(f"{name}: " + (f"validation loss {target:.4f} after {at[0]:.0f} s and {at[1] / 1e12:.2f} TFLOP" if at else f"never at {target:.4f}"))
+    draw(runs, path, o["smooth"])
     print(path)
 
 

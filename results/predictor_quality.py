@@ -99,7 +99,7 @@ def quality(model, before, batches, ranks, ratios):
 
 def markdown(everything):
     lines = ["# Predictor quality", "", "Made by results/predictor_quality.py; by block in predictor_quality.json. Means over all blocks but the last "
-             "(in brackets the worst block): recall of the oracle's channels / share of the true energy held. Chance is 1 - ratio for both.", ""]
+             "(in brackets the worst block): recall of the oracle's channels / share of the true energy held. Chance is the share of channels kept, for both.", ""]
     for name, rows in everything.items():
         for kind, title in (("mlp", "MLP"), ("attn", "attention")):
             some = [r for r in rows if r["part"].endswith(kind)]
@@ -107,7 +107,7 @@ def markdown(everything):
             if not some:
                 continue
             lines += [f"## {name}, {title}", "", "| | " + " | ".join(map(str, ratios)) + " |", "|---" * (len(ratios) + 1) + "|"]
-            for method in dict.fromkeys(r["method"] for r in some):
+            for method in sorted(dict.fromkeys(r["method"] for r in some), key=lambda m: ("measured", "oracle").count(m)):
                 cells = []
                 for ratio in ratios:
                     pair = []

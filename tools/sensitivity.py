@@ -16,7 +16,8 @@ very same batch. Then
     curve of a part    points (saved FLOPs, rise in loss), one a ratio, from (0, 0); only its lower convex hull counts
     choice             the hulls' edges in order of their slope (rise per saved FLOP), taken until the budget is met, the last one in part
 
-which is the best choice if rises add up. They do not quite (errors of one block meet those of another), so the choice is checked: its
+(a fall counts like a rise: before the fine-tuning a loss may well fall when a block is broken, as in block 0's attention of the embedded
+base, -.16, and yet the part is not free), which is the best choice if changes add up. They do not quite (errors of one block meet those of another), so the choice is checked: its
 true rise on other batches, beside that of uniform ratios and of the published middle-to-late pattern, both at the same FLOPs.
 Cost: 2 (L - 1) parts * ratios * batches forward passes, each from its own block on (half of the model on average); no gradient.
 """
@@ -179,7 +180,7 @@ class Progress:
 # ---- choose: plain numbers, no model -----------------------------------------------------------------------------------------------
 
 def hull(points):
-    """[(ratio, saved, rise)] -> the lower convex hull from (0, 0, 0) on, by saved: slopes grow along it. A rise below 0 is noise."""
+    """[(ratio, saved, rise)] -> the lower convex hull of (saved, |rise|) from (0, 0, 0) on: slopes grow along it."""
     points = sorted(((r, s, abs(d)) for r, s, d in points if s > 0), key=lambda p: (p[1], p[2], p[0]))
     out = [(0.0, 0.0, 0.0)]
     for p in points:

@@ -30,7 +30,7 @@ def analyse(home, out, *flags):
 def test_hull():
     points = [(.5, 10, .1), (.75, 15, .6), (.9, 20, .5), (.97, 20, .7)]
     assert sensitivity.hull(points) == [(0, 0, 0), (.5, 10, .1), (.9, 20, .5)]
-    assert sensitivity.hull([(.5, -3, 0.), (.9, 4, -.2)]) == [(0, 0, 0), (.9, 4, 0)]  # what saves nothing is out; a rise below 0 is noise
+    assert sensitivity.hull([(.5, -3, 0.), (.9, 4, -.2)]) == [(0, 0, 0), (.9, 4, .2)]  # what saves nothing is out; a fall counts as a rise
     assert sensitivity.hull([(.5, 10, .5), (.9, 20, .1)]) == [(0, 0, 0), (.9, 20, .1)]
     assert sensitivity.hull([(.5, 0, 0.)]) == [(0, 0, 0)]
 
@@ -186,6 +186,12 @@ def test_ablations_run_resume_and_collect(home, tmp_path, monkeypatch):
     assert (tmp_path / "p.png").stat().st_size > 1000
     with pytest.raises(UserError, match="out_dir of a run"):
         plot.main([str(tmp_path / "nothing")])
+
+
+def test_when_a_loss_is_reached():
+    runs = [dict(val_loss=v, seconds=s, flops=10 * s) for v, s in ((2.0, 10), (1.0, 20), (1.5, 30), (.5, 40))]
+    assert plot.reach(runs, 1.5) == (15, 150) and plot.reach(runs, 3.0) == (10, 100) and plot.reach(runs, .1) is None
+    assert plot.reach(runs, .75) == (37.5, 375) and plot.smooth([1, 2, 3], 2) == [1, 1.5, 2.5]
 
 
 def test_summary():
