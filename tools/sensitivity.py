@@ -42,7 +42,7 @@ from model import resolve, write_text
 from tools import options, run
 
 OWN = dict(budget=0.6, ratios=".5,.75,.9,.97", batches=8, out="")
-SHADES = ((.003, " "), (.01, "░"), (.03, "▒"), (.1, "▓"), (float("inf"), "█"))  # rise in loss below which the shade is used
+SHADES = ((.003, " "), (.01, "░"), (.03, "▒"), (.1, "▓"), (float("inf"), "█"))  # change of the loss below which the shade is used
 PUBLISHED = ([(3, 30)], [(14, 19), (21, 23), (25, 29)])  # LLaMA-3-8B's blocks: MLP at .99, attention at .75, of 32
 
 
@@ -252,7 +252,7 @@ def show(rise, ratios, L):
     print("block " + " | ".join("  ".join(f"{kind:>5s} {r:<8g}" for r in ratios) for kind in kinds))
     for i in range(L - 1):
         cells = [[rise[f"{i}.{kind} {r}"] for r in ratios] for kind in kinds]
-        print(f"{i:5d} " + " | ".join("  ".join(f"{next(s for t, s in SHADES if m < t)}{m:+.3f}±{e:.3f} " for m, e in row) for row in cells))
+        print(f"{i:5d} " + " | ".join("  ".join(f"{next(s for t, s in SHADES if abs(m) < t)}{m:+.3f}±{e:.3f} " for m, e in row) for row in cells))
 
 
 def draw(path, rise, ratios, chosen, L):
@@ -267,7 +267,7 @@ def draw(path, rise, ratios, chosen, L):
     kinds = [k for k in ("mlp", "attn") if any(f".{k} " in key for key in rise)]
     fig, axes = plt.subplots(len(kinds) + 1, 1, figsize=(max(6, L * .32), 2 + 1.6 * len(kinds)), sharex=True, layout="constrained")
     for ax, kind in zip(axes, kinds):
-        z = [[max(1e-4, rise[f"{i}.{kind} {r}"][0]) for i in range(L - 1)] for r in ratios]
+        z = [[max(1e-4, abs(rise[f"{i}.{kind} {r}"][0])) for i in range(L - 1)] for r in ratios]
         im = ax.imshow(z, aspect="auto", origin="lower", cmap="magma_r", norm=LogNorm(1e-3, 1))
         ax.set_yticks(range(len(ratios)), ratios)
         ax.set_ylabel({"mlp": "MLP", "attn": "attention"}[kind] + " ratio")
@@ -275,7 +275,7 @@ def draw(path, rise, ratios, chosen, L):
         axes[-1].bar([i + .4 * j - .2 for i in range(L - 1)], [chosen.get(f"{i}.{kind}", 0) for i in range(L - 1)], .4, label=kind)
     axes[-1].set(ylabel="chosen", xlabel="block", ylim=(0, 1))
     axes[-1].legend(fontsize=7)
-    fig.colorbar(im, ax=list(axes[:-1]), label="rise in loss")
+    fig.colorbar(im, ax=list(axes[:-1]), label="change of the loss")
     fig.savefig(path, dpi=130)
     plt.close(fig)
     print(f"heat map: {path}")
