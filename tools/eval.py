@@ -49,10 +49,11 @@ ALIASES = {"siqa": "social_i_qa", "arc-e": "arc-easy", "arc-c": "arc-challenge",
 
 def run_config(path):
     """The options of the training that made this directory, {} if none did."""
-    for name in ("config.json", "state/state.json"):
-        found = read_json(Path(path, name)) if Path(path, name).exists() else {}
-        found = found.get("config", found)
-        if "prompt_format" in found:
+    newest = sorted(Path(path).glob("state/*/state.json"))[-1:]
+    for file in [Path(path, "config.json"), *newest]:
+        found = read_json(file) if file.exists() else {}
+        found = found.get("info", found).get("config", found)
+        if "prompt_format" in found:  # config.json may be the model's
             return found
     return {}
 

@@ -243,6 +243,16 @@ def test_goes_on_after_an_interruption(run, monkeypatch):
     assert len(calls) == 6
 
 
+def test_the_runs_options_are_found(run, base):
+    options = json.loads((run / "config.json").read_text())
+    assert tool.run_config(run) == options and tool.run_config(base) == {}
+    (run / "config.json").write_text((base / "config.json").read_text())  # all weights were trained: it is the model's
+    for i, steps in enumerate((3, 5)):
+        (run / "state" / f"00000{i}").mkdir(parents=True)
+        (run / "state" / f"00000{i}" / "state.json").write_text(json.dumps({"info": {"config": {**options, "max_new_tokens": steps}}}))
+    assert tool.run_config(run) == options
+
+
 def test_limit_is_extended(run):
     evaluate(run, "--limit=3")
     assert [p["id"] for p in predictions(run)] == [0, 1, 2]
