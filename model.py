@@ -71,26 +71,39 @@ class ModelConfig:
         if kind not in ("llama", "mistral", "qwen2", "qwen3"):
             raise UserError(f"{where}: model_type {kind!r} is not one of llama, mistral, qwen2, qwen3")
         sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-        for key in sizes:
+        for key in sizes + tuple(k for k in ("num_key_value_heads", "head_dim") if c.get(k) is not None):
             if not isinstance(c.get(key), int) or c[key] <= 0:
                 raise UserError(f"{where}: {key} must be a positive integer, not {c.get(key)!r}")
         if c.get("hidden_act", "silu") != "silu" or c.get("mlp_bias") or (c.get("attention_bias") and kind != "qwen2"):
             raise UserError(f"{where}: only SwiGLU without biases is written here (hidden_act={c.get('hidden_act')!r}, "
                             f"mlp_bias={c.get('mlp_bias')}, attention_bias={c.get('attention_bias')})")
+        if c.get("quantization_config"):
+            raise UserError(f"{where} has a quantization_config: quantized weights cannot be read here, use the checkpoint they were made from")
+        if not all(isinstance(c.get(k) or {}, dict) for k in ("rope_parameters", "rope_scaling")):
+            raise UserError(f"{where}: rope_scaling and rope_parameters have to be objects, or null")
         rope = c.get("rope_parameters") or {**(c.get("rope_scaling") or {}), "rope_theta": c.get("rope_theta", 10000.0)}
         rope_type = rope.get("rope_type", rope.get("type", "default"))
         if rope_type not in ("default", "linear", "llama3"):
             raise UserError(f"{where}: RoPE scaling of type {rope_type!r} is not written here (default, linear and llama3 are)")
+        needs = dict(linear=("factor",), llama3=("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"))
+        theta, eps = rope.get("rope_theta", c.get("rope_theta", 10000.0)), c.get("rms_norm_eps", 1e-6)
+        for key, value in [(k, rope.get(k)) for k in needs.get(rope_type, ())] + [("rope_theta", theta), ("rms_norm_eps", eps)]:
+            if not isinstance(value, (int, float)) or not value > 0:
+                raise UserError(f"{where}: {key} must be a positive number, not {value!r}" + " (in rope_scaling)" * (key in needs["llama3"]))
         heads = c["num_attention_heads"]
         kv = c.get("num_key_value_heads") or heads
         if heads % kv:
             raise UserError(f"{where}: num_attention_heads {heads} is no multiple of num_key_value_heads {kv}")
+        head_dim = c.get("head_dim") or c["hidden_size"] // heads
+        if head_dim % 2:
+            raise UserError(f"{where}: head_dim must be even for RoPE, not {head_dim}")
         eos = c.get("eos_token_id")
+        eos = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
+        if not all(isinstance(e, int) and 0 <= e < c["vocab_size"] for e in eos):
+            raise UserError(f"{where}: eos_token_id has to be a token of the vocabulary of {c['vocab_size']}, or a list of them, not {c['eos_token_id']!r}")
         window = c.get("sliding_window") if kind == "mistral" or c.get("use_sliding_window") else None
-        return ModelConfig(kind, *(c[k] for k in sizes), kv, c.get("head_dim") or c["hidden_size"] // heads,
-                           c.get("rms_norm_eps", 1e-6), float(rope.get("rope_theta", 10000.0)), {} if rope_type == "default" else rope,
-                           bool(c.get("tie_word_embeddings", False)), kind == "qwen2", kind == "qwen3", window or 0,
-                           tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,), c)
+        return ModelConfig(kind, *(c[k] for k in sizes), kv, head_dim, eps, float(theta), {} if rope_type == "default" else rope,
+                           bool(c.get("tie_word_embeddings", False)), kind == "qwen2", kind == "qwen3", window or 0, eos, c)
 
     @staticmethod
     def from_dir(path):
@@ -104,7 +117,10 @@ class ModelConfig:
 
 def read_json(path):
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        if isinstance(value, dict):
+            return value
+        raise UserError(f"{path} has to hold a JSON object, not {type(value).__name__}")
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: a model is a Hugging Face directory or hub id with a config.json and safetensors") from None
     except ValueError as e:
@@ -747,7 +763,10 @@ def weight_files(folder):
     folder = Path(folder)
     index, present = folder / "model.safetensors.index.json", sorted(folder.glob("*.safetensors"))
     if index.exists():
-        names = set(read_json(index).get("weight_map", {}).values())
+        named = read_json(index).get("weight_map")
+        if not isinstance(named, dict) or not named or not all(isinstance(n, str) and Path(n).name == n for n in named.values()):
+            raise UserError(f"{index} has no weight_map from tensors to files beside it; download it again")
+        names = set(named.values())
         for name in sorted(names):
             if not (folder / name).exists():
                 raise UserError(f"{folder}: shard {name} of model.safetensors.index.json is missing; download it again")
@@ -790,6 +809,8 @@ def load_tensor(source, p, first, rows, transposed, name):
     want = [p.shape[1], rows] if transposed else [rows, *p.shape[1:]]
     if shape != want:
         raise UserError(f"{name} has shape {shape}, config.json says {want}")
+    if source.get_dtype() not in ("F64", "F32", "F16", "BF16"):
+        raise UserError(f"{name} is of type {source.get_dtype()}: quantized weights cannot be read here, use the checkpoint they were made from")
     local, offset = (p.to_local(), row_offset(p)) if hasattr(p, "to_local") else (p, 0)
     lo, hi = max(first, offset), min(first + rows, offset + local.shape[0])
     if lo < hi:
