@@ -1,5 +1,5 @@
 # A real LLaMA on a laptop: SmolLM2-135M-Instruct (270 MB, ungated) on GSM8K. python train.py config/smollm2.py
-# Sized for two CPU cores: 200 steps of 8 problems, under 20 minutes with both tests.
+# Sized for two CPU cores: 100 steps of 8 problems, under 20 minutes with both tests.
 
 model = "HuggingFaceTB/SmolLM2-135M-Instruct"  # 30 blocks, 9 query / 3 key-value heads, tied head
 dataset = "gsm8k"
@@ -10,7 +10,7 @@ dtype = "float32"
 max_seq_len = 320  # drops the longest few of a hundred: they would cost the most
 
 batch_size = 8
-max_steps = 200
+max_steps = 100
 learning_rate = 5e-4
 lr_schedule = "cosine"
 warmup_steps = 10
