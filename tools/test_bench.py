@@ -11,7 +11,7 @@ import data
 import predictor
 from config import UserError
 from model import LLaMA, ModelConfig
-from tools import bench, bench_kernels, bench_report
+from tools import bench, bench_kernels, bench_measure, bench_report
 
 TINY = dict(model_type="llama", vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
             num_key_value_heads=2, rms_norm_eps=1e-5, tie_word_embeddings=False)
@@ -174,3 +174,15 @@ def test_kernel_table():
     rows = bench_kernels.table(ModelConfig.from_dict(TINY), torch.float32, torch.device("cpu"), rows=(8,), repeats=1)
     assert len(rows) == 24 and all(r["ours_ms"] is None and r["library_ms"] > 0 for r in rows)
     assert "no GPU" in bench_report.kernel_table(rows)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_no_step_waits_for_the_gpu(tiny_run):
+    cfg = config.load(tiny_run[:4] + ["--device=cuda", "--dtype=bfloat16"])
+    run = bench.setup(cfg, TINY)
+    rows, _, _ = bench.make_rows(run, TINY, (3, 40, 10), data.collate(batch()).to(run.device))
+    for r in rows:
+        if r.ours:
+            r.select()
+            r.step(r.batch(batch()))  # tunes the kernels, which waits
+            assert bench_measure.host_sync(r, r.batch(batch())) == "none", r.name
