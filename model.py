@@ -28,7 +28,7 @@ from types import SimpleNamespace
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
 
@@ -837,7 +837,10 @@ def write_text(path, text):
 def write_safetensors(path, tensors, metadata=None):
     """The same for a safetensors file."""
     tmp = Path(f"{path}.tmp")
-    save_file(tensors, tmp, metadata)
+    try:
+        save_file(tensors, tmp, metadata)
+    except SafetensorError as e:
+        raise OSError(str(e)) from e  # a full disk
     mask = os.umask(0)  # it can only be read by setting it
     os.umask(mask)
     os.chmod(tmp, 0o666 & ~mask)  # safetensors 0.8 lets nobody else read its files

@@ -255,7 +255,30 @@ def synchronize(device):
 def main(cfg, command="python train.py"):
     """One run, from its config to its adapter. Returns the summary that is also written to out_dir/result.json, a dict; None where a
     signal stopped the run or it was finished before. command: how to start this run again, for the message that says so."""
-    run = SimpleNamespace(cfg=cfg, stop=[], device=dist.setup(cfg), out=Path(cfg.out_dir), command=command, fresh=False)
+    run = SimpleNamespace(cfg=cfg, stop=[], device=dist.setup(cfg), out=Path(cfg.out_dir), command=command, fresh=False, lock=None)
+    try:
+        lengths, per_epoch = prepare(run)
+        if run.info["finished"]:
+            return say(f"{run.out} is finished: its {'adapter' if cfg.lora_r else 'checkpoint'} lies there; another run needs another --out_dir")
+        with signals(run.stop):
+            if run.info["before"] is None and cfg.test_examples:
+                run.info["before"], n = accuracy(run, "test", cfg.test_examples)
+                say(f"before training: {run.info['before']:.1%} of {n} test problems right" if n else "no test example has an answer")
+            loop(run, lengths, per_epoch)
+            return finish(run, lengths)
+    except Interrupted:
+        name = signal.Signals(run.stop[0]).name if run.stop else "a signal to another rank"
+        kept = "" if save(run) else " (which could not be saved: the last saved step counts)"
+        say(f"stopped by {name} after step {run.info['step']} of {run.max_steps}{kept}; go on with:\n  {command} --resume=True")
+    finally:
+        if run.lock:
+            run.lock.close()
+
+
+def prepare(run):
+    """Loads everything, and the state to resume from. Nothing is written before all of it is found to be good. Returns (lengths of the
+    training examples, steps in an epoch)."""
+    cfg = run.cfg
     torch.manual_seed(cfg.seed)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
@@ -263,8 +286,8 @@ def main(cfg, command="python train.py"):
     run.folder = resolve(cfg.model)
     run.tokenizer = data.tokenizer.load(run.folder)
     load_data(run)
-    run.model = model = load_model(cfg, run.folder, run.device, run.tokenizer)
-    run.flat, run.grad, matrices = flatten([p for p in model.parameters() if p.requires_grad])
+    run.model = load_model(cfg, run.folder, run.device, run.tokenizer)
+    run.flat, run.grad, matrices = flatten([p for p in run.model.parameters() if p.requires_grad])
     dist.broadcast(run.flat)
     run.optimizer = make_optimizer(cfg, run.flat, run.grad, matrices)
     lengths = [len(t.tokens) for t in run.tokenized["train"]]
@@ -275,19 +298,7 @@ def main(cfg, command="python train.py"):
     if dist.rank() == 0 and not run.lock:
         run.lock = state.lock(run.out)
     resume(run)
-    if run.info["finished"]:
-        return say(f"{run.out} is finished: its {'adapter' if cfg.lora_r else 'checkpoint'} lies there; another run needs another --out_dir")
-    with signals(run.stop):
-        try:
-            if run.info["before"] is None and cfg.test_examples:
-                run.info["before"], n = accuracy(run, "test", cfg.test_examples)
-                say(f"before training: {run.info['before']:.1%} of {n} test problems right" if n else "no test example has an answer")
-            loop(run, lengths, per_epoch)
-            return finish(run, lengths)
-        except Interrupted:
-            name = signal.Signals(run.stop[0]).name if run.stop else "a signal to another rank"
-            kept = "" if save(run) else " (which could not be saved: the last saved step counts)"
-            say(f"stopped by {name} after step {run.info['step']} of {run.max_steps}{kept}; go on with:\n  {command} --resume=True")
+    return lengths, per_epoch
 
 
 @contextmanager
@@ -589,26 +600,30 @@ def cli(argv):
         debug = cfg.debug
         main(cfg, shlex.join([*dist.launcher().split(), "train.py"] + [a for a in argv if not a.startswith("--resume=")]))
         dist.close()
-    except UserError as e:
-        reason = f"error: {e}"
-    except torch.OutOfMemoryError as e:
-        reason = out_of_memory(cfg, e)
-    except OSError as e:
-        reason = f"error: {e.strerror}: {e.filename or cfg.out_dir}; the last saved state stays, go on from it with --resume=True"
-    except KeyboardInterrupt:
-        reason = "interrupted before the training began"
-    else:
         return
-    if debug:
-        traceback.print_exc()
+    except (UserError, OSError, RuntimeError, KeyboardInterrupt) as e:
+        reason = explain(e, cfg)
+        if reason is None:
+            raise
+        if debug:
+            traceback.print_exc()
     sys.stdout.flush()
     print(reason, file=sys.stderr, flush=True)
     os._exit(1) if dist.world() > 1 else sys.exit(1)  # with others in the group, do not wait for them
 
 
-def out_of_memory(cfg, e):
-    return (f"error: out of memory on {cfg.device} with {cfg.micro_batch_size} examples of up to {cfg.max_seq_len} tokens at once: lower micro_batch_size "
-            "or max_seq_len, or set recompute=True (the saved state stays, go on from it with --resume=True)")
+def explain(e, cfg):
+    """One sentence about what a user can do something about; None for a mistake of ours, which deserves its traceback."""
+    if isinstance(e, UserError):
+        return f"error: {e}"
+    if isinstance(e, torch.OutOfMemoryError):
+        return (f"error: out of memory on {cfg.device} with {cfg.micro_batch_size} examples of up to {cfg.max_seq_len} tokens at once: lower "
+                "micro_batch_size or max_seq_len, or set recompute=True (a saved state stays, go on from it with --resume=True)")
+    if isinstance(e, KeyboardInterrupt):
+        return "interrupted before the training began"
+    if isinstance(e, OSError):
+        return f"error: {e.strerror or e} ({e.filename or cfg.out_dir}): a saved state stays, go on from it with --resume=True"
+    return f"error: {dist.lost_message(e)}" if dist.is_loss(e) else None
 
 
 if __name__ == "__main__":

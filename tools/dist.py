@@ -84,8 +84,17 @@ def lost():
     try:
         yield
     except RuntimeError as e:
-        raise UserError(f"rank {rank()} of {world()} lost the others: one ended, or did not answer within the timeout; the cause is in its own "
-                        f"message ({str(e).splitlines()[0][:200]})") from e
+        raise UserError(lost_message(e)) from e
+
+
+def lost_message(e):
+    return (f"rank {rank()} of {world()} lost the others: one ended, or did not answer within the timeout; the cause is in its own message "
+            f"({str(e).splitlines()[0][:200]})")
+
+
+def is_loss(e):
+    """Whether an error comes from a collective: FSDP's are inside of forward and backward."""
+    return "LOCAL_RANK" in os.environ and (isinstance(e, td.DistError) or any(word in str(e) for word in ("gloo", "Gloo", "NCCL", "closed by peer")))
 
 
 def all_reduce(t):
