@@ -700,7 +700,7 @@ def test_a_rank_that_dies_or_hangs_ends_the_job(home, tmp_path, hook, fsdp):
     last = (tmp_path / "log0").read_text().splitlines()[-1]
     assert codes[0] == 1 and codes[1] != 0 and last.startswith("error: rank 0 of 2 lost the others: one ended, or did not answer within the timeout")
     assert "Traceback" not in (tmp_path / "log0").read_text()
-    assert time.time() - begun < 60 and newest(tmp_path / "a")[1]["step"] == 3
+    assert time.time() - begun < 60 and newest(tmp_path / "a")[1]["step"] in (3, 6)
 
 
 def test_torchrun(home, tmp_path):
