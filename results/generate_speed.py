@@ -3,9 +3,10 @@
     python -m results.generate_speed --model=DIR [--prompts=32] [--new_tokens=64] [--rounds=5] [--threads=2]
         [--device=cpu] [--dtype=float32] [--static=False]
 
-Prompts are the first of GSM8K's test set. No text may end early, so both do the same work. transformers pads on the left;
---static=True gives it its static cache, compiled (GPU). Wall time is what counts; the processor time of the process stands
-beside it because it hardly moves when the machine is shared. Medians; needs transformers. Prints a line of JSON at the end.
+Prompts are the first of GSM8K's test set. No text may end early, so both do the same work. transformers pads
+on the left; --static=True gives it its static cache, compiled (GPU). Wall time is what counts; the processor
+time of the process stands beside it because it moves less when the machine is shared. Medians; needs
+transformers. The last line is JSON.
 """
 import json
 import statistics
@@ -29,8 +30,9 @@ def theirs(model, prompts, n, static):
     longest = max(map(len, prompts))
     ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=model.device)
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=model.device)
-    out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=n, min_new_tokens=n, do_sample=False, pad_token_id=0,
-                         **({"cache_implementation": "static"} if static else {}))
+    cache = {"cache_implementation": "static"} if static else {}
+    out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=n, min_new_tokens=n, do_sample=False,
+                         pad_token_id=0, **cache)
     return out[:, longest:].tolist()
 
 
@@ -43,8 +45,8 @@ def measure(f, device):
 
 
 def main(argv):
-    _, o = tools.options(argv, __doc__, (0, 0), model="", prompts=32, new_tokens=64, rounds=5, threads=2, device="cpu", dtype="float32",
-                         static=False)
+    _, o = tools.options(argv, __doc__, (0, 0), model="", prompts=32, new_tokens=64, rounds=5, threads=2,
+                         device="cpu", dtype="float32", static=False)
     if not o["model"]:
         raise UserError("name a model's directory: --model=DIR")
     from transformers import AutoModelForCausalLM
@@ -64,11 +66,12 @@ def main(argv):
                 times[name].append((wall, cpu))
                 print(f"round {i}, {name:12}: {wall:.2f} s, {cpu:.2f} s of processor", flush=True)
     same = sum(x == y for x, y in zip(out["ours"], out["transformers"]))
-    result = dict(vars_=o, same=f"{same} of {len(prompts)} texts equal", prompt_tokens=sum(map(len, prompts)))
+    result = dict(options=o, same=f"{same} of {len(prompts)} texts equal", prompt_tokens=sum(map(len, prompts)))
     for k, what in enumerate(("wall", "processor")):
         m = {name: statistics.median(t[k] for t in ts) for name, ts in times.items()}
-        result[what] = {**{name: round(s, 3) for name, s in m.items()}, "ours/transformers": round(m["ours"] / m["transformers"], 3),
-                        "tokens/s": {name: round(len(prompts) * o["new_tokens"] / s) for name, s in m.items()}}
+        result[what] = {name: round(s, 3) for name, s in m.items()} | {"ratio": m["ours"] / m["transformers"]}
+        if what == "wall":
+            result["tokens/s"] = {name: round(len(prompts) * o["new_tokens"] / s, 1) for name, s in m.items()}
     print(json.dumps(result))
 
 

@@ -1,4 +1,5 @@
-"""What the command lines of the tools share: positional arguments and --name=value, errors in one sentence."""
+"""What the command lines of the tools share: positional arguments and --name=value, errors in one sentence.
+"""
 import difflib
 import sys
 import traceback
@@ -7,8 +8,8 @@ from config import UserError
 
 
 def options(argv, usage, positional, **defaults):
-    """argv -> (positional arguments, {name: value}). A value has the type of its default. positional: (fewest, most). UserError for
-    an unknown name, a wrong type or a wrong number of arguments; -h prints the usage and exits."""
+    """argv -> (positional arguments, {name: value}). A value has the type of its default. positional: (fewest,
+    most). UserError: an unknown name, a wrong type, a wrong number; -h prints the usage and exits."""
     if "-h" in argv or "--help" in argv:
         print(usage.strip())
         raise SystemExit(0)
@@ -17,20 +18,22 @@ def options(argv, usage, positional, **defaults):
         name, equals, value = arg[2:].partition("=")
         if name not in out or not equals:
             near = difflib.get_close_matches(name, out, 1, 0.5)
-            raise UserError(f"{arg} is no option of the form --name=value" + (f"; did you mean --{near[0]}?" if near else
-                            f": there are {', '.join(out)}"))
+            raise UserError(f"{arg} is no option of the form --name=value"
+                            + (f"; did you mean --{near[0]}?" if near else f": there are {', '.join(out)}"))
         kind = type(out[name])
         try:
             out[name] = {"True": True, "False": False}[value] if kind is bool else kind(value)
         except (KeyError, ValueError):
-            raise UserError(f"{arg}: {name} must be {'True or False' if kind is bool else 'of type ' + kind.__name__}") from None
+            wanted = "True or False" if kind is bool else f"of type {kind.__name__}"
+            raise UserError(f"{arg}: {name} must be {wanted}") from None
     if not positional[0] <= len(plain) <= positional[1]:
-        raise UserError(f"expected {positional[0]} to {positional[1]} arguments besides the options, not {len(plain)}; -h shows how")
+        wanted = " to ".join(str(n) for n in sorted(set(positional)))
+        raise UserError(f"expected {wanted} arguments besides the options, not {len(plain)}; -h shows how")
     return plain, out
 
 
 def run(main):
-    """The command line: main(argv), and what the user did wrong as the last line of stderr (with --debug=True a traceback before)."""
+    """The command line: main(argv). A UserError is the last line of stderr; --debug=True adds the traceback."""
     try:
         main(sys.argv[1:])
     except UserError as e:

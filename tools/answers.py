@@ -1,8 +1,8 @@
 """What a generated text answers, read as LLM-Adapters (arXiv 2304.01933) reads it, so that numbers compare.
 
     a number          the last one of the text, commas left out, right within 1e-3
-    an option word    the first of true, false / answer1 ... answer5 / solution1, 2 / ending1 ... 4 / option1, 2
-    a letter (AQuA)   the first capital A to E, which may be the A of "After": stated_letter() is the sounder reading
+    an option word    the first of true, false / answer1 ... 5 / solution1, 2 / ending1 ... 4 / option1, 2
+    a letter (AQuA)   the first capital A to E, which may be the A of "After": stated_letter() reads better
     a function        HumanEval: the program that runs its tests
 """
 import math
@@ -29,7 +29,7 @@ def stated_letter(text):
 
 
 def judge(text, answer):
-    """(what the text answers, whether that is right). Which rule reads the text follows from the true answer's form."""
+    """(what the text answers, whether that is right). The form of the true answer decides how."""
     true, word = data.number(answer), re.fullmatch(r"(answer|solution|option|ending)\d", answer)
     if true is not None:
         said = number(text)
@@ -46,8 +46,8 @@ def judge(text, answer):
 
 
 def program(prompt, text, name, test):
-    """The whole program that tests what was generated for a HumanEval prompt: a function body that goes on with it, up to
-    the first line that is not indented, or a fenced block. What the prompt imports and defines stays in either case."""
+    """The program that tests what was generated for a HumanEval prompt: a function body that goes on with it, up
+    to the first line that is not indented, or a fenced block. What the prompt imports and defines stays."""
     goes_on = re.match(r"\n*[ \t]+\S", text)
     block = None if goes_on else re.search(r"```(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", text, re.DOTALL)
     code = block[1] if block else text

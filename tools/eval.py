@@ -1,24 +1,25 @@
 """Answers test problems with an adapter or a whole model, and counts what is right.
 
-    python -m tools.eval out/math --tasks=gsm8k,svamp,mawps    a run's directory, or any Hugging Face directory or hub id
+    python -m tools.eval out/math --tasks=gsm8k,svamp,mawps    a run's directory, or any model's, or a hub id
     python -m tools.eval out/code --tasks=humaneval --execute=True
     python -m tools.eval out/mine --tasks=my_test.jsonl        {"prompt", "response", "answer"} a line
-    python -m tools.eval out/tiny --prompt="Question: Eva has 3 jars ... \\nAnswer:"    one answer, as it is written
+    python -m tools.eval out/tiny --prompt="Question: Eva has 3 ...\\nAnswer:"    one answer, as it is written
 
---tasks        names (gsm8k, svamp, mawps, aqua, boolq, piqa, ..., humaneval, a folder of data/) or files; default: the
-               run's own test set
---limit=N      only the first N problems of each task               --batch_size=32    problems at a time
---max_new_tokens, --prompt_format, --dtype, --device                default: the run's; else by task, plain, by device
+--tasks        names (gsm8k, svamp, mawps, aqua, boolq, piqa, ..., humaneval, a folder of data/) or files; default:
+               the run's own test set
+--limit=N      only the first N problems of each task
+--batch_size   problems at a time, 32
+--max_new_tokens, --prompt_format, --dtype, --device: the run's; else by task, plain, by device
 --model=DIR    the adapter's base, if it is no longer where the adapter says
 --output=DIR   where predictions go, one file a task; default: eval/ in the run's directory
---overwrite=True   drops predictions of another adapter, task file or setting; those of this very one are always kept:
-               an interrupted evaluation goes on where it stopped, a finished one only prints its result
---execute=True runs the programs that a model wrote for HumanEval on this machine, with limits (tools/sandbox.py)
---temperature, --top_p, --seed: of --prompt; tasks are answered greedily. Under torchrun the problems are shared out.
+--overwrite=True   drops predictions of another adapter, task file or setting. Those of this very one are kept: an
+               interrupted evaluation goes on where it stopped, a finished one only prints its result
+--execute=True runs the programs that the model wrote for HumanEval here, with limits (see tools/sandbox.py)
+--temperature, --top_p, --seed: of --prompt; tasks are answered greedily. torchrun shares the problems out.
 
-How an answer is read off a text: tools/answers.py, as LLM-Adapters does it, so that numbers compare with its and the paper's
-(but for beams: the answers here are greedy). Intervals are Wilson's, 95 %: they speak of the choice of problems, not of how
-training runs differ.
+How an answer is read off a text: tools/answers.py, as LLM-Adapters does it, so that numbers compare with its
+and the paper's (but for beams: these are greedy). Intervals are Wilson's, 95 %: they speak of the choice of
+problems, not of how training runs differ.
 """
 import hashlib
 import importlib
@@ -45,7 +46,7 @@ SETS = {"math": ("gsm8k", "svamp", "mawps", "aqua"), "code": ("humaneval",), "co
 ALIASES = {"siqa": "social_i_qa", "arc-e": "arc-easy", "arc-c": "arc-challenge", "obqa": "openbookqa"}
 
 
-# ---- what to evaluate, and on what -----------------------------------------------------------------------------------
+# ---- what to evaluate, and on what -------------------------------------------------------------------------
 
 def run_config(path):
     """The options of the training that made this directory, {} if none did."""
@@ -62,7 +63,8 @@ def load(path, base, dtype, device):
     """Directory or hub id -> (model, tokenizer, the files that its weights came from)."""
     folder = resolve(path)
     if not (folder / "adapter_config.json").exists():
-        return LLaMA.from_pretrained(folder, dtype, device), data.tokenizer.load(str(folder)), weight_files(folder)
+        model = LLaMA.from_pretrained(folder, dtype, device)
+        return model, data.tokenizer.load(str(folder)), weight_files(folder)
     base = base or read_json(folder / "adapter_config.json").get("base_model_name_or_path")
     if not base:
         raise UserError(f"{path}/adapter_config.json names no base model: give it with --model=DIR")
@@ -73,7 +75,7 @@ def load(path, base, dtype, device):
 
 
 def find_task(name, dataset=""):
-    """The file of a task: a path, a data set's test.jsonl or test_NAME.jsonl (of the run's own data set, if it has it)."""
+    """The file of a task: a path, a data set's test.jsonl or test_NAME.jsonl (the run's own set comes first)."""
     if os.path.isfile(name):
         return Path(name)
     task = ALIASES.get(name.lower(), name.lower())
@@ -81,18 +83,19 @@ def find_task(name, dataset=""):
     if task == "humaneval" or task == os.path.basename(dataset):
         return Path(examples.locate(folder if task == "humaneval" else task, "test"))
     for attempt in (1, 2):
-        for path in sorted(DATA.glob("*/test_*.jsonl"), key=lambda p: p.parent.name != os.path.basename(dataset)):
+        files = DATA.glob("*/test_*.jsonl")
+        for path in sorted(files, key=lambda p: p.parent.name != os.path.basename(dataset)):
             if path.name.lower() == f"test_{task}.jsonl":
                 return path
         if folder and attempt == 1 and not (DATA / folder / "test.jsonl").exists():
             importlib.import_module(f"data.{folder}.prepare").main()
     if folder:
-        raise UserError(f"data/{folder} has no test_{task}.jsonl: run data/{folder}/prepare.py, or give a file, --tasks=FILE")
+        raise UserError(f"data/{folder} has no test_{task}.jsonl: run its prepare.py, or give --tasks=FILE")
     try:
         return Path(examples.locate(name, "test"))
     except UserError:
-        raise UserError(f"there is no task {name!r}: give a file of JSON lines, a folder of data/ that has a test set, or one of "
-                        + ", ".join(t for tasks in SETS.values() for t in tasks)) from None
+        raise UserError(f"there is no task {name!r}: give a file of JSON lines, a folder of data/ with a test "
+                        "set, or one of " + ", ".join(t for tasks in SETS.values() for t in tasks)) from None
 
 
 def problems(path, limit):
@@ -126,7 +129,7 @@ def prompt_ids(example, row, tokenizer, prompt_format):
 
 
 def fingerprint(weights, task_file, settings):
-    """Tells one evaluation from another: the task's file, the settings, and of each weight file its size and 64 samples."""
+    """Tells evaluations apart: by the task's file, the settings, each weight file's size and 64 samples."""
     h = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     h.update(Path(task_file).read_bytes())
     for path in weights:
@@ -139,10 +142,10 @@ def fingerprint(weights, task_file, settings):
     return h.hexdigest()[:16]
 
 
-# ---- predictions on disk: TASK.jsonl when all are there, TASK.partRANK.jsonl until then ------------------------------
+# ---- predictions on disk: TASK.jsonl when all are there, TASK.partRANK.jsonl until then --------------------
 
 def read_predictions(path, mark, overwrite):
-    """{id: prediction} of a file, without a line that was cut off. UserError for those of another evaluation."""
+    """{id: prediction} of a file, but for a line that was cut off. UserError if they are of another evaluation."""
     out = {}
     for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else []:
         try:
@@ -152,8 +155,8 @@ def read_predictions(path, mark, overwrite):
         if p.get("fingerprint") == mark:
             out[p["id"]] = p
         elif not overwrite:
-            raise UserError(f"{path} holds predictions of another adapter, task file or setting: keep them with "
-                            "--output=DIR, or drop them with --overwrite=True")
+            raise UserError(f"{path} holds predictions of another adapter, task file or setting: keep them "
+                            "with --output=DIR, or drop them with --overwrite=True")
     return out
 
 
@@ -168,10 +171,10 @@ def lines(predictions):
     return "".join(json.dumps(p, ensure_ascii=False) + "\n" for p in predictions)
 
 
-# ---- generating ------------------------------------------------------------------------------------------------------
+# ---- generating --------------------------------------------------------------------------------------------
 
 class Progress:
-    """A bar with the share that is right, tokens a second and the time left; where no one watches, a line a minute."""
+    """A bar with the share that is right, tokens a second and time left; without a terminal, a line a minute."""
 
     def __init__(self, task, done, total, show):
         self.task, self.done, self.total, self.show = task, done, total, show
@@ -186,8 +189,8 @@ class Progress:
         left = seconds * (self.total - self.done) / max(1, self.done - self.before)
         bar = "#" * (20 * self.done // self.total)
         share = "" if right is None else f", {right:.1%} right"
-        text = (f"{self.task} [{bar:20}] {self.done}/{self.total}{share}, {self.tokens / seconds:,.0f} tokens/s, "
-                f"{int(left) // 60}:{int(left) % 60:02} left")
+        text = (f"{self.task} [{bar:20}] {self.done}/{self.total}{share}, "
+                f"{self.tokens / seconds:,.0f} tokens/s, {int(left) // 60}:{int(left) % 60:02} left")
         print(("\r" if tty else "") + text, end=" " if tty else "\n", file=sys.stderr, flush=True)
 
     def end(self):
@@ -198,7 +201,7 @@ class Progress:
 def answer(model, tokenizer, task, name, todo, total, o, part, mark):
     """Generates for the problems `todo` and appends each prediction to the file `part`, a batch at a time."""
     ids = {i: prompt_ids(*task[i], tokenizer, o["prompt_format"]) for i in todo}
-    order = sorted(todo, key=lambda i: -len(ids[i]))  # alike in length; the largest first, so that memory fails at once
+    order = sorted(todo, key=lambda i: -len(ids[i]))  # alike in length; the longest first, where memory may fail
     bar, judged, right = Progress(name, total - len(todo), total, o["rank"] == 0), 0, 0
     with open(part, "a", encoding="utf-8") as f:
         for at in range(0, len(order), o["batch_size"]):
@@ -207,7 +210,8 @@ def answer(model, tokenizer, task, name, todo, total, o, part, mark):
             done = []
             for i, out in zip(batch, outs):
                 example, row = task[i]
-                p = dict(id=i, fingerprint=mark, prompt=example.prompt, text=tokenizer.decode(out), tokens=len(out))
+                text = tokenizer.decode(out)
+                p = dict(id=i, fingerprint=mark, prompt=example.prompt, text=text, tokens=len(out))
                 if "test" not in row:
                     p["answer"] = example.answer
                     p["said"], p["correct"] = answers.judge(p["text"], example.answer)
@@ -232,7 +236,7 @@ def execute(task, predictions, name):
 
 
 def evaluate(model, tokenizer, weights, name, o, folder):
-    """One task, from its file to its line of the result: {"task", "accuracy", "interval", "n", "file"}; None on ranks
+    """One task, from its file to its result {"task", "accuracy", "interval", "n", "file"}; None on ranks
     above 0, and "accuracy" None where programs were not run."""
     path = find_task(name, o["dataset"])
     task = problems(path, o["limit"])
@@ -243,7 +247,8 @@ def evaluate(model, tokenizer, weights, name, o, folder):
     folder.mkdir(parents=True, exist_ok=True)
     part = folder / f"{name}.part{o['rank']}.jsonl"
     done = all_predictions(folder, name, mark, o["overwrite"])
-    write_text(part, lines(read_predictions(part, mark, o["overwrite"]).values()))  # without a line that was cut off
+    whole = read_predictions(part, mark, o["overwrite"])
+    write_text(part, lines(whole.values()))  # without a line that was cut off
     mine = range(o["rank"], len(task), o["world"])
     todo = [i for i in mine if i not in done]
     if todo:
@@ -275,15 +280,16 @@ def result(name, chosen, file):
 
 def say(r):
     if r["accuracy"] is None:
-        print(f"{r['task']:14} {r['n']} programs written, none run: look at them in {r['file']}, then add --execute=True")
+        print(f"{r['task']:14} {r['n']} programs, not run: look at them in {r['file']}, then add --execute=True")
         return
     low, high = r["interval"]
-    print(f"{r['task']:14} {r['accuracy']:6.1%} of {r['n']}, 95 % interval {low:.1%} to {high:.1%}    {r['file']}")
+    share = f"{r['accuracy']:6.1%} of {r['n']}, 95 % interval {low:.1%} to {high:.1%}"
+    print(f"{r['task']:14} {share}    {r['file']}")
     if "stated" in r:
         print(f"{'':14} {r['stated']:6.1%} by the letter that is stated as the answer")
 
 
-# ---- one prompt ------------------------------------------------------------------------------------------------------
+# ---- one prompt --------------------------------------------------------------------------------------------
 
 def stream(model, tokenizer, o):
     """Prints the answer to --prompt as it is generated. A character whose bytes are not all there yet waits."""
@@ -299,12 +305,13 @@ def stream(model, tokenizer, o):
         print(text[len(shown):], end="", flush=True)
         shown = text
 
-    model.generate([ids], o["max_new_tokens"] or 256, o["temperature"], o["top_p"], tokenizer.stop, o["seed"], show)
+    n = o["max_new_tokens"] or 256
+    model.generate([ids], n, o["temperature"], o["top_p"], tokenizer.stop, o["seed"], show)
     show([], last=True)
     print()
 
 
-# ---- the command -----------------------------------------------------------------------------------------------------
+# ---- the command -------------------------------------------------------------------------------------------
 
 def complete(path, o):
     """The options, with the run's where none was given, and by rank. UserError for values that cannot be."""
@@ -317,7 +324,7 @@ def complete(path, o):
     if o["device"] == "auto":
         o["device"] = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     o["dtype"] = o["dtype"] or run.get("dtype") or ("float32" if o["device"] == "cpu" else "bfloat16")
-    for name, low in (("batch_size", 1), ("limit", 0), ("max_new_tokens", 0), ("temperature", 0), ("threads", 0)):
+    for name, low in dict(batch_size=1, limit=0, max_new_tokens=0, temperature=0, threads=0).items():
         if not o[name] >= low:
             raise UserError(f"--{name}={o[name]} must be at least {low}")
     if o["dtype"] not in ("float32", "bfloat16", "float16"):
@@ -331,14 +338,16 @@ def complete(path, o):
 
 def main(argv):
     (path,), o = tools.options(
-        argv, __doc__, (1, 1), tasks="", prompt="", limit=0, batch_size=32, max_new_tokens=0, prompt_format="", dtype="",
-        device="auto", model="", output="", overwrite=False, execute=False, temperature=0.0, top_p=1.0, seed=0, threads=0)
+        argv, __doc__, (1, 1), tasks="", prompt="", limit=0, batch_size=32, max_new_tokens=0, prompt_format="",
+        dtype="", device="auto", model="", output="", overwrite=False, execute=False, temperature=0.0, top_p=1.0,
+        seed=0, threads=0)
     o = complete(path, o)
     if o["threads"]:
         torch.set_num_threads(o["threads"])
     names = [t.strip() for t in (o["tasks"] or o["own_tests"]).split(",") if t.strip()]
     if not names and not o["prompt"]:
-        raise UserError(f"{path} has no test set of its own: name some, --tasks=gsm8k,svamp or a file, or ask it something, --prompt=...")
+        raise UserError(f"{path} has no test set of its own: name tasks or a file, --tasks=gsm8k,svamp, or ask it "
+                        "something, --prompt=...")
     for name in () if o["prompt"] else names:  # before minutes of loading
         problems(find_task(name, o["dataset"]), o["limit"])
     model, tokenizer, weights = load(path, o["model"], getattr(torch, o["dtype"]), o["device"])
@@ -349,7 +358,8 @@ def main(argv):
             return stream(model, tokenizer, o)
         results = [r for r in (evaluate(model, tokenizer, weights, name, o, folder) for name in names) if r]
     except torch.OutOfMemoryError:
-        raise UserError(f"out of memory on {o['device']} with {o['batch_size']} problems at a time: lower --batch_size") from None
+        raise UserError(f"out of memory on {o['device']} with {o['batch_size']} problems at a time: lower "
+                        "--batch_size") from None
     for r in results:
         say(r)
     known = [r["accuracy"] for r in results if r["accuracy"] is not None]

@@ -1,11 +1,12 @@
-"""Merges an adapter into its base: a complete Hugging Face directory for transformers, vLLM, lm-eval and llama.cpp.
+"""Merges an adapter into its base: a whole Hugging Face directory, for transformers, vLLM, lm-eval and llama.cpp.
 
-    python -m tools.export out/math merged/ [--model=DIR]       --model: the base, when it is no longer where the adapter says
+    python -m tools.export out/math merged/ [--model=DIR]    DIR: the base, if it is not where the adapter says
 
-    W' = W + s B A        s = alpha / r, or alpha / sqrt(r) with rslora; computed in fp32, stored in the base's dtype
+    W' = W + s B A     s = alpha / r, or alpha / sqrt(r) with rslora; in fp32, rounded once to the base's dtype
 
-Works on the files alone, tensor by tensor, and writes shards of at most --shard_gb: an 8B merge holds one such shard (5 GB by default)
-in memory, whatever the base's files look like. The result is complete or absent: it is written under another name, then renamed.
+Works on the files alone, tensor by tensor, and writes shards of at most --shard_gb: an 8B merge holds one
+shard (5 GB by default) in memory, whatever the base's files look like. The result is complete or absent: it
+is written under another name, then renamed.
 """
 import json
 import os
@@ -20,8 +21,8 @@ import tools
 from config import UserError
 from model import read_adapter, resolve, weight_files, write_safetensors
 
-COPIED = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-          "merges.txt", "chat_template*", "LICENSE*", "USE_POLICY*", "NOTICE*")
+COPIED = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json",
+          "vocab.json", "merges.txt", "chat_template*", "LICENSE*", "USE_POLICY*", "NOTICE*")
 
 
 def plan(files, limit):
@@ -56,7 +57,7 @@ def bytes_of(dtype, shape):
 
 
 def updates(adapter, state, scale):
-    """{base tensor's name: (s B, A)} of an adapter. UserError for a tensor that is no LoRA factor of a linear layer."""
+    """{base tensor's name: (s B, A)} of an adapter. UserError: no LoRA factor of a linear layer."""
     pairs = {}
     for key, t in state.items():
         m = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])\.weight", key)
@@ -65,7 +66,7 @@ def updates(adapter, state, scale):
         pairs.setdefault(m[1] + ".weight", {})[m[2]] = t.float()
     for name, p in pairs.items():
         if set(p) != {"A", "B"} or p["A"].shape[0] != p["B"].shape[1]:
-            raise UserError(f"adapter {adapter}: the two factors of {name} are incomplete or of different rank")
+            raise UserError(f"adapter {adapter}: the factors of {name} are incomplete or of different rank")
     return {name: (p["B"] * scale, p["A"]) for name, p in pairs.items()}
 
 
@@ -73,16 +74,16 @@ def merged(w, name, update):
     """w (N, D) + B A, in fp32 (fp64 for fp64), rounded once to w's dtype. update: (s B (N, r), A (r, D))."""
     B, A = update
     if not w.is_floating_point() or w.element_size() < 2:
-        raise UserError(f"the base's {name} is quantized ({w.dtype}): merge into the unquantized model, --model=DIR")
+        raise UserError(f"the base's {name} is quantized ({w.dtype}): merge into the full model, --model=DIR")
     if w.shape != (B.shape[0], A.shape[1]):
-        raise UserError(f"the adapter is for another base: its {name} is {(B.shape[0], A.shape[1])}, this base's {tuple(w.shape)}; "
-                        "give the right one with --model=DIR")
+        raise UserError(f"the adapter is for another base: its {name} is {(B.shape[0], A.shape[1])}, this base's "
+                        f"{tuple(w.shape)}; give the right one with --model=DIR")
     high = torch.promote_types(w.dtype, torch.float32)
     return torch.addmm(w.to(high), B.to(high), A.to(high)).to(w.dtype)
 
 
 def write_shards(shards, changes, target):
-    """Writes the shards into target, one in memory at a time, and the index where there are several. Uses `changes` up."""
+    """Writes the shards into target, one in memory at a time, and an index of several. `changes` is used up."""
     index, n = {}, len(shards)
     for i, shard in enumerate(shards):
         file = "model.safetensors" if n == 1 else f"model-{i + 1:05d}-of-{n:05d}.safetensors"
@@ -101,12 +102,13 @@ def write_shards(shards, changes, target):
 
 
 def export(adapter, target, model="", shard_gb=5.0):
-    """Merges the adapter directory into its base (or into `model`) and makes the directory `target`. UserError when it is not empty."""
+    """Merges an adapter into its base (or into `model`): the new directory `target`, which may exist if empty."""
     target = Path(target)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target} exists and is not empty: remove it, or give another name")
     if Path(adapter, "config.json").exists() and not Path(adapter, "adapter_config.json").exists():
-        raise UserError(f"{adapter} has no adapter_config.json: it holds no adapter (a training with lora_r = 0 is a complete model already)")
+        raise UserError(f"{adapter} has no adapter_config.json: it holds no adapter (a training with lora_r = 0 "
+                        "makes a whole model, with nothing to merge)")
     settings, state = read_adapter(adapter)
     base = model or settings.get("base_model_name_or_path")
     if not base:
@@ -117,7 +119,8 @@ def export(adapter, target, model="", shard_gb=5.0):
     changes = updates(adapter, state, scale)
     foreign = sorted(changes.keys() - {name for shard in shards for _, name, _ in shard})
     if foreign:
-        raise UserError(f"the adapter in {adapter} is for another base: {base} has no {foreign[0]}; give the right one with --model=DIR")
+        raise UserError(f"the adapter in {adapter} is for another base: {base} has no {foreign[0]}; give the "
+                        "right one with --model=DIR")
     tmp = target.parent / f".{target.name}.{os.getpid()}.tmp"
     try:
         tmp.mkdir(parents=True)
@@ -127,7 +130,7 @@ def export(adapter, target, model="", shard_gb=5.0):
         flush(tmp)
         os.replace(tmp, target)
     except (OSError, SafetensorError) as e:
-        raise UserError(f"{target} could not be written ({e}): a full disk, or a damaged file of {base}") from None
+        raise UserError(f"{target} could not be written ({e}): a full disk, or a damaged {base}") from None
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
     print(f"merged {adapter} into {base}: {target}")

@@ -1,15 +1,16 @@
-"""Runs a generated program in a process of its own, with limits: tools.eval's HumanEval, only with --execute=True.
+"""Runs a generated program in a process of its own, with limits (HumanEval, only with --execute=True).
 
-    check(program, seconds=5) -> "passed", or in one line why not: "AssertionError: ...", "out of time", "out of memory"
+    check(program, seconds=5) -> "passed", or why not: "AssertionError: ...", "out of time", "out of memory"
 
-The child has an empty environment and an empty directory, which is removed afterwards. The kernel limits its time, CPU
-time, memory, file sizes and open files; where the kernel lets it, it has a network namespace of its own, with nothing in
-it. Before the program runs, an audit hook, which Python code cannot take off again, forbids sockets, new processes and
-native libraries, and to write, rename or remove anything outside that directory. When its time ends, its process group
-is killed.
+The child has an empty environment and an empty directory, which is removed afterwards. The kernel limits its
+time, CPU time, memory, file sizes and open files; where it lets us, the child has a network namespace of its
+own, with nothing in it. Before the program runs, an audit hook, which Python code cannot take off again,
+forbids sockets, new processes and native libraries, and to write, rename or remove anything outside that
+directory. When its time ends, its process group is killed.
 
-That stops a language model's mistakes and mischief. It is no virtual machine: the program can read what you can read (and
-has no way to send it anywhere), and who attacks Python's own memory gets out. Evaluate a model you distrust in a container.
+That stops a language model's mistakes and mischief. It is no virtual machine: the program can read what you
+can read (and has no way to send it anywhere), and who attacks Python's own memory gets out. Evaluate a model
+you distrust in a container.
 """
 import os
 import signal
@@ -21,14 +22,18 @@ CHILD = r'''
 import os, resource, signal, sys
 
 def hook_for(home):
-    one, two = ("mkdir", "remove", "rmdir", "truncate", "chmod", "chown", "utime", "mkfifo", "mknod"), ("rename", "link", "symlink")
+    one = "mkdir", "remove", "rmdir", "truncate", "chmod", "chown", "utime", "mkfifo", "mknod"
+    two = "rename", "link", "symlink"
     paths = {f"os.{name}": n for n, names in ((1, one), (2, two)) for name in names} | {"shutil.rmtree": 1}
-    forbidden = ("socket.", "subprocess.", "ctypes.", "os.system", "os.exec", "os.fork", "os.spawn", "os.posix_spawn", "os.kill", "pty.")
+    forbidden = ("socket.", "subprocess.", "ctypes.", "os.system", "os.exec", "os.fork", "os.spawn",
+                 "os.posix_spawn", "os.kill", "pty.")
     changes = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
     realpath, isdir, sep, fsdecode = os.path.realpath, os.path.isdir, os.sep, os.fsdecode
 
-    def inside(path):  # an int is a file that was opened before
-        return isinstance(path, int) or isinstance(path, (str, bytes)) and (realpath(fsdecode(path)) + sep).startswith(home + sep)
+    def inside(path):
+        if isinstance(path, int):  # a file that was opened before
+            return True
+        return isinstance(path, (str, bytes)) and (realpath(fsdecode(path)) + sep).startswith(home + sep)
 
     def hook(event, args):
         if event == "open":
@@ -48,7 +53,7 @@ def main(home, seconds, megabytes):
         os.dup2(null, fd)
     try:
         import ctypes
-        ctypes.CDLL(None).unshare(0x10000000 | 0x40000000)  # CLONE_NEWUSER | CLONE_NEWNET; fails silently where forbidden
+        ctypes.CDLL(None).unshare(0x10000000 | 0x40000000)  # CLONE_NEWUSER | CLONE_NEWNET; silent where forbidden
     except (ImportError, OSError, AttributeError):  # not Linux
         pass
     limits = dict(CPU=seconds + 1, AS=megabytes << 20, FSIZE=1 << 20, NOFILE=64, CORE=0)
@@ -74,12 +79,13 @@ main(os.path.realpath(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
 
 
 def check(program, seconds=5, megabytes=1024):
-    """Runs a program (its source). It passes if it ends without an exception: "passed", else why not, in one line."""
+    """Runs a program (its source). "passed" if it ends without an exception, else why not, in one line."""
     with tempfile.TemporaryDirectory() as home, tempfile.TemporaryFile() as report:
-        child = subprocess.Popen([sys.executable, "-I", "-B", "-c", CHILD, home, str(seconds), str(megabytes)], cwd=home, env={"TMPDIR": home},
-                                 stdin=subprocess.PIPE, stdout=report, stderr=subprocess.DEVNULL, start_new_session=True)
+        command = [sys.executable, "-I", "-B", "-c", CHILD, home, str(seconds), str(megabytes)]
+        child = subprocess.Popen(command, cwd=home, env={"TMPDIR": home}, stdin=subprocess.PIPE, stdout=report,
+                                 stderr=subprocess.DEVNULL, start_new_session=True)
         try:
-            child.communicate(program.encode(errors="replace"), timeout=seconds + 20)  # its own clock starts when Python has
+            child.communicate(program.encode(errors="replace"), timeout=seconds + 20)  # Python has to start first
         except subprocess.TimeoutExpired:
             pass
         finally:

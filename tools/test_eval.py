@@ -19,7 +19,7 @@ SHARED = ROOT.parent / "shared" / "data"
 on_real_files = pytest.mark.skipif(not SHARED.exists(), reason="no ../shared/data here")
 
 
-# ---- reading answers -------------------------------------------------------------------------------------------------
+# ---- reading answers ---------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("text, answer, said, right", [
     ("A: He needs 24 tiles for each. He needs 24 * 24 = 576 tiles. The answer is 576.", "576.0", 576, True),
@@ -88,7 +88,7 @@ def test_wilson():
     assert answers.wilson(0, 20)[1] == pytest.approx(.1611, abs=1e-4)
 
 
-# ---- programs --------------------------------------------------------------------------------------------------------
+# ---- programs ----------------------------------------------------------------------------------------------
 
 PROMPT = "import math\n\n\ndef area(r):\n    \"\"\" Area of a circle.\n    \"\"\"\n"
 TEST = "def check(f):\n    assert abs(f(2) - 12.566) < 1e-2\n"
@@ -166,7 +166,7 @@ def test_sandbox_lets_programs_be():
                          "shutil.rmtree('b')\ntempfile.NamedTemporaryFile().write(b'x')") == "passed"
 
 
-# ---- whole evaluations of a tiny random model ------------------------------------------------------------------------
+# ---- whole evaluations of a tiny random model --------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):

@@ -69,7 +69,7 @@ def assert_equal(a, b, base=None, tolerance=1e-5):
         assert (logits(a) - logits(base)).abs().max() > 100 * tolerance
 
 
-# ---- adapters --------------------------------------------------------------------------------------------------------------------
+# ---- adapters ----------------------------------------------------------------------------------------------
 
 TARGETS = dict(list=["q_proj", "v_proj"], suffix=["self_attn.o_proj", "down_proj"], every="all-linear", regex=r".*\.self_attn\.(q|k)_proj")
 
@@ -149,7 +149,7 @@ def test_adapter_of_another_base_is_refused(tmp_path, change, message):
         load_adapter(other, tmp_path / "a")
 
 
-# ---- merged checkpoints ----------------------------------------------------------------------------------------------------------
+# ---- merged checkpoints ------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("kind, kw", [("llama", {}), ("llama", dict(tie_word_embeddings=True)), ("qwen2", {}), ("qwen3", dict(head_dim=16))])
 @pytest.mark.parametrize("shard_gb", [5, 5e-5])
