@@ -349,11 +349,12 @@ def main(argv):
     rows = {"chosen": chosen, **{k: same_flops(model, fresh[:1], p, wanted) for k, p in patterns(model).items() if p}}
     dense, base = losses(model, fresh, {}), sum(flops(model, fresh, {}).values())
     print(f"\nchecked on {len(fresh)} other batches (dense loss {sum(dense) / len(dense):.4f}); predicted rise {predicted:+.4f}")
-    command = "python -m tools.sensitivity " + " ".join(argv)
+    command, first = "python -m tools.sensitivity " + " ".join(argv), 0.0
     for name, pattern in rows.items():
         mean, error = mean_and_error([s - d for s, d in zip(losses(model, fresh, pattern), dense)])
         share = sum(flops(model, fresh, pattern).values()) / base
-        line = f"{name:18s} {share:6.1%} of the FLOPs, loss {mean:+.4f} ± {error:.4f}"
+        first = share if name == "chosen" else first
+        line = f"{name:18s} {share:6.1%} of the FLOPs, loss {mean:+.4f} ± {error:.4f}" + " (cannot come nearer)" * (abs(share - first) > .02)
         print("  " + line)
         where = out if name == "chosen" else out.with_name(f"{out.stem}_{name.split()[0].strip(',')}{'_mlp' * ('MLP' in name)}.py")
         write_text(where, config_file(pattern, L, cfg, command, line))
