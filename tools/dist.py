@@ -8,7 +8,7 @@ gather, add or send return what they were given.
 Data parallel: every rank has the whole model, computes every world-th example of a batch, and the flat LoRA gradient, with the loss and the
 sum of its weights appended, is summed in one all-reduce a step (27 M numbers for LLaMA-3-8B: 108 MB, about 1 ms over NVLink). Every rank
 then makes the same update. FSDP: LoRA is still replicated and reduced like that; only frozen weights are cut up, by rows, and a block's are
-gathered while it is computed, forward and backward, so a rank holds 1 / world of the blocks and two whole ones at a time.
+gathered while it is computed, forward and backward, so a rank holds 1 / world of the blocks and two or three whole ones at a time.
 
 Numbers that the host needs go over gloo, on the CPU, so that no host waits for a device.
 """
