@@ -287,7 +287,7 @@ def test_matmuls_compile(dtype, D, tmp_path):
     results = compiled(tmp_path, "matmuls", dtype, D)
     for r in results:
         assert r["wgmma" if r["arch"] == 90 else "mma"] > 0, r
-        if dtype != "fp32":  # TF32: w is turned on its way, 4 bytes a copy; tiles too large are dropped when tuning
+        if dtype != "fp32":  # TF32 turns w on its way, 4 bytes a copy; tuning drops the tiles that do not fit
             assert r["async16"] > 0, r
             assert r["shared"] <= LIMITS[r["arch"]] and r["spilled"] == 0, r
         if r["MODE"] != "gather":  # a gathered x goes through registers
