@@ -559,6 +559,7 @@ def finish(run, lengths):
     """The last evaluation, the adapter (or the whole checkpoint), and the summary."""
     cfg, info, out = run.cfg, run.info, run.out
     result = {k: info[k] for k in ("seconds", "tokens", "flops", "dense_flops", "before", "skipped")}
+    save(run)  # a kill from here on costs the evaluation only
     if dist.rank() == 0:
         if cfg.lora_r:
             run.model.save_adapter(out, run.folder if Path(cfg.model).is_dir() else cfg.model)

@@ -8,6 +8,8 @@ with an optional "answer" in each of them: what accuracy is measured against. Ot
 text is raw, the prompt format is applied when tokenizing. Every response of a conversation is learned. What
 is wrong is named with its file, line and field.
 """
+import contextlib
+import fcntl
 import importlib
 import json
 import math
@@ -76,10 +78,23 @@ def locate(name, split):
         raise UserError(f"there is no {split!r} part of a data set {name!r}: give a JSON lines file or one "
                         f"of {', '.join(known)}")
     if not os.path.isfile(path):
-        importlib.import_module(f"data.{os.path.basename(folder)}.prepare").main()
+        with alone(folder):
+            if not os.path.isfile(path):
+                importlib.import_module(f"data.{os.path.basename(folder)}.prepare").main()
     if not os.path.isfile(path):
         raise UserError(f"{os.path.relpath(folder)}/prepare.py makes no {os.path.basename(path)}")
     return path
+
+
+@contextlib.contextmanager
+def alone(folder):
+    """Of all processes that come here for this folder (torchrun's, or another run) one is inside, the others wait."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
 
 
 def read_rows(path):

@@ -37,13 +37,13 @@ def claim(out_dir, resume):
     out = Path(out_dir)
     if not out.exists():
         return None
-    f = lock(out)
+    f = lock(out) if (out / ".lock").exists() else None
     if not resume and numbers(out / "state"):
         raise UserError(f"out_dir = {out} holds another run: go on with it with --resume=True, or choose another --out_dir")
     odd = [p.name for p in out.glob("*.safetensors")]
     if odd and not numbers(out / "state"):
         raise UserError(f"out_dir = {out} holds weights that are not of a run of this program ({odd[0]}): choose another --out_dir")
-    return f
+    return f or lock(out)
 
 
 def lock(out_dir):

@@ -503,12 +503,33 @@ def test_two_runs_in_one_out_dir(home, half, tmp_path):
 
 def test_foreign_out_dir_is_left_alone(home, tmp_path):
     """A directory with weights of something else, the base itself among them, and a file in the place of a directory."""
-    before = tree(home)
+    before, names = tree(home), set(home.rglob("*"))
     for out in (home / "base", home / "data.jsonl", home / "data.jsonl/x"):
         for resume in (True, False):
             with pytest.raises(UserError, match="choose another --out_dir"):
                 train.main(options(home, out_dir=out, resume=resume))
-    assert tree(home) == before
+    assert tree(home) == before and set(home.rglob("*")) == names
+
+
+def test_one_process_prepares_the_data(tmp_path, monkeypatch):
+    """Of several that miss a data set's files, one runs prepare.py and the others wait for it."""
+    import data.examples as examples
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new/prepare.py").write_text("")
+    calls = []
+
+    class Prepare:
+        @staticmethod
+        def main():
+            calls.append(1)
+            time.sleep(0.3)
+            (tmp_path / "new/train.jsonl").write_text('{"prompt": "a", "response": "b"}\n')
+
+    monkeypatch.setattr(examples, "HERE", str(tmp_path))
+    monkeypatch.setattr(examples.importlib, "import_module", lambda name: Prepare)
+    with ThreadPoolExecutor(4) as pool:
+        assert [len(e) for e in pool.map(lambda i: examples.load("new", "train"), range(4))] == [1] * 4
+    assert len(calls) == 1
 
 
 # ---- several processes (gloo on the CPU) -------------------------------------------------------------------------------------------
@@ -585,12 +606,29 @@ def test_two_ranks_equal_one_process(home, tmp_path, monkeypatch, kind):
     assert one["test_examples"] == two["test_examples"] == 4 and one["tokens"] == two["tokens"]
 
 
-@pytest.mark.parametrize("kind", PARALLEL)
+def hook_answers(rank):
+    """Writes down every generated text."""
+    real = LLaMA.generate
+
+    def generate(self, prompts, *args, **kw):
+        outs = real(self, prompts, *args, **kw)
+        print("\n".join(f"ANSWER {p} {o}" for p, o in zip(prompts, outs)), flush=True)
+        return outs
+
+    LLaMA.generate = generate
+
+
+@pytest.mark.parametrize("kind", [pytest.param("dense", marks=pytest.mark.slow), "svd", "measured"])
 def test_fsdp_equals_data_parallel(home, tmp_path, kind):
-    """Bit for bit, with a rank that has one micro-batch less, and with recomputation."""
+    """Bit for bit, with a rank that has one micro-batch less, and with recomputation; both ranks generate the same texts."""
     changes = dict(PARALLEL[kind], micro_batch_size=2, recompute=kind == "measured")
-    assert run_ranks(home, out_dir=tmp_path / "ddp", **changes) == [0, 0]
-    assert run_ranks(home, out_dir=tmp_path / "fsdp", fsdp=True, **changes) == [0, 0], (tmp_path / "log0").read_text()[-3000:]
+    assert run_ranks(home, hook=hook_answers, out_dir=tmp_path / "ddp", **changes) == [0, 0]
+    answers = sorted(l for r in range(2) for l in (tmp_path / f"log{r}").read_text().splitlines() if l.startswith("ANSWER"))
+    for r in range(2):
+        (tmp_path / f"log{r}").unlink()
+    assert run_ranks(home, hook=hook_answers, out_dir=tmp_path / "fsdp", fsdp=True, **changes) == [0, 0], (tmp_path / "log0").read_text()[-3000:]
+    for r in range(2):
+        assert sorted(l for l in (tmp_path / f"log{r}").read_text().splitlines() if l.startswith("ANSWER")) == answers != []
     assert equal(weights(tmp_path / "ddp"), weights(tmp_path / "fsdp"))
     a, b = (json.loads((tmp_path / x / "result.json").read_text()) for x in ("ddp", "fsdp"))
     assert all(a[k] == b[k] for k in ("val_loss", "test_loss", "val_accuracy", "after", "before"))
@@ -642,7 +680,7 @@ def hook_signal(rank):
     train.update = lambda run, lr: (rank == 1 and next(calls) == 4 and term(run), real(run, lr))[1]
 
 
-@pytest.mark.parametrize("ranks", [(2, 1), (1, 2), (2, 3)])
+@pytest.mark.parametrize("ranks", [(2, 1), (1, 2), pytest.param((2, 3), marks=pytest.mark.slow)])
 def test_resume_on_another_number_of_ranks(home, tmp_path, monkeypatch, ranks):
     """Stopped after 5 steps on some ranks (by a signal to one of them), gone on with on others; the same run but for rounding."""
     train.main(options(home, out_dir=tmp_path / "a"))
@@ -658,6 +696,7 @@ def test_resume_on_another_number_of_ranks(home, tmp_path, monkeypatch, ranks):
     assert_close_runs(tmp_path / "a", tmp_path / "b")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["random", "measured"])
 def test_two_ranks_resume_bit_for_bit(home, tmp_path, kind):
     """Each rank's own generator of random channels goes on where it was; measured energies of both ranks count once (they are summed in
