@@ -31,8 +31,7 @@ def theirs(model, prompts, n, static):
     ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=model.device)
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=model.device)
     cache = {"cache_implementation": "static"} if static else {}
-    out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=n, min_new_tokens=n, do_sample=False,
-                         pad_token_id=0, **cache)
+    out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=n, do_sample=False, pad_token_id=0, **cache)
     return out[:, longest:].tolist()
 
 
@@ -56,6 +55,7 @@ def main(argv):
     prompts = [data.prompt_ids(e, tokenizer, "plain") for e in data.load("gsm8k", "test")[:o["prompts"]]]
     a = LLaMA.from_pretrained(o["model"], dtype, o["device"])
     b = AutoModelForCausalLM.from_pretrained(o["model"], dtype=dtype).to(o["device"]).eval()
+    b.generation_config.eos_token_id = None
     runs = {"ours": lambda n: ours(a, prompts, n), "transformers": lambda n: theirs(b, prompts, n, o["static"])}
     times = {name: [] for name in runs}
     for i in range(o["rounds"] + 1):  # the first warms up
