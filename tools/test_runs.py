@@ -142,6 +142,13 @@ def test_stopped_and_resumed_equals_uninterrupted(home, tmp_path, monkeypatch, k
     same_run(tmp_path / "a", tmp_path / "b")
 
 
+def test_looking_does_not_change_the_training(home, tmp_path):
+    """How often a run is evaluated, saved and printed is not seen in its weights, not even with channels drawn at random."""
+    train.main(options(home, out_dir=tmp_path / "a", predictor="random"))
+    train.main(options(home, out_dir=tmp_path / "b", predictor="random", eval_interval=0, save_interval=0, log_interval=5))
+    assert equal(weights(tmp_path / "a"), weights(tmp_path / "b"))
+
+
 def test_stop_in_an_evaluation(home, tmp_path, monkeypatch):
     """The evaluation that a signal broke off is done again."""
     train.main(options(home, out_dir=tmp_path / "a"))
