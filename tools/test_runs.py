@@ -649,6 +649,7 @@ def hook_shards(rank):
     def load_model(*args):
         loaded = real(*args)
         rows = {n: [p.to_local().shape[0], p.shape[0]] for n, p in loaded.named_parameters() if hasattr(p, "to_local")}
+        assert all(hasattr(block, "unshard") for block in loaded.blocks)  # gathered one at a time
         print("ROWS", json.dumps([rows, read]), flush=True)
         return loaded
 
