@@ -74,8 +74,10 @@ def gather_nn(x, w, keep, out):
 
 
 def energy(y):
-    """Sum over rows of y^2: y (n, N) -> (N,) in fp32 (fp64 for fp64). What a channel's importance is measured by."""
-    return torch.linalg.vector_norm(y, dim=0, dtype=torch.promote_types(y.dtype, torch.float32)).square_()
+    """Sum over rows of y^2: y (n, N) -> (N,) in fp32 (fp64 for fp64). What a channel's importance is measured by. What is not finite counts
+    as nothing: one bad batch must not decide for all that follow."""
+    e = torch.linalg.vector_norm(y, dim=0, dtype=torch.promote_types(y.dtype, torch.float32)).square_()
+    return e.nan_to_num_(0.0, 0.0, 0.0)
 
 
 def weight_grad(dy, x):

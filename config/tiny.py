@@ -6,6 +6,7 @@ dataset = "tiny"
 prompt_format = "plain"
 out_dir = "out/tiny"
 device = "cpu"
+threads = 1  # matrices this small gain little from a second, and lose everything on a machine that others use too
 dtype = "float32"
 max_seq_len = 128
 
