@@ -20,6 +20,7 @@ beta2 = 0.99
 eval_interval = 100
 eval_examples = 64
 save_interval = 100
+log_interval = 20
 test_examples = 400
 max_new_tokens = 48
 
