@@ -369,7 +369,7 @@ class LLaMA(nn.Module):
         """{Hugging Face name: (parameter, first row, rows, transposed)}: where each tensor of a checkpoint lies in ours. The one table
         for reading and writing weights."""
         c, out = self.config, {}
-        Nq, Nkv, inner = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim, c.intermediate_size
+        Nq, inner = c.num_attention_heads * c.head_dim, c.intermediate_size
         for i, b in enumerate(self.blocks):
             at, a, m = f"model.layers.{i}.", b.attn, b.mlp
             for t, (lo, hi) in a.spans.items():

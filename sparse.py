@@ -31,7 +31,6 @@ gather_matmul_nn (x W[idx]); Triton on a GPU, index_select and a library matmul 
 from typing import NamedTuple, Optional
 
 import torch
-import torch.nn.functional as F
 from torch.autograd import Function
 
 import kernels
