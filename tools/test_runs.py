@@ -418,8 +418,8 @@ def kill_until_done(home, out, kills, rng, **changes):
 
 @pytest.mark.parametrize("kills", [4, pytest.param(30, marks=pytest.mark.slow)])
 def test_killed_at_random_equals_uninterrupted(home, tmp_path, kills):
-    """Long enough that most kills hit before the end: 40 steps, a state every second step."""
-    changes = dict(max_steps=40 if kills > 9 else 20, save_interval=2, test_examples=0, eval_interval=8)
+    """Long enough that most kills hit before the end: 160 steps, a state every second step."""
+    changes = dict(max_steps=160 if kills > 9 else 20, save_interval=2, test_examples=0, eval_interval=8)
     train.main(options(home, out_dir=tmp_path / "a", **changes))
     killed = kill_until_done(home, tmp_path / "b", kills, random.Random(kills), **changes)
     print(f"{killed} of {kills} kills hit")
