@@ -23,6 +23,7 @@ import shlex
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import config
@@ -71,6 +72,19 @@ def table(cfg, n_layers, folder, mlp, attn, budgets):
                 for b in sorted(budgets, reverse=True)]
     long = [f"--max_steps={10 * steps}"]
     rows[8] = [(f"{name}, {10 * steps} steps", args + long) for name, args in (dense, ours, measured)]
+    return merged(rows, cfg, n_layers)
+
+
+def merged(rows, cfg, n_layers):
+    """The same rows; runs that come out the same (rank 8 is the default, ...) get the label of the first of them and so are run once."""
+    first = {}
+    for runs in rows.values():
+        for k, (label, args) in enumerate(runs):
+            if not any(a.endswith(".py") for a in args):
+                c = replace(cfg, **dict(config.parse_flag(a) for a in args))
+                parts = [config.ratios(r, n_layers, "sparsity")[:-1] for r in (c.mlp_sparsity, c.attn_sparsity)]  # the last block is dense
+                key = repr(replace(c, mlp_sparsity=parts[0], attn_sparsity=parts[1], predictor=c.predictor if any(sum(parts, [])) else ""))
+                runs[k] = first.setdefault(key, (label, args))
     return rows
 
 
