@@ -238,7 +238,7 @@ class Attention(Part):
             q, k, v = self.grid(y, batch, rope, every, (H, K, K), H + K)  # (B, H, S, hd), twice (B, K, S, hd)
         if cache is not None:
             cache.fill(k, v)
-        a = attend(q, k, v)  # (B, H, S, hd)
+        a = attend(q, k, v, batch.lengths)  # (B, H, S, hd)
         a = sparse.Gather.apply(a.transpose(1, 2).flatten(2).flatten(0, 1), batch.rows[wanted])  # (T or T_loss, Nq)
         return self.output(a, None if last else keep, n)
 
@@ -264,8 +264,10 @@ class Attention(Part):
         return [self.qkv[lo:hi] for lo, hi in self.spans.values()]
 
 
-def attend(q, k, v):
+def attend(q, k, v, lengths):
     """Causal attention, q (B, H, S, hd), k and v (B, K, S, hd). Rows behind an example's end are zero and come later: no mask."""
+    if not q.is_cuda and q.dtype in (torch.float32, torch.float64):
+        return sparse.CausalAttention.apply(q, k, v, lengths)
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
 
 
@@ -531,7 +533,7 @@ class LLaMA(nn.Module):
         """tokens (B, S) int64, right-padded -> logits (B, S, V). Always dense."""
         B, S = tokens.shape
         rows = torch.arange(B * S, device=tokens.device)
-        batch = SimpleNamespace(tokens=tokens.flatten(), positions=rows % S, rows=rows, n_sparse=0, loss=slice(0, B * S), shape=(B, S))
+        batch = SimpleNamespace(tokens=tokens.flatten(), positions=rows % S, rows=rows, n_sparse=0, loss=slice(0, B * S), shape=(B, S), lengths=[S] * B)
         return (self.hidden(batch) @ self.head.T).view(B, S, -1)  # no sparse rows: dense at any set_sparsity
 
     @torch.no_grad()
@@ -677,9 +679,10 @@ def prompt_batch(prompts, device):
     """B lists of ids -> a batch of all their tokens, the last of each first: the rows that the last block and the head go on with."""
     last = [(i, len(p) - 1) for i, p in enumerate(prompts)]
     at = last + [(i, j) for i, p in enumerate(prompts) for j in range(len(p) - 1)]
-    B, S = len(prompts), max(map(len, prompts))
+    lengths = [len(p) for p in prompts]
+    B, S = len(prompts), max(lengths)
     tensors = [torch.tensor(v, device=device) for v in ([prompts[i][j] for i, j in at], [j for _, j in at], [i * S + j for i, j in at])]
-    return SimpleNamespace(tokens=tensors[0], positions=tensors[1], rows=tensors[2], n_sparse=0, loss=slice(0, B), shape=(B, S))
+    return SimpleNamespace(tokens=tensors[0], positions=tensors[1], rows=tensors[2], n_sparse=0, loss=slice(0, B), shape=(B, S), lengths=lengths)
 
 
 class KVCache:

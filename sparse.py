@@ -332,6 +332,58 @@ class Gather(Function):
         return dy.new_zeros(ctx.grid_rows, dy.shape[1]).index_copy_(0, rows, dy), None
 
 
+class CausalAttention(Function):
+    """softmax(q k.T / sqrt(hd), no later position) v on the grid. q (B, H, S, hd), k and v (B, K, S, hd), lengths: B host integers ->
+    (B, H, S, hd), zero behind an example's end. For the CPU, whose fused attention works through the grid's padding and the whole square:
+    here an example's own rows only, 64 queries at a time against the keys before them. Forward and backward of 4 examples in 16/4 heads of
+    64, one core: of 512 tokens each 140 ms instead of 171, of 95 to 300 tokens 28 instead of 59."""
+    BLOCK = 64  # queries; of 128: a quarter slower
+
+    @staticmethod
+    def blocks(q, k, v, lengths):
+        """Yields for each block of queries: its index into (B, S, ...) and that of its keys, its queries (K, G m, hd) for G query heads in
+        each of K groups, scaled, and the keys and values that they see (K, j, hd)."""
+        for b, length in enumerate(lengths):
+            for i in range(0, length, CausalAttention.BLOCK):
+                j = min(i + CausalAttention.BLOCK, length)
+                rows = b, slice(None), slice(i, j)
+                seen = b, slice(None), slice(0, j)
+                yield rows, seen, (q[rows] * q.shape[3] ** -.5).reshape(k.shape[1], -1, q.shape[3]), k[seen], v[seen]
+
+    @staticmethod
+    def scores(q, k, m):
+        """q (K, G m, hd), the last m positions of k (K, j, hd) -> (K, G m, j), -inf where the key is later than the query."""
+        s = torch.bmm(q, k.transpose(1, 2))
+        later = torch.ones(m, m, dtype=torch.bool, device=q.device).triu(1)
+        s.unflatten(1, (-1, m))[..., -m:].masked_fill_(later, float("-inf"))
+        return s
+
+    @staticmethod
+    def forward(ctx, q, k, v, lengths):
+        out = torch.zeros_like(q.transpose(1, 2)).transpose(1, 2)  # (B, H, S, hd), the heads of a row side by side: so it is read next
+        normalizers = []  # of each block, (K, G m, 1)
+        for rows, _, qs, ks, vs in CausalAttention.blocks(q, k, v, lengths):
+            s = CausalAttention.scores(qs, ks, rows[2].stop - rows[2].start)
+            normalizers.append(s.logsumexp(2, keepdim=True))
+            out[rows] = torch.bmm(s.sub_(normalizers[-1]).exp_(), vs).view_as(out[rows])
+        ctx.save_for_backward(q, k, v, out, *normalizers)
+        ctx.lengths = lengths
+        return out
+
+    @staticmethod
+    def backward(ctx, dout):
+        q, k, v, out, *normalizers = ctx.saved_tensors
+        dq, dk, dv = (torch.zeros_like(t) for t in (q, k, v))
+        for (rows, seen, qs, ks, vs), z in zip(CausalAttention.blocks(q, k, v, ctx.lengths), normalizers):
+            do, o = (t[rows].reshape_as(qs) for t in (dout, out))
+            p = CausalAttention.scores(qs, ks, rows[2].stop - rows[2].start).sub_(z).exp_()  # (K, G m, j)
+            dv[seen].baddbmm_(p.transpose(1, 2), do)
+            ds = torch.bmm(do, vs.transpose(1, 2)).sub_((do * o).sum(2, keepdim=True)).mul_(p)
+            dk[seen].baddbmm_(ds.transpose(1, 2), qs)
+            dq[rows] = torch.bmm(ds, ks).mul_(q.shape[3] ** -.5).view_as(dq[rows])
+        return dq, dk, dv, None
+
+
 # ---- loss ------------------------------------------------------------------------------------------------------------------------
 
 class CrossEntropy(Function):

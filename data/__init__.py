@@ -38,7 +38,12 @@ class Batch(NamedTuple):
     rows: torch.Tensor  # (T,) place in the (B, S) grid: b * S + position
     n_sparse: int  # the first rows
     loss: slice  # the loss rows
-    shape: tuple  # (B, S)
+    lengths: tuple  # of the B examples
+
+    @property
+    def shape(self):
+        """(B, S) of the grid."""
+        return len(self.lengths), max(self.lengths)
 
     def to(self, device):
         """Pinned first where device is a GPU: a copy from pageable memory makes the host wait for the kernels before it."""
@@ -178,8 +183,7 @@ def collate(tokenized, split="output", seed=0):
     targets = np.concatenate([t.tokens[1:] for t in tokenized]).astype(np.int64)
     weights = np.concatenate([t.weights[1:] for t in tokenized]).astype(np.float32)
     positions = np.concatenate([np.arange(n) for n in lengths])
-    B, S = len(tokenized), int(lengths.max())
-    rows = np.repeat(np.arange(B) * S, lengths) + positions
+    rows = np.repeat(np.arange(len(lengths)) * lengths.max(), lengths) + positions
 
     scored = weights > 0
     n_loss = int(scored.sum())
@@ -198,7 +202,7 @@ def collate(tokenized, split="output", seed=0):
     order, start = np.argsort(group, kind="stable"), int((group == 0).sum())
     loss = slice(start, start + n_loss)
     tensors = tokens[order], targets[order[loss]], weights[order[loss]], positions[order], rows[order]
-    return Batch(*map(torch.from_numpy, tensors), int((group < 2).sum()), loss, (B, S))
+    return Batch(*map(torch.from_numpy, tensors), int((group < 2).sum()), loss, tuple(lengths.tolist()))
 
 
 # ---- answers
