@@ -1,4 +1,5 @@
-"""LLaMA, written out: weights from a Hugging Face directory or hub id, LoRA, generation with a KV cache, adapters in PEFT's format.
+"""LLaMA, written out: weights from a Hugging Face directory or hub id, LoRA, generation with a KV cache, adapters in PEFT's format. (How
+files are read and what a cache holds: tools/checkpoint.py, tools/generate.py.)
 
     block:  x += attention(norm(x));  x += mlp(norm(x))        norm: RMSNorm; attention: RoPE, grouped queries; mlp: SwiGLU
 
@@ -19,7 +20,6 @@ q, k, v, o: 27 M weights, 4 bytes each, and twice that for AdamW.
 """
 import json
 import math
-import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,14 +28,13 @@ from types import SimpleNamespace
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
 
 import kernels
 import sparse
 from config import UserError
-
+from tools.checkpoint import load_weights, read_adapter, read_json, resolve, weight_files, write_safetensors, write_text
+from tools.generate import KVCache, prompt_batch, sample
 
 TARGETS = {"q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.o_proj",
            "gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj"}
@@ -113,34 +112,6 @@ class ModelConfig:
         if generation.exists():
             c = {**c, "eos_token_id": read_json(generation).get("eos_token_id", c.get("eos_token_id"))}
         return ModelConfig.from_dict(c, f"{path}/config.json")
-
-
-def read_json(path):
-    try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-        if isinstance(value, dict):
-            return value
-        raise UserError(f"{path} has to hold a JSON object, not {type(value).__name__}")
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist: a model is a Hugging Face directory or hub id with a config.json and safetensors") from None
-    except ValueError as e:
-        raise UserError(f"{path} is not valid JSON: {e}") from None
-
-
-def resolve(path):
-    """A directory stays itself; a hub id is downloaded (safetensors, JSON and tokenizer files only; HF_TOKEN gives the token)."""
-    if Path(path).is_dir():
-        return Path(path)
-    if str(path).startswith((".", "/", "~")) or str(path).count("/") != 1:
-        raise UserError(f"model {str(path)!r} is neither a directory nor a hub id of the form owner/name")
-    from huggingface_hub import snapshot_download
-    try:
-        return Path(snapshot_download(str(path), allow_patterns=["*.safetensors", "*.json", "tokenizer.model"],
-                                      ignore_patterns=["consolidated*", "original/*", "onnx/*"]))
-    except Exception as e:
-        reason = (str(e).splitlines() or [type(e).__name__])[0]
-        raise UserError(f"model {path} could not be downloaded ({type(e).__name__}: {reason}): give a local directory with "
-                        "--model=DIR, or set HF_TOKEN if it is gated") from None
 
 
 # ---- layers ----------------------------------------------------------------------------------------------------------------------
@@ -626,36 +597,6 @@ class LLaMA(nn.Module):
 
 # ---- adapters in PEFT's format ---------------------------------------------------------------------------------------------------
 
-VARIANTS = ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "layers_to_transform", "layer_replication", "lora_bias",
-            "fan_in_fan_out", "target_parameters", "trainable_token_indices", "alora_invocation_tokens", "use_qalora", "use_bdlora",
-            "arrow_config", "kasa_config", "monteclora_config", "velora_config")  # PEFT's options that plain LoRA does not have
-CHANGED_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga", "mica")  # initializations that also changed the base's weights
-
-
-def read_adapter(path):
-    """Directory or hub id -> (adapter_config.json as a dict, {PEFT's name: tensor}). UserError for all that is not plain LoRA."""
-    folder = resolve(path)
-    if not (folder / "adapter_config.json").exists():
-        raise UserError(f"{path} holds no adapter: adapter_config.json is missing")
-    c = read_json(folder / "adapter_config.json")
-    odd = [f"{k} = {c[k]!r}" for k in VARIANTS if c.get(k)]
-    odd += [f"{k} = {c[k]!r}" for k, plain in (("peft_type", "LORA"), ("bias", "none")) if c.get(k, plain) != plain]
-    if str(c.get("init_lora_weights")).lower().startswith(CHANGED_BASE):
-        odd.append(f"init_lora_weights = {c['init_lora_weights']!r}")
-    if odd:
-        raise UserError(f"{path}/adapter_config.json has {odd[0]}, and only plain LoRA can be read: merge that adapter with PEFT first")
-    if not (isinstance(c.get("r"), int) and c["r"] > 0 and isinstance(c.get("lora_alpha"), (int, float))):
-        raise UserError(f"{path}/adapter_config.json needs a positive r and lora_alpha, not {c.get('r')!r} and {c.get('lora_alpha')!r}")
-    file = folder / "adapter_model.safetensors"
-    if not file.exists():
-        raise UserError(f"{path} has no adapter_model.safetensors: save the adapter with PEFT >= 0.6, whose default it is")
-    try:
-        with safe_open(file, "pt") as f:
-            return c, {k: f.get_tensor(k) for k in f.keys()}
-    except Exception as e:  # as in load_weights
-        raise UserError(f"{file} is not a readable safetensors file ({e}); copy it again") from None
-
-
 def load_adapter(model, path):
     """Gives the model the adapter in path, written by save_adapter or by PEFT: add_lora and load_lora in one. Which targets it has is
     read off its tensors' names, for target_modules may be a list, full names or a regex."""
@@ -673,78 +614,7 @@ def load_adapter(model, path):
         raise UserError(f"{path} does not fit: {e}") from None
 
 
-# ---- generation ------------------------------------------------------------------------------------------------------------------
-
-def prompt_batch(prompts, device):
-    """B lists of ids -> a batch of all their tokens, the last of each first: the rows that the last block and the head go on with."""
-    last = [(i, len(p) - 1) for i, p in enumerate(prompts)]
-    at = last + [(i, j) for i, p in enumerate(prompts) for j in range(len(p) - 1)]
-    lengths = [len(p) for p in prompts]
-    B, S = len(prompts), max(lengths)
-    tensors = [torch.tensor(v, device=device) for v in ([prompts[i][j] for i, j in at], [j for _, j in at], [i * S + j for i, j in at])]
-    return SimpleNamespace(tokens=tensors[0], positions=tensors[1], rows=tensors[2], n_sparse=0, loss=slice(0, B), shape=(B, S), lengths=lengths)
-
-
-class KVCache:
-    """Keys and values of B texts of different lengths, each text's at its own positions 0 .. length - 1."""
-
-    def __init__(self, model, prompts, max_new_tokens):
-        self.lengths = torch.tensor([len(p) for p in prompts], device=model.device)  # (B,), also the next token's position
-        self.lanes = torch.arange(len(prompts), device=model.device)  # (B,)
-        self.size = max(map(len, prompts))  # positions in use by the longest
-        self.capacity = self.size + max_new_tokens
-        self.blocks = [BlockCache(self) for _ in model.blocks]
-
-    def advance(self):
-        """Makes room for one more token of each text."""
-        self.write, self.lengths, self.size = self.lengths, self.lengths + 1, self.size + 1
-        self.mask = (torch.arange(self.size, device=self.lengths.device) <= self.write[:, None])[:, None, None]  # (B, 1, 1, size)
-
-    def select(self, alive):
-        """Goes on with these texts only. alive: their numbers among the present ones."""
-        idx = torch.tensor(alive, device=self.lanes.device)
-        self.lengths, self.lanes = self.lengths[idx], self.lanes[:len(alive)]
-        for b in self.blocks:
-            b.k, b.v = b.k.index_select(0, idx), b.v.index_select(0, idx)
-
-
-class BlockCache:
-    """One block's part of a KVCache: k and v (B, K, capacity, hd)."""
-
-    def __init__(self, owner):
-        self.owner = owner
-
-    def fill(self, k, v):
-        """k, v (B, K, S, hd) of the prompts."""
-        B, K, S, hd = k.shape
-        self.k, self.v = k.new_zeros(B, K, self.owner.capacity, hd), v.new_zeros(B, K, self.owner.capacity, hd)
-        self.k[:, :, :S], self.v[:, :, :S] = k, v
-
-    def append(self, k, v):
-        """k, v (B, K, hd) of one new token each -> all keys and values in use, (B, K, size, hd)."""
-        o = self.owner
-        self.k[o.lanes, :, o.write], self.v[o.lanes, :, o.write] = k, v
-        return self.k[:, :, :o.size], self.v[:, :, :o.size]
-
-    @property
-    def lanes(self):
-        return self.owner.lanes
-
-    @property
-    def mask(self):
-        return self.owner.mask
-
-
-def sample(logits, temperature, top_p, rng):
-    """logits (B, V) -> ids (B,). temperature 0: the likeliest; else drawn from the smallest set of tokens that holds top_p."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    p, ids = (logits.float() / temperature).softmax(-1).sort(-1, descending=True)
-    p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0)  # the first token always stays
-    return ids.gather(1, torch.multinomial(p, 1, generator=rng))[:, 0]
-
-
-# ---- RoPE, files -----------------------------------------------------------------------------------------------------------------
+# ---- RoPE ------------------------------------------------------------------------------------------------------------------------
 
 def inverse_frequencies(c):
     """theta^(-2i / hd), i < hd/2, in fp64, with the checkpoint's scaling: "linear" divides positions by a factor, "llama3" only the long
@@ -759,94 +629,3 @@ def inverse_frequencies(c):
     low, high = s["low_freq_factor"], s["high_freq_factor"]
     keep = ((turns - low) / (high - low)).clamp(0, 1)  # 0: divided by the factor, 1: as it was
     return freq * (keep + (1 - keep) / s["factor"])
-
-
-def weight_files(folder):
-    """The safetensors files of a checkpoint. UserError where there are none, a shard is missing, or one is not in the index."""
-    folder = Path(folder)
-    index, present = folder / "model.safetensors.index.json", sorted(folder.glob("*.safetensors"))
-    if index.exists():
-        named = read_json(index).get("weight_map")
-        if not isinstance(named, dict) or not named or not all(isinstance(n, str) and Path(n).name == n for n in named.values()):
-            raise UserError(f"{index} has no weight_map from tensors to files beside it; download it again")
-        names = set(named.values())
-        for name in sorted(names):
-            if not (folder / name).exists():
-                raise UserError(f"{folder}: shard {name} of model.safetensors.index.json is missing; download it again")
-        extra = [p.name for p in present if p.name.startswith("model-") and p.name not in names]
-        if extra:
-            raise UserError(f"{folder}: {extra[0]} is not in model.safetensors.index.json; remove it, or the index of another checkpoint")
-        return [folder / n for n in sorted(names)]
-    if (folder / "model.safetensors").exists():
-        return [folder / "model.safetensors"]
-    if any(folder.glob("*.bin")) or any(folder.glob("*.pt*")):
-        raise UserError(f"{folder} has only pickled weights, which can execute code when they are opened; convert them to safetensors")
-    raise UserError(f"{folder} has no model.safetensors" + (f" (but {present[0].name})" if present else ""))
-
-
-@torch.no_grad()
-def load_weights(model, files):
-    """Streams every tensor to its place. Each rank of a sharded model reads only the rows that it keeps."""
-    sources, seen = model.named_sources(), set()
-    for path in files:
-        try:
-            with safe_open(path, "pt") as f:
-                for name in f.keys():
-                    if name in sources:
-                        load_tensor(f.get_slice(name), *sources[name], f"{path.name}: {name}")
-                        seen.add(name)
-                    elif not name.endswith(("rotary_emb.inv_freq", "lm_head.weight")):
-                        raise UserError(f"{path}: tensor {name} has no place in this architecture (config.json's model_type, layers, biases)")
-        except UserError:
-            raise
-        except Exception as e:  # safetensors has one error class for all that can be wrong with a file
-            raise UserError(f"{path} is not a readable safetensors file ({e}); download it again") from None
-    missing = sorted(sources.keys() - seen)
-    if missing:
-        raise UserError(f"{files[0].parent}: {len(missing)} tensors are missing from the safetensors files, {missing[0]} first")
-
-
-def load_tensor(source, p, first, rows, transposed, name):
-    """Copies a safetensors slice into rows first : first + rows of p, of which a sharded p holds only some."""
-    shape = list(source.get_shape())
-    want = [p.shape[1], rows] if transposed else [rows, *p.shape[1:]]
-    if shape != want:
-        raise UserError(f"{name} has shape {shape}, config.json says {want}")
-    if source.get_dtype() not in ("F64", "F32", "F16", "BF16"):
-        raise UserError(f"{name} is of type {source.get_dtype()}: quantized weights cannot be read here, use the checkpoint they were made from")
-    local, offset = (p.to_local(), row_offset(p)) if hasattr(p, "to_local") else (p, 0)
-    lo, hi = max(first, offset), min(first + rows, offset + local.shape[0])
-    if lo < hi:
-        a, z = lo - first, hi - first
-        t = source[:, a:z].T if transposed else source[a:z]
-        local[lo - offset:hi - offset].copy_(t)
-
-
-def row_offset(p):
-    """First row that this rank holds of a DTensor that is cut along dim 0 (FSDP2 cuts like torch.chunk)."""
-    return p.device_mesh.get_local_rank() * -(-p.shape[0] // p.device_mesh.size())
-
-
-def write_text(path, text):
-    """Writes a whole file or nothing: a temporary name, flushed to the disk, then renamed."""
-    tmp = Path(f"{path}.tmp")
-    with open(tmp, "w", encoding="utf-8") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(tmp, path)
-
-
-def write_safetensors(path, tensors, metadata=None):
-    """The same for a safetensors file."""
-    tmp = Path(f"{path}.tmp")
-    try:
-        save_file(tensors, tmp, metadata)
-    except SafetensorError as e:
-        raise OSError(str(e)) from e  # a full disk
-    mask = os.umask(0)  # it can only be read by setting it
-    os.umask(mask)
-    os.chmod(tmp, 0o666 & ~mask)  # safetensors 0.8 lets nobody else read its files
-    with open(tmp, "rb+") as f:
-        os.fsync(f.fileno())
-    os.replace(tmp, path)

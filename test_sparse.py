@@ -3,7 +3,6 @@
 The central test is `masked`: the sparse model's loss and every LoRA gradient equal plain autograd through a dense model whose context
 rows are multiplied by 0/1 masks, in fp64 to 1e-9, for every kind of block.
 """
-import json
 import math
 import random
 from types import SimpleNamespace
@@ -12,9 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import config
 import data
-import kernels
 import predictor
 import sparse
 from config import UserError

@@ -19,7 +19,6 @@ import sys
 import time
 import traceback
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -30,15 +29,12 @@ import data
 import data.tokenizer
 import predictor
 from config import UserError
-from model import LLaMA, ModelConfig, load_adapter, resolve, write_text
+from model import LLaMA, ModelConfig, load_adapter
 from tools import dist, state
-
-PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40": 181e12, "A6000": 155e12, "4090": 165e12, "3090": 71e12}  # dense bf16
-
-
-def say(*args):
-    if dist.rank() == 0:
-        print(*args, flush=True)
+from tools.checkpoint import resolve, write_text
+from tools.dist import make_batches
+from tools.evaluate import Interrupted, accuracy, evaluate, mean_loss, selection, time_ratio
+from tools.report import record, report, say, say_plan, say_result
 
 
 # ---- the parts of a run ----------------------------------------------------------------------------------------------------------
@@ -146,110 +142,6 @@ def sparsity(cfg, step, max_steps):
     return min(1.0, (f - cfg.sparse_start + 1 / max_steps) / cfg.sparse_ramp) if cfg.sparse_ramp else 1.0
 
 
-def make_batches(run, split, idx, seed=0):
-    """The micro-batches of these examples that are this rank's, on the device. seed: of split = "random"."""
-    cfg, share = run.cfg, idx[dist.rank()::dist.world()]
-    size = min(cfg.micro_batch_size or cfg.batch_size, -(-cfg.batch_size // dist.world()))
-    micro = [data.collate([run.tokenized[split][j] for j in share[i:i + size]], cfg.split, seed=seed + i).to(run.device)
-             for i in range(0, len(share), size)]
-    return dist.even(micro, -(-len(idx) // dist.world()), size, lambda: data.collate([run.tokenized[split][idx[0]]]).to(run.device)) if cfg.fsdp else micro
-
-
-# ---- evaluation: dense, between steps; `run` holds what a run has (see main) -----------------------------------------------------
-
-class Interrupted(Exception):
-    """A signal came in the middle of an evaluation."""
-
-
-def look(run):
-    if dist.add(len(run.stop))[0]:
-        raise Interrupted
-
-
-@torch.no_grad()
-def mean_loss(run, split, n):
-    """Mean loss per scored token of the split's first n examples, dense."""
-    run.model.eval()
-    run.model.set_sparsity(0)
-    tokenized = run.tokenized[split][:n]
-    order = sorted(range(len(tokenized)), key=lambda i: len(tokenized[i].tokens))
-    total = torch.zeros(2, dtype=torch.float64, device=run.device)
-    for i in range(0, len(order), run.cfg.batch_size):
-        look(run)
-        for b in make_batches(run, split, order[i:i + run.cfg.batch_size]):
-            total += torch.stack([run.model.loss(b).double(), b.weights.sum().double()])
-    dist.all_reduce(total)
-    return (total[0] / total[1]).item()
-
-
-def accuracy(run, split, n):
-    """(share that greedy generation gets right of the split's first n examples with an answer, their number); (None, 0) without any."""
-    run.model.eval()
-    examples = [e for e in run.examples[split] if e.answer][:n]
-    mine = examples if run.cfg.fsdp else examples[dist.rank()::dist.world()]  # FSDP: all ranks generate the same, in step
-    prompts = [data.prompt_ids(e, run.tokenizer, run.cfg.prompt_format) for e in mine]
-    order, right = sorted(range(len(mine)), key=lambda i: len(prompts[i])), 0
-    for i in range(0, len(mine) if run.cfg.fsdp else -(-len(examples) // dist.world()), 128):
-        look(run)
-        some = order[i:i + 128]
-        outs = run.model.generate([prompts[j] for j in some], run.cfg.max_new_tokens, stop=run.tokenizer.stop)
-        right += sum(data.is_correct(run.tokenizer.decode(o), mine[j].answer) for j, o in zip(some, outs))
-    total = torch.tensor([right, len(mine)], dtype=torch.float64, device=run.device) / (dist.world() if run.cfg.fsdp else 1)
-    dist.all_reduce(total)
-    right, n = total.tolist()
-    return (right / n, int(n)) if n else (None, 0)
-
-
-def selection(run, scale):
-    """Prints, and returns, what share of the true energy the kept channels hold on one validation batch, and how far sparsity moves
-    its loss: a selection that fails shows here."""
-    if not predictor.predictors(run.model):
-        return {}
-    sum_energies(run)
-    run.model.eval()
-    rng = run.model.selection_rng.get_state()  # looking must not change the training
-    batch = data.collate(run.tokenized["val"][:run.cfg.micro_batch_size or run.cfg.batch_size], run.cfg.split).to(run.device)
-    total = batch.weights.sum().item()
-    with torch.no_grad():
-        run.model.set_sparsity(0)
-        dense = run.model.loss(batch).item() / total
-        run.model.set_sparsity(scale)
-        sparse, held = run.model.loss(batch).item() / total, predictor.energy_held(run.model, batch)
-    for kind in ("attn", "mlp"):
-        shares = [f"{k.split('.')[0]}:{v:.2f}" for k, v in held.items() if k.endswith(kind)]
-        if shares:
-            say(f"  true energy held by the kept {kind} channels, by block: " + " ".join(shares))
-    run.model.selection_rng.set_state(rng)
-    say(f"  one validation batch: loss {dense:.4f} dense, {sparse:.4f} sparse ({sparse - dense:+.4f})")
-    return dict(held=held, dense_loss=dense, sparse_loss=sparse)
-
-
-def time_ratio(run, batches):
-    """Seconds of forward and backward, sparse over dense, median over the same batches in turn. batches: lists of example numbers."""
-    run.model.eval()
-    ratios = []
-    for k, idx in enumerate(batches):
-        look(run)
-        micro, seconds = make_batches(run, "train", idx), {}
-        for scale in ((0, 1) if k % 2 else (1, 0)):
-            run.model.set_sparsity(scale)
-            synchronize(run.device)
-            t = time.perf_counter()
-            for b in micro:
-                run.model.loss(b).backward()
-            synchronize(run.device)
-            seconds[scale] = time.perf_counter() - t
-        ratios.append(seconds[1] / seconds[0])
-    run.grad.zero_()
-    ratios = sorted(ratios[1:] or ratios)  # the first warms up
-    return ratios[len(ratios) // 2]
-
-
-def synchronize(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
 # ---- the loop --------------------------------------------------------------------------------------------------------------------
 
 def main(cfg, command="python train.py"):
@@ -268,7 +160,7 @@ def main(cfg, command="python train.py"):
             return finish(run, lengths)
     except Interrupted:
         name = signal.Signals(run.stop[0]).name if run.stop else "a signal to another rank"
-        kept = "" if save(run) else " (which could not be saved: the last saved step counts)"
+        kept = "" if state.save_run(run) else " (which could not be saved: the last saved step counts)"
         say(f"stopped by {name} after step {run.info['step']} of {run.max_steps}{kept}; go on with:\n  {command} --resume=True")
     finally:
         if run.lock:
@@ -297,7 +189,7 @@ def prepare(run):
     say_plan(run)
     if dist.rank() == 0 and not run.lock:
         run.lock = state.lock(run.out)
-    resume(run)
+    state.resume_run(run)
     return lengths, per_epoch
 
 
@@ -328,7 +220,7 @@ def loop(run, lengths, per_epoch):
     while info["step"] < run.max_steps:
         step = info["step"]
         if evaluation_due(run):
-            evaluate(run, log)
+            evaluate(run, log, sparsity(cfg, step - 1, run.max_steps))
             info["evaluated"] = step
         epoch, i = divmod(step, per_epoch)
         if order is None or i == 0:
@@ -373,7 +265,7 @@ def loop(run, lengths, per_epoch):
         if stop:
             raise Interrupted
         if save_now:
-            save(run)
+            state.save_run(run)
 
 
 def evaluation_due(run):
@@ -396,170 +288,13 @@ def start_sparse(run, micro, scale, log):
     record(log, dict(step=run.info["step"], **selection(run, scale)))
 
 
-def sum_energies(run):
-    """`measured`: adds up what the ranks have measured since channels were last fixed, so that all keep the same from now on."""
-    for _, p in predictor.predictors(run.model):
-        if run.fresh and p.energies is not None:
-            dist.all_reduce(p.energies)
-            p.fresh = True
-    run.fresh = False
-
-
-def report(run, log, pending):
-    """Reads a step's metrics from the device, writes them to metrics.jsonl, and every log_interval steps prints a line."""
-    if pending is None:
-        return
-    metrics, batch, m = pending
-    m["loss"], m["grad_norm"], skipped = metrics.tolist()
-    record(log, m)
-    if skipped:
-        run.info["skipped"] += 1
-        say(f"step {m['step']}: loss {m['loss']} or gradient norm {m['grad_norm']} is not finite; the step is skipped")
-        if skipped >= 3:
-            write_text(run.out / "bad_batch.jsonl", "".join(json.dumps(run.tokenizer.decode(run.tokenized["train"][j].tokens)) + "\n" for j in batch))
-            raise UserError(f"three steps in a row were not finite; the last batch is in {run.out}/bad_batch.jsonl: lower the learning rate "
-                            f"({run.cfg.learning_rate}), or use bfloat16 or float32 where dtype is float16")
-    if run.cfg.log_interval and (m["step"] % run.cfg.log_interval == 0 or m["step"] == run.max_steps - 1):
-        left = run.info["seconds"] / run.info["step"] * (run.max_steps - m["step"] - 1)
-        gpu = ""
-        if run.device.type == "cuda":
-            peak = next((v for k, v in PEAK.items() if k in torch.cuda.get_device_name()), None)
-            gpu = f" {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" + (f" mfu {m['flops'] / m['seconds'] / peak / dist.world():.0%}" if peak else "")
-        say(f"step {m['step']:4d}/{run.max_steps} {'sparse' if m['scale'] else 'dense '} loss {m['loss']:.4f} grad {m['grad_norm']:.2f} "
-            f"lr {m['lr']:.1e} | {m['tokens'] / m['seconds']:,.0f} tok/s {m['seconds'] * 1e3:.0f} ms, "
-            f"{1 - m['flops'] / m['dense_flops']:.0%} FLOPs saved{gpu} | {clock(left)} left")
-
-
-def record(log, m):
-    """One line of metrics.jsonl. A full disk does not end a training. (JSON has no NaN.)"""
-    try:
-        if log:
-            log.write(json.dumps({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in m.items()}) + "\n")
-    except OSError as e:
-        say(f"warning: metrics.jsonl could not be written ({e.strerror})")
-
-
-def clock(seconds):
-    return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}" if seconds >= 3600 else f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
-
-
-def evaluate(run, log):
-    """Validation loss and answers, dense, and what the selection is worth."""
-    n, info = run.cfg.eval_examples, run.info
-    loss = mean_loss(run, "val", n)
-    right, answered = accuracy(run, "val", n)
-    info["best_val"] = min(loss, info["best_val"] or math.inf)
-    say(f"step {info['step']}: validation loss {loss:.4f}" + (f", {right:.1%} of {answered} answers right" if answered else ""))
-    scale = sparsity(run.cfg, info["step"] - 1, run.max_steps)
-    seen = selection(run, scale) if scale else {}
-    record(log, dict(step=info["step"], val_loss=loss, val_accuracy=right, **seen))
-    return dict(val_loss=loss, val_accuracy=right, **seen)
-
-
 # ---- beginning and end -----------------------------------------------------------------------------------------------------------
-
-def say_plan(run):
-    cfg, model = run.cfg, run.model
-    for key, value in config.differences(cfg).items():
-        say(f"  {key} = {value!r}")
-    frozen = sum(p.numel() for p in model.parameters()) - run.flat.numel()
-    say(f"{cfg.model}: {frozen / 1e6:,.1f} M frozen and {run.flat.numel() / 1e6:,.2f} M trained weights, {run.max_steps} steps of {cfg.batch_size} examples")
-    model.set_sparsity(1)
-    sample = data.collate(run.tokenized["train"][:cfg.batch_size], cfg.split)
-    dense, sparse = model.flops(sample)
-    first, end = math.ceil(cfg.sparse_start * run.max_steps), math.ceil(cfg.sparse_end * run.max_steps)
-    say(f"dense for {first} steps, then sparse ({cfg.predictor}; ratios: {cfg.ratio_source()}) until step {end}: a sparse step computes "
-        f"{sparse / dense:.0%} of a dense one's {dense / 1e9:,.1f} GFLOP" if predictor.predictors(model) else "dense throughout")
-
-
-def optimizer_tensors(run):
-    out = {"flat": run.flat}
-    for i, group in enumerate(run.optimizer.param_groups):
-        p = group["params"][0]
-        s = run.optimizer.state[p]
-        if not s:  # before the first step
-            s.update(step=torch.zeros((), device=p.device), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
-        out.update({f"{k}.{i}": v.detach() for k, v in s.items()})
-    return out
-
-
-def run_tensors(run):
-    """{name: tensor} of all that a run is made of but its random number generators: weights, moments, measured energies."""
-    energies = {"energies." + k: v for k, v in predictor.energies(run.model).items()}
-    return {**optimizer_tensors(run), "skipped": run.optimizer.skipped, **energies}
-
-
-def identity(run):
-    """What a state and a run have to agree on: the options, and the contents of what `model` and `dataset` name."""
-    return {"config": asdict(run.cfg), "prints": {"model": state.fingerprint(run.folder), "dataset": state.digest(run.tokenized["train"])}}
-
-
-def save(run):
-    """Called by all ranks, written by one. False, and said so, where it could not be: the last good state stays."""
-    tensors = run_tensors(run)
-    if run.fresh:  # each rank has measured its own share
-        tensors.update({k: dist.all_reduce(t.clone()) for k, t in tensors.items() if k.startswith("energies.")})
-    rng = {"cpu": [torch.get_rng_state()], "select": dist.gather(run.model.selection_rng.get_state())}
-    if run.device.type == "cuda":
-        rng["cuda"] = [torch.cuda.get_rng_state()]
-    try:
-        if dist.rank() == 0:
-            state.save(run.out, tensors, {**run.info, **identity(run), "rng": {k: [bytes(t.tolist()).hex() for t in v] for k, v in rng.items()}})
-        return True
-    except OSError as e:
-        say(f"warning: the state after step {run.info['step']} could not be saved ({e.strerror}): the last good one stays, the run goes on")
-        return False
-
-
-def resume(run):
-    """Goes on from out_dir's newest good state where cfg.resume asks for it and there is one; metrics of later steps are dropped."""
-    tensors, info = state.load(run.out, identity(run)) if run.cfg.resume and dist.rank() == 0 else (None, None)
-    info = dist.share(info)
-    metrics = run.out / "metrics.jsonl"
-    if info is None:
-        if dist.rank() == 0:
-            write_text(metrics, "")
-        return
-    run.info.update({k: info[k] for k in run.info})
-    ours = run_tensors(run)
-    if tensors and {k: t.shape for k, t in tensors.items()} != {k: t.shape for k, t in ours.items()}:
-        raise UserError(f"the state in {run.out} is of a model of other sizes or other trained parts: choose another --out_dir")
-    for name, t in ours.items():
-        dist.broadcast(t.copy_(tensors[name]) if tensors else t)
-        if name.startswith("energies.") and dist.rank():
-            t.zero_()  # rank 0 holds the sum over all ranks
-    run.fresh = True
-    if info["sparse"]:
-        sum_energies(run)
-    rng = {k: [torch.tensor(list(bytes.fromhex(s)), dtype=torch.uint8) for s in v] for k, v in info["rng"].items()}
-    torch.set_rng_state(rng["cpu"][0])
-    if dist.rank() < len(rng["select"]) and len(rng["select"][0]) == len(run.model.selection_rng.get_state()):
-        run.model.selection_rng.set_state(rng["select"][dist.rank()])
-    else:  # on more ranks than before, or on another kind of device
-        run.model.selection_rng.manual_seed(run.cfg.seed + dist.rank() + 1000 * info["step"])
-    if "cuda" in rng and run.device.type == "cuda":
-        torch.cuda.set_rng_state(rng["cuda"][0])
-    if dist.rank() == 0:
-        write_text(metrics, "".join(l for l in read_lines(metrics) if kept(json.loads(l), info)))
-    say(f"resumed after step {run.info['step']} of {run.max_steps}")
-
-
-def read_lines(path):
-    """The whole lines of metrics.jsonl: a killed process may have left a torn one."""
-    lines = path.read_text(encoding="utf-8").splitlines(True) if path.exists() else []
-    return [l for l in lines if l.startswith("{") and l.endswith("}\n")]
-
-
-def kept(m, info):
-    """Whether this line of metrics.jsonl is of what the state knows of; what comes later is done again."""
-    return m["step"] <= info["evaluated"] if "val_loss" in m else m["step"] < info["step"]
-
 
 def finish(run, lengths):
     """The last evaluation, the adapter (or the whole checkpoint), and the summary."""
     cfg, info, out = run.cfg, run.info, run.out
     result = {k: info[k] for k in ("seconds", "tokens", "flops", "dense_flops", "before", "skipped")}
-    save(run)  # a kill from here on costs the evaluation only
+    state.save_run(run)  # a kill from here on costs the evaluation only
     if dist.rank() == 0:
         if cfg.lora_r:
             run.model.save_adapter(out, run.folder if Path(cfg.model).is_dir() else cfg.model)
@@ -569,28 +304,18 @@ def finish(run, lengths):
                 if (run.folder / name).exists():
                     shutil.copy(run.folder / name, out / name)
     if cfg.eval_interval:
-        result.update(evaluate(run, None))
+        result.update(evaluate(run, None, sparsity(cfg, info["step"] - 1, run.max_steps)))
     if cfg.test_examples:
         result["test_loss"] = mean_loss(run, "test", cfg.test_examples) if run.tokenized["test"] else None
         result["after"], result["test_examples"] = accuracy(run, "test", cfg.test_examples)
     if predictor.predictors(run.model):
         result["time_ratio"] = time_ratio(run, data.batches(lengths, cfg.batch_size, cfg.seed, 0, cfg.length_window)[:11])
     info["finished"] = True
-    save(run)
+    state.save_run(run)
     if dist.rank() == 0:
         write_text(out / "result.json", json.dumps(result, indent=2) + "\n")
     say_result(run, result)
     return result
-
-
-def say_result(run, r):
-    say(f"\n{run.info['step']} steps in {clock(r['seconds'])}, {r['tokens']:,} tokens")
-    if r.get("after") is not None:
-        say(f"accuracy      before {r['before']:.1%}, after {r['after']:.1%}, of {r['test_examples']} test problems")
-    if "time_ratio" in r:
-        say(f"FLOPs saved   {1 - r['flops'] / r['dense_flops']:.1%} of dense LoRA's over the whole run")
-        say(f"time saved    {1 - r['time_ratio']:.1%} of a dense step's forward and backward, timed in turn on the same batches")
-    say(f"{'adapter' if run.cfg.lora_r else 'checkpoint'}       {run.out}")
 
 
 def cli(argv):

@@ -5,7 +5,7 @@
     python -m results.ablations config/smollm2.py --rows=1,4,7 --seeds=1 --name=smollm2 --mlp=.25,.5 --model=DIR
 
     --rows=1,2,...     1 selectors  2 MLP, attention, both  3 where the ratios come from  4 split  5 when it is sparse
-                       6 rank and refresh  7 budgets, and dense LoRA stopped early  8 long runs
+                       6 rank and refresh  7 budgets, and dense LoRA stopped early  8 long runs  9 who has a loss sooner
     --seeds=0          runs of each line; 0: as above
     --name=tiny        of this base, in the tables and under out/ablations
     --mlp=, --attn=    ratios of row 1
@@ -24,19 +24,20 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 
 import config
 from config import UserError
-from model import resolve, write_text
 from predictor import KINDS
 from tools import options, run
+from tools.checkpoint import resolve, write_text
 
 ROOT = Path(__file__).resolve().parent.parent
-OWN = dict(rows="1,2,3,4,5,6,7,8", seeds=0, name="tiny", mlp=".9,.95,.97", attn=".25,.5", budgets=".75,.9,.85,.8,.7,.65", jobs=2, dry=False, collect=False)
+OWN = dict(rows="1,2,3,4,5,6,7,8,9", seeds=0, name="tiny", mlp=".9,.95,.97", attn=".25,.5", budgets=".75,.9,.85,.8,.7,.65", jobs=2, dry=False, collect=False)
 TITLES = {1: "Which channels: five selectors", 2: "Which part", 3: "Where the ratios come from, at equal FLOPs", 4: "Which tokens are dense",
           5: "When it is sparse", 6: "Rank of the SVD, refreshing of the measured channels", 7: "Budgets, against dense LoRA stopped early",
-          8: "Ten times as long"}
+          8: "Ten times as long", 9: "Who has a given validation loss sooner"}
 SENSITIVITY = ["python", "-m", "tools.sensitivity"]
 SEEDS = {1: 5, 4: 5, 7: 5}  # three for the others
 
@@ -72,6 +73,11 @@ def table(cfg, n_layers, folder, mlp, attn, budgets):
                 for b in sorted(budgets, reverse=True)]
     long = [f"--max_steps={10 * steps}"]
     rows[8] = [(f"{name}, {10 * steps} steps", args + long) for name, args in (dense, ours, measured)]
+    # often evaluated, for which answers are not written out and nothing is tested
+    often = [f"--eval_interval={max(1, steps // 20)}", "--eval_examples=256", "--max_new_tokens=1", "--test_examples=0"]
+    some = [dense] + [(f"measured, MLP {m:g}", ratios(m) + ["--predictor=measured"]) for m in mlp] + [(f"svd, MLP {mlp[0]:g}", ratios(mlp[0]) + ["--predictor=svd"])]
+    some += [(f"measured, sensitivity, budget {budgets[0]:g}", [f"{folder}/measured-{budgets[0]:g}.py"])]
+    rows[9] = [(f"{name}, often evaluated", args + often) for name, args in some]
     return merged(rows, cfg, n_layers)
 
 
@@ -144,19 +150,41 @@ def read(out):
     if result.get("sparse_loss") is not None:
         r["rise_at_end"] = result["sparse_loss"] - result["dense_loss"]
     r["losses"] = [m["loss"] for m in lines if "loss" in m]
-    r["switch"] = next((m["step"] for m in lines if "loss" in m and m["scale"]), None)
+    r["evaluations"] = [(m["step"], m["val_loss"]) for m in lines if m.get("val_loss") is not None]
+    scales = [m["scale"] for m in lines if "loss" in m]
+    r["switch"] = next((i for i, scale in enumerate(scales) if scale), None)
+    r["steps"] = len(scales)
+    r["times"] = list(accumulate((r["time_ratio"] if scale else 1.0 for scale in scales), initial=0.0))  # up to each step, a dense one's is 1
+    if result.get("val_loss") is not None:
+        r["evaluations"].append((r["steps"], result["val_loss"]))
     return {k: v for k, v in r.items() if v is not None}
 
 
 def compare(r, dense):
-    """Adds what needs the dense run of the same seed: its difference in accuracy, share of FLOPs and seconds, and the spike: by how much
-    the training loss of the first five sparse steps lies over that of the dense run on the same batches."""
+    """Adds what needs the dense run of the same seed: its difference in accuracy, share of FLOPs and of time, and the spike: by how much
+    the training loss of the first five sparse steps lies over that of the dense run on the same batches. A sparse step's time is counted
+    as time_ratio dense ones: the two were timed in turn, so what else the machine did meanwhile hit both."""
     if "after" in r and "after" in dense:
         r["vs_dense"] = r["after"] - dense["after"]
-    r["flops_share"], r["seconds_share"] = r["flops"] / dense["flops"], r["seconds"] / dense["seconds"]
+    r["flops_share"], r["time_share"] = r["flops"] / dense["flops"], r["times"][-1] / dense["times"][-1]
     if "switch" in r:
         both = list(zip(r["losses"], dense["losses"]))[r["switch"]:r["switch"] + 5]
         r["spike"] = sum(a - b for a, b in both) / max(1, len(both))
+    if min(len(r["evaluations"]), len(dense["evaluations"])) > 9:
+        target = max(min(v for _, v in x["evaluations"]) for x in (r, dense))  # both get there
+        r["sooner"] = reach(r, target) / reach(dense, target)
+
+
+def reach(r, target):
+    """When the validation loss first is at the target, between two evaluations on a line."""
+    before = None
+    for step, value in r["evaluations"]:
+        if value <= target:
+            if before is None:
+                return r["times"][step]
+            f = (before[1] - target) / (before[1] - value)
+            return r["times"][before[0]] + f * (r["times"][step] - r["times"][before[0]])
+        before = step, value
 
 
 def summary(values):
@@ -169,10 +197,11 @@ def collect(commands, rows, folder, base):
     """-> {label: {"command", "rows", "seeds": {seed: {quantity: number}}, "summary": {quantity: {mean, error, n}}}}"""
     runs = {key: read(Path(ROOT, command[-1].partition("=")[2])) for key, (command, _) in commands.items()}
     out = {}
+    reference = {label: rows[n][0][0] for n in (8, 9) for label, _ in rows[n]}  # else the dense run of usual length
     for (label, seed), r in runs.items():
         if r is None:
             continue
-        dense = runs.get(("dense LoRA", seed))
+        dense = runs.get((reference.get(label, "dense LoRA"), seed))
         if dense:
             compare(r, dense)
         if label not in out:
@@ -184,15 +213,17 @@ def collect(commands, rows, folder, base):
     for entry in out.values():
         some = entry["seeds"].values()
         for r in some:
-            r.pop("losses", None)
+            for key in ("losses", "evaluations", "times"):
+                r.pop(key)
         keys = dict.fromkeys(k for r in some for k in r if k != "switch")
         entry["summary"] = {k: summary([r[k] for r in some if k in r]) for k in keys}
     return out
 
 
 COLUMNS = (("after", "accuracy", "{:.1%}"), ("vs_dense", "against dense", "{:+.1%}"), ("test_loss", "test loss", "{:.4f}"),
+           ("val_loss", "validation loss", "{:.4f}"), ("sooner", "time to a loss", "{:.0%}"),
            ("rise_at_switch", "rise at switch", "{:+.3f}"), ("rise_at_end", "rise at end", "{:+.3f}"), ("spike", "spike", "{:+.3f}"),
-           ("flops_share", "FLOPs", "{:.0%}"), ("seconds_share", "seconds", "{:.0%}"), ("time_ratio", "fwd+bwd", "{:.2f}"))
+           ("flops_share", "FLOPs", "{:.0%}"), ("time_share", "time", "{:.0%}"))
 
 
 def cell(s, form):
@@ -206,7 +237,7 @@ def markdown(everything):
     lines = ["# Ablations", "", "Made by results/ablations.py; all numbers are in ablations.json. Mean ± standard error over n seeds. accuracy: greedy "
              "answers to test problems, after training, dense. against dense: the paired difference to dense LoRA with the same seed. rise: of "
              "one validation batch's loss when its context runs sparse. spike: training loss of the first five sparse steps over the dense "
-             "run's. FLOPs, seconds: of the whole run over full-length dense LoRA's. fwd+bwd: time of a sparse step over a dense one's.", ""]
+             "run's. time to a loss: until the validation loss is what both runs reach, over dense LoRA's time to it (under 100%: sooner). FLOPs, time (forward and backward, sparse and dense steps timed in turn): of the whole run over full-length dense LoRA's.", ""]
     for name, entries in everything.items():
         before = [r["before"] for e in entries.values() for r in e["seeds"].values() if "before" in r]
         lines += [f"## {name}", "", f"Before training: {before[0]:.1%}." if before else "", ""]
@@ -235,11 +266,11 @@ def draw_budgets(entries, path):
     fig, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
     for line in dict.fromkeys(label.split(",")[0] for label in some):
         points = sorted((s for label, s in some.items() if label.split(",")[0] == line), key=lambda s: s["flops_share"]["mean"])
-        for ax, key in zip(axes, ("flops_share", "seconds_share")):
+        for ax, key in zip(axes, ("flops_share", "time_share")):
             ax.errorbar([s[key]["mean"] for s in points], [s["after"]["mean"] for s in points],
                         [s["after"]["error"] or 0 for s in points], marker="o", label=line, capsize=2)
     axes[0].set(xlabel="FLOPs of the run / full dense LoRA's", ylabel="accuracy on test problems")
-    axes[1].set(xlabel="seconds of the run / full dense LoRA's")
+    axes[1].set(xlabel="time of the run / full dense LoRA's")
     axes[0].legend()
     fig.savefig(path, dpi=130)
     plt.close(fig)

@@ -10,7 +10,6 @@ transformers. The last line is JSON.
 """
 import json
 import statistics
-import sys
 import time
 
 import torch

@@ -21,8 +21,8 @@ import data
 import data.tokenizer
 import predictor
 import train
-from model import resolve, write_text
 from tools import options, run
+from tools.checkpoint import resolve, write_text
 
 OWN = dict(every=40, batches=4, kinds="oracle,measured,svd,random", probe="", name="tiny")
 HERE = Path(__file__).resolve().parent
@@ -85,7 +85,7 @@ def look(r, ratios, kinds, batches, warm):
 
 def train_and_look(r, ratios, kinds, every, n):
     """-> [{"step", "kinds": look()}]"""
-    cfg, model, looks = r.cfg, r.model, []
+    cfg, looks = r.cfg, []
     lengths = [len(t.tokens) for t in r.tokenized["train"]]
     steps = cfg.max_steps or int(cfg.epochs * len(data.batches(lengths, cfg.batch_size, cfg.seed, 0)))
     order, epoch = [], -1

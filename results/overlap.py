@@ -20,9 +20,9 @@ import torch
 import config
 import predictor
 from config import UserError
-from model import write_text
 from results.predictor_quality import load, recall
 from tools import options, run
+from tools.checkpoint import write_text
 from tools.sensitivity import calibration, measure_channels
 
 OWN = dict(data="", batches=4, ratio=".5,.9", name="tiny")

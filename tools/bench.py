@@ -42,8 +42,9 @@ import data
 import predictor
 import train
 from config import UserError
-from model import TARGETS, LLaMA, ModelConfig, read_json, write_text
+from model import TARGETS, LLaMA, ModelConfig
 from tools import bench_kernels, bench_report, dist, options, run
+from tools.checkpoint import read_json, write_text
 from tools.bench_measure import grid_times, load_average, machine, measure, predictor_times, traffic, unique_bytes
 
 ROOT = Path(config.ROOT)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import config
 from config import UserError
-from model import read_json, write_text
+from tools.checkpoint import read_json, write_text
 from tools.bench_measure import quantile
 
 ROOT = Path(config.ROOT)

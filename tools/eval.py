@@ -37,8 +37,9 @@ import data.tokenizer
 import tools
 from config import ROOT, UserError
 from data import examples
-from model import LLaMA, load_adapter, read_json, resolve, weight_files, write_text
+from model import LLaMA, load_adapter
 from tools import answers, sandbox
+from tools.checkpoint import read_json, resolve, weight_files, write_text
 
 DATA = Path(ROOT, "data")
 SETS = {"math": ("gsm8k", "svamp", "mawps", "aqua"), "code": ("humaneval",), "commonsense": (

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 import tools
 from config import UserError
-from model import read_adapter, resolve, weight_files, write_safetensors
+from tools.checkpoint import read_adapter, resolve, weight_files, write_safetensors
 
 COPIED = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json",
           "vocab.json", "merges.txt", "chat_template*", "LICENSE*", "USE_POLICY*", "NOTICE*")

@@ -38,8 +38,9 @@ import data.tokenizer
 import predictor
 import train
 from config import UserError
-from model import resolve, write_text
 from tools import options, run
+from tools.checkpoint import resolve, write_text
+from tools.report import clock
 
 OWN = dict(budget=0.6, ratios=".5,.75,.9,.97", batches=8, out="")
 SHADES = ((.003, " "), (.01, "░"), (.03, "▒"), (.1, "▓"), (float("inf"), "█"))  # change of the loss below which the shade is used
@@ -165,7 +166,7 @@ class Progress:
 
     def step(self):
         self.done += 1
-        left = train.clock((time.time() - self.start) / self.done * (self.n - self.done))
+        left = clock((time.time() - self.start) / self.done * (self.n - self.done))
         if self.tty:
             bar = ("█" * (30 * self.done // self.n)).ljust(30)
             print(f"\r|{bar}| {self.done}/{self.n}, {left} left ", end="", file=sys.stderr, flush=True)

@@ -13,12 +13,19 @@ import json
 import os
 import shutil
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import safetensors.torch
+import torch
 
+import predictor
 from config import Config, UserError
+from tools import dist
+from tools.checkpoint import write_text
+from tools.evaluate import sum_energies
+from tools.report import say
 
 FORMAT = 1
 # Options that may be others on resume: they say where and how fast a run computes and how much it tells, not what it computes.
@@ -174,3 +181,88 @@ def digest(tokenized):
     for t in tokenized:
         sha.update(np.asarray(t.tokens, np.int32).tobytes() + np.asarray(t.weights, np.float32).tobytes() + b" ")
     return sha.hexdigest()
+
+
+# ---- of a run: train.main's `run` ----------------------------------------------------------------------------------------------------
+
+def optimizer_tensors(run):
+    out = {"flat": run.flat}
+    for i, group in enumerate(run.optimizer.param_groups):
+        p = group["params"][0]
+        s = run.optimizer.state[p]
+        if not s:  # before the first step
+            s.update(step=torch.zeros((), device=p.device), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+        out.update({f"{k}.{i}": v.detach() for k, v in s.items()})
+    return out
+
+
+def run_tensors(run):
+    """{name: tensor} of all that a run is made of but its random number generators: weights, moments, measured energies."""
+    energies = {"energies." + k: v for k, v in predictor.energies(run.model).items()}
+    return {**optimizer_tensors(run), "skipped": run.optimizer.skipped, **energies}
+
+
+def identity(run):
+    """What a state and a run have to agree on: the options, and the contents of what `model` and `dataset` name."""
+    return {"config": asdict(run.cfg), "prints": {"model": fingerprint(run.folder), "dataset": digest(run.tokenized["train"])}}
+
+
+def save_run(run):
+    """Called by all ranks, written by one. False, and said so, where it could not be: the last good state stays."""
+    tensors = run_tensors(run)
+    if run.fresh:  # each rank has measured its own share
+        tensors.update({k: dist.all_reduce(t.clone()) for k, t in tensors.items() if k.startswith("energies.")})
+    rng = {"cpu": [torch.get_rng_state()], "select": dist.gather(run.model.selection_rng.get_state())}
+    if run.device.type == "cuda":
+        rng["cuda"] = [torch.cuda.get_rng_state()]
+    try:
+        if dist.rank() == 0:
+            save(run.out, tensors, {**run.info, **identity(run), "rng": {k: [bytes(t.tolist()).hex() for t in v] for k, v in rng.items()}})
+        return True
+    except OSError as e:
+        say(f"warning: the state after step {run.info['step']} could not be saved ({e.strerror}): the last good one stays, the run goes on")
+        return False
+
+
+def resume_run(run):
+    """Goes on from out_dir's newest good state where cfg.resume asks for it and there is one; metrics of later steps are dropped."""
+    tensors, info = load(run.out, identity(run)) if run.cfg.resume and dist.rank() == 0 else (None, None)
+    info = dist.share(info)
+    metrics = run.out / "metrics.jsonl"
+    if info is None:
+        if dist.rank() == 0:
+            write_text(metrics, "")
+        return
+    run.info.update({k: info[k] for k in run.info})
+    ours = run_tensors(run)
+    if tensors and {k: t.shape for k, t in tensors.items()} != {k: t.shape for k, t in ours.items()}:
+        raise UserError(f"the state in {run.out} is of a model of other sizes or other trained parts: choose another --out_dir")
+    for name, t in ours.items():
+        dist.broadcast(t.copy_(tensors[name]) if tensors else t)
+        if name.startswith("energies.") and dist.rank():
+            t.zero_()  # rank 0 holds the sum over all ranks
+    run.fresh = True
+    if info["sparse"]:
+        sum_energies(run)
+    rng = {k: [torch.tensor(list(bytes.fromhex(s)), dtype=torch.uint8) for s in v] for k, v in info["rng"].items()}
+    torch.set_rng_state(rng["cpu"][0])
+    if dist.rank() < len(rng["select"]) and len(rng["select"][0]) == len(run.model.selection_rng.get_state()):
+        run.model.selection_rng.set_state(rng["select"][dist.rank()])
+    else:  # on more ranks than before, or on another kind of device
+        run.model.selection_rng.manual_seed(run.cfg.seed + dist.rank() + 1000 * info["step"])
+    if "cuda" in rng and run.device.type == "cuda":
+        torch.cuda.set_rng_state(rng["cuda"][0])
+    if dist.rank() == 0:
+        write_text(metrics, "".join(l for l in read_lines(metrics) if kept(json.loads(l), info)))
+    say(f"resumed after step {run.info['step']} of {run.max_steps}")
+
+
+def read_lines(path):
+    """The whole lines of metrics.jsonl: a killed process may have left a torn one."""
+    lines = path.read_text(encoding="utf-8").splitlines(True) if path.exists() else []
+    return [l for l in lines if l.startswith("{") and l.endswith("}\n")]
+
+
+def kept(m, info):
+    """Whether this line of metrics.jsonl is of what the state knows of; what comes later is done again."""
+    return m["step"] <= info["evaluated"] if "val_loss" in m else m["step"] < info["step"]

@@ -22,7 +22,7 @@ import config
 import train
 from config import UserError
 from model import LLaMA, ModelConfig
-from tools import dist, state
+from tools import dist, evaluate, state
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZES = dict(model_type="llama", vocab_size=768, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
@@ -153,8 +153,8 @@ def test_stop_in_an_evaluation(home, tmp_path, monkeypatch):
     """The evaluation that a signal broke off is done again."""
     train.main(options(home, out_dir=tmp_path / "a"))
     with monkeypatch.context() as m:
-        real = train.mean_loss
-        m.setattr(train, "mean_loss", lambda run, *a: (term(run), real(run, *a))[1])
+        real = evaluate.mean_loss
+        m.setattr(evaluate, "mean_loss", lambda run, *a: (term(run), real(run, *a))[1])
         assert train.main(options(home, out_dir=tmp_path / "b")) is None
     assert newest(tmp_path / "b")[1]["step"] == 4 and newest(tmp_path / "b")[1]["evaluated"] == 0
     train.main(options(home, out_dir=tmp_path / "b", resume=True))
@@ -330,12 +330,12 @@ def test_a_step_that_is_not_finite_is_skipped(home, tmp_path, monkeypatch, capsy
     real, calls = train.update, iter(range(100))
 
     def update(run, lr):
-        before = run.flat.clone(), {k: v.clone() for k, v in train.optimizer_tensors(run).items()}
+        before = run.flat.clone(), {k: v.clone() for k, v in state.optimizer_tensors(run).items()}
         n = next(calls)
         if n in (2, 3, 6):
             run.grad[n] = float("nan") if n % 2 else float("inf")
         out = real(run, lr)
-        seen.append(torch.equal(before[0], run.flat) and equal(before[1], train.optimizer_tensors(run)))
+        seen.append(torch.equal(before[0], run.flat) and equal(before[1], state.optimizer_tensors(run)))
         return out
 
     monkeypatch.setattr(train, "update", update)
@@ -643,7 +643,7 @@ def test_fsdp_equals_data_parallel(home, tmp_path, kind):
 
 def hook_shards(rank):
     """Writes down how many rows of each frozen weight this rank holds once the model is loaded, and how many it read from the files."""
-    import model
+    from tools import checkpoint
     real, read = train.load_model, {}
 
     def load_model(*args):
@@ -653,7 +653,7 @@ def hook_shards(rank):
         print("ROWS", json.dumps([rows, read]), flush=True)
         return loaded
 
-    real_tensor = model.load_tensor
+    real_tensor = checkpoint.load_tensor
 
     def load_tensor(source, p, first, rows, transposed, name):
         class Counted:
@@ -664,7 +664,7 @@ def hook_shards(rank):
             get_shape, get_dtype = source.get_shape, source.get_dtype
         real_tensor(Counted(), p, first, rows, transposed, name)
 
-    train.load_model, model.load_tensor = load_model, load_tensor
+    train.load_model, checkpoint.load_tensor = load_model, load_tensor
 
 
 def test_fsdp_reads_and_keeps_its_share(home, tmp_path):

@@ -149,7 +149,7 @@ def test_lowest_budget_that_is_named_can_be_met(home, tmp_path):
 def test_every_ablation_is_a_valid_command_line(home, tmp_path):
     own = dict(ablations.OWN, name="test")
     rows, commands, keys, folder = ablations.command_lines(["config/tiny.py"], own)
-    assert sorted(rows) == list(range(1, 9)) and len({c[-1] for c, _ in commands.values()}) == len(commands)
+    assert sorted(rows) == list(range(1, 10)) and len({c[-1] for c, _ in commands.values()}) == len(commands)
     for label, seed in keys:
         command, args = commands[label, seed]
         need = ablations.analyses(args, folder)
@@ -160,7 +160,7 @@ def test_every_ablation_is_a_valid_command_line(home, tmp_path):
         assert cfg.seed == seed and cfg.threads == 1 and cfg.out_dir.startswith("out/ablations/test/")
         config.ratios(cfg.mlp_sparsity, 6, "mlp_sparsity")
     with pytest.raises(UserError, match="rows"):
-        ablations.command_lines(["config/tiny.py"], dict(own, rows="9"))
+        ablations.command_lines(["config/tiny.py"], dict(own, rows="10"))
 
 
 @pytest.mark.slow
@@ -195,6 +195,15 @@ def test_when_a_loss_is_reached():
     runs = [dict(val_loss=v, seconds=s, flops=10 * s) for v, s in ((2.0, 10), (1.0, 20), (1.5, 30), (.5, 40))]
     assert plot.reach(runs, 1.5) == (15, 150) and plot.reach(runs, 3.0) == (10, 100) and plot.reach(runs, .1) is None
     assert plot.reach(runs, .75) == (37.5, 375) and plot.smooth([1, 2, 3], 2) == [1, 1.5, 2.5]
+
+
+def test_who_has_a_loss_sooner():
+    """Sparse steps take half a dense one's time; the loss is the same a step later."""
+    dense = dict(evaluations=[(i, 10.0 - i) for i in range(11)], times=list(range(11)), flops=1, steps=10)
+    r = dict(evaluations=[(i, 11.0 - i) for i in range(11)], times=[i / 2 for i in range(11)], flops=1, steps=10)
+    assert ablations.reach(dense, 1.5) == 8.5 and ablations.reach(r, 20) == 0
+    ablations.compare(r, dense)
+    assert r["sooner"] == 5 / 9 and r["time_share"] == .5
 
 
 def test_summary():

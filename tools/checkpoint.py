@@ -1,0 +1,166 @@
+"""Files: Hugging Face directories and adapters in, whole files out. What can be wrong with them is said in one sentence.
+"""
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from config import UserError
+
+
+def read_json(path):
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        if isinstance(value, dict):
+            return value
+        raise UserError(f"{path} has to hold a JSON object, not {type(value).__name__}")
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: a model is a Hugging Face directory or hub id with a config.json and safetensors") from None
+    except ValueError as e:
+        raise UserError(f"{path} is not valid JSON: {e}") from None
+
+
+def resolve(path):
+    """A directory stays itself; a hub id is downloaded (safetensors, JSON and tokenizer files only; HF_TOKEN gives the token)."""
+    if Path(path).is_dir():
+        return Path(path)
+    if str(path).startswith((".", "/", "~")) or str(path).count("/") != 1:
+        raise UserError(f"model {str(path)!r} is neither a directory nor a hub id of the form owner/name")
+    from huggingface_hub import snapshot_download
+    try:
+        return Path(snapshot_download(str(path), allow_patterns=["*.safetensors", "*.json", "tokenizer.model"],
+                                      ignore_patterns=["consolidated*", "original/*", "onnx/*"]))
+    except Exception as e:
+        reason = (str(e).splitlines() or [type(e).__name__])[0]
+        raise UserError(f"model {path} could not be downloaded ({type(e).__name__}: {reason}): give a local directory with "
+                        "--model=DIR, or set HF_TOKEN if it is gated") from None
+
+
+# ---- weights
+
+def weight_files(folder):
+    """The safetensors files of a checkpoint. UserError where there are none, a shard is missing, or one is not in the index."""
+    folder = Path(folder)
+    index, present = folder / "model.safetensors.index.json", sorted(folder.glob("*.safetensors"))
+    if index.exists():
+        named = read_json(index).get("weight_map")
+        if not isinstance(named, dict) or not named or not all(isinstance(n, str) and Path(n).name == n for n in named.values()):
+            raise UserError(f"{index} has no weight_map from tensors to files beside it; download it again")
+        names = set(named.values())
+        for name in sorted(names):
+            if not (folder / name).exists():
+                raise UserError(f"{folder}: shard {name} of model.safetensors.index.json is missing; download it again")
+        extra = [p.name for p in present if p.name.startswith("model-") and p.name not in names]
+        if extra:
+            raise UserError(f"{folder}: {extra[0]} is not in model.safetensors.index.json; remove it, or the index of another checkpoint")
+        return [folder / n for n in sorted(names)]
+    if (folder / "model.safetensors").exists():
+        return [folder / "model.safetensors"]
+    if any(folder.glob("*.bin")) or any(folder.glob("*.pt*")):
+        raise UserError(f"{folder} has only pickled weights, which can execute code when they are opened; convert them to safetensors")
+    raise UserError(f"{folder} has no model.safetensors" + (f" (but {present[0].name})" if present else ""))
+
+
+@torch.no_grad()
+def load_weights(model, files):
+    """Streams every tensor to its place. Each rank of a sharded model reads only the rows that it keeps."""
+    sources, seen = model.named_sources(), set()
+    for path in files:
+        try:
+            with safe_open(path, "pt") as f:
+                for name in f.keys():
+                    if name in sources:
+                        load_tensor(f.get_slice(name), *sources[name], f"{path.name}: {name}")
+                        seen.add(name)
+                    elif not name.endswith(("rotary_emb.inv_freq", "lm_head.weight")):
+                        raise UserError(f"{path}: tensor {name} has no place in this architecture (config.json's model_type, layers, biases)")
+        except UserError:
+            raise
+        except Exception as e:  # safetensors has one error class for all that can be wrong with a file
+            raise UserError(f"{path} is not a readable safetensors file ({e}); download it again") from None
+    missing = sorted(sources.keys() - seen)
+    if missing:
+        raise UserError(f"{files[0].parent}: {len(missing)} tensors are missing from the safetensors files, {missing[0]} first")
+
+
+def load_tensor(source, p, first, rows, transposed, name):
+    """Copies a safetensors slice into rows first : first + rows of p, of which a sharded p holds only some."""
+    shape = list(source.get_shape())
+    want = [p.shape[1], rows] if transposed else [rows, *p.shape[1:]]
+    if shape != want:
+        raise UserError(f"{name} has shape {shape}, config.json says {want}")
+    if source.get_dtype() not in ("F64", "F32", "F16", "BF16"):
+        raise UserError(f"{name} is of type {source.get_dtype()}: quantized weights cannot be read here, use the checkpoint they were made from")
+    local, offset = (p.to_local(), row_offset(p)) if hasattr(p, "to_local") else (p, 0)
+    lo, hi = max(first, offset), min(first + rows, offset + local.shape[0])
+    if lo < hi:
+        a, z = lo - first, hi - first
+        t = source[:, a:z].T if transposed else source[a:z]
+        local[lo - offset:hi - offset].copy_(t)
+
+
+def row_offset(p):
+    """First row that this rank holds of a DTensor that is cut along dim 0 (FSDP2 cuts like torch.chunk)."""
+    return p.device_mesh.get_local_rank() * -(-p.shape[0] // p.device_mesh.size())
+
+
+# ---- adapters in PEFT's format
+
+VARIANTS = ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "layers_to_transform", "layer_replication", "lora_bias",
+            "fan_in_fan_out", "target_parameters", "trainable_token_indices", "alora_invocation_tokens", "use_qalora", "use_bdlora",
+            "arrow_config", "kasa_config", "monteclora_config", "velora_config")  # PEFT's options that plain LoRA does not have
+CHANGED_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga", "mica")  # initializations that also changed the base's weights
+
+
+def read_adapter(path):
+    """Directory or hub id -> (adapter_config.json as a dict, {PEFT's name: tensor}). UserError for all that is not plain LoRA."""
+    folder = resolve(path)
+    if not (folder / "adapter_config.json").exists():
+        raise UserError(f"{path} holds no adapter: adapter_config.json is missing")
+    c = read_json(folder / "adapter_config.json")
+    odd = [f"{k} = {c[k]!r}" for k in VARIANTS if c.get(k)]
+    odd += [f"{k} = {c[k]!r}" for k, plain in (("peft_type", "LORA"), ("bias", "none")) if c.get(k, plain) != plain]
+    if str(c.get("init_lora_weights")).lower().startswith(CHANGED_BASE):
+        odd.append(f"init_lora_weights = {c['init_lora_weights']!r}")
+    if odd:
+        raise UserError(f"{path}/adapter_config.json has {odd[0]}, and only plain LoRA can be read: merge that adapter with PEFT first")
+    if not (isinstance(c.get("r"), int) and c["r"] > 0 and isinstance(c.get("lora_alpha"), (int, float))):
+        raise UserError(f"{path}/adapter_config.json needs a positive r and lora_alpha, not {c.get('r')!r} and {c.get('lora_alpha')!r}")
+    file = folder / "adapter_model.safetensors"
+    if not file.exists():
+        raise UserError(f"{path} has no adapter_model.safetensors: save the adapter with PEFT >= 0.6, whose default it is")
+    try:
+        with safe_open(file, "pt") as f:
+            return c, {k: f.get_tensor(k) for k in f.keys()}
+    except Exception as e:  # as in load_weights
+        raise UserError(f"{file} is not a readable safetensors file ({e}); copy it again") from None
+
+
+# ---- writing
+
+def write_text(path, text):
+    """Writes a whole file or nothing: a temporary name, flushed to the disk, then renamed."""
+    tmp = Path(f"{path}.tmp")
+    with open(tmp, "w", encoding="utf-8") as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(tmp, path)
+
+
+def write_safetensors(path, tensors, metadata=None):
+    """The same for a safetensors file."""
+    tmp = Path(f"{path}.tmp")
+    try:
+        save_file(tensors, tmp, metadata)
+    except SafetensorError as e:
+        raise OSError(str(e)) from e  # a full disk
+    mask = os.umask(0)  # it can only be read by setting it
+    os.umask(mask)
+    os.chmod(tmp, 0o666 & ~mask)  # safetensors 0.8 lets nobody else read its files
+    with open(tmp, "rb+") as f:
+        os.fsync(f.fileno())
+    os.replace(tmp, path)

@@ -1,0 +1,128 @@
+"""What a run looks at between its steps: loss and answers, both dense; what the selected channels are worth; what a step takes.
+
+`run` is what train.main makes: cfg, device, model, tokenizer, examples and tokenized (lists by split), info, stop, out.
+"""
+import math
+import time
+
+import torch
+
+import data
+import predictor
+from tools import dist
+from tools.dist import make_batches
+from tools.report import record, say
+
+
+class Interrupted(Exception):
+    """A signal came in the middle of an evaluation."""
+
+
+def look(run):
+    if dist.add(len(run.stop))[0]:
+        raise Interrupted
+
+
+@torch.no_grad()
+def mean_loss(run, split, n):
+    """Mean loss per scored token of the split's first n examples, dense."""
+    run.model.eval()
+    run.model.set_sparsity(0)
+    tokenized = run.tokenized[split][:n]
+    order = sorted(range(len(tokenized)), key=lambda i: len(tokenized[i].tokens))
+    total = torch.zeros(2, dtype=torch.float64, device=run.device)
+    for i in range(0, len(order), run.cfg.batch_size):
+        look(run)
+        for b in make_batches(run, split, order[i:i + run.cfg.batch_size]):
+            total += torch.stack([run.model.loss(b).double(), b.weights.sum().double()])
+    dist.all_reduce(total)
+    return (total[0] / total[1]).item()
+
+
+def accuracy(run, split, n):
+    """(share that greedy generation gets right of the split's first n examples with an answer, their number); (None, 0) without any."""
+    run.model.eval()
+    examples = [e for e in run.examples[split] if e.answer][:n]
+    mine = examples if run.cfg.fsdp else examples[dist.rank()::dist.world()]  # FSDP: all ranks generate the same, in step
+    prompts = [data.prompt_ids(e, run.tokenizer, run.cfg.prompt_format) for e in mine]
+    order, right = sorted(range(len(mine)), key=lambda i: len(prompts[i])), 0
+    for i in range(0, len(mine) if run.cfg.fsdp else -(-len(examples) // dist.world()), 128):
+        look(run)
+        some = order[i:i + 128]
+        outs = run.model.generate([prompts[j] for j in some], run.cfg.max_new_tokens, stop=run.tokenizer.stop)
+        right += sum(data.is_correct(run.tokenizer.decode(o), mine[j].answer) for j, o in zip(some, outs))
+    total = torch.tensor([right, len(mine)], dtype=torch.float64, device=run.device) / (dist.world() if run.cfg.fsdp else 1)
+    dist.all_reduce(total)
+    right, n = total.tolist()
+    return (right / n, int(n)) if n else (None, 0)
+
+
+def selection(run, scale):
+    """Prints, and returns, what share of the true energy the kept channels hold on one validation batch, and how far sparsity moves
+    its loss: a selection that fails shows here."""
+    if not predictor.predictors(run.model):
+        return {}
+    sum_energies(run)
+    run.model.eval()
+    rng = run.model.selection_rng.get_state()  # looking must not change the training
+    batch = data.collate(run.tokenized["val"][:run.cfg.micro_batch_size or run.cfg.batch_size], run.cfg.split).to(run.device)
+    total = batch.weights.sum().item()
+    with torch.no_grad():
+        run.model.set_sparsity(0)
+        dense = run.model.loss(batch).item() / total
+        run.model.set_sparsity(scale)
+        sparse, held = run.model.loss(batch).item() / total, predictor.energy_held(run.model, batch)
+    for kind in ("attn", "mlp"):
+        shares = [f"{k.split('.')[0]}:{v:.2f}" for k, v in held.items() if k.endswith(kind)]
+        if shares:
+            say(f"  true energy held by the kept {kind} channels, by block: " + " ".join(shares))
+    run.model.selection_rng.set_state(rng)
+    say(f"  one validation batch: loss {dense:.4f} dense, {sparse:.4f} sparse ({sparse - dense:+.4f})")
+    return dict(held=held, dense_loss=dense, sparse_loss=sparse)
+
+
+def sum_energies(run):
+    """`measured`: adds up what the ranks have measured since channels were last fixed, so that all keep the same from now on."""
+    for _, p in predictor.predictors(run.model):
+        if run.fresh and p.energies is not None:
+            dist.all_reduce(p.energies)
+            p.fresh = True
+    run.fresh = False
+
+
+def time_ratio(run, batches):
+    """Seconds of forward and backward, sparse over dense, median over the same batches in turn. batches: lists of example numbers."""
+    run.model.eval()
+    ratios = []
+    for k, idx in enumerate(batches):
+        look(run)
+        micro, seconds = make_batches(run, "train", idx), {}
+        for scale in ((0, 1) if k % 2 else (1, 0)):
+            run.model.set_sparsity(scale)
+            synchronize(run.device)
+            t = time.perf_counter()
+            for b in micro:
+                run.model.loss(b).backward()
+            synchronize(run.device)
+            seconds[scale] = time.perf_counter() - t
+        ratios.append(seconds[1] / seconds[0])
+    run.grad.zero_()
+    ratios = sorted(ratios[1:] or ratios)  # the first warms up
+    return ratios[len(ratios) // 2]
+
+
+def synchronize(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def evaluate(run, log, scale):
+    """Validation loss and answers, dense, and what the selection is worth at this scale (0: nothing to select)."""
+    n, info = run.cfg.eval_examples, run.info
+    loss = mean_loss(run, "val", n)
+    right, answered = accuracy(run, "val", n)
+    info["best_val"] = min(loss, info["best_val"] or math.inf)
+    say(f"step {info['step']}: validation loss {loss:.4f}" + (f", {right:.1%} of {answered} answers right" if answered else ""))
+    seen = selection(run, scale) if scale else {}
+    record(log, dict(step=info["step"], val_loss=loss, val_accuracy=right, **seen))
+    return dict(val_loss=loss, val_accuracy=right, **seen)

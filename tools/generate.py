@@ -1,0 +1,74 @@
+"""What LLaMA.generate needs besides the model: prompts as a batch, the cache of keys and values, sampling.
+"""
+from types import SimpleNamespace
+
+import torch
+
+
+def prompt_batch(prompts, device):
+    """B lists of ids -> a batch of all their tokens, the last of each first: the rows that the last block and the head go on with."""
+    last = [(i, len(p) - 1) for i, p in enumerate(prompts)]
+    at = last + [(i, j) for i, p in enumerate(prompts) for j in range(len(p) - 1)]
+    lengths = [len(p) for p in prompts]
+    B, S = len(prompts), max(lengths)
+    tensors = [torch.tensor(v, device=device) for v in ([prompts[i][j] for i, j in at], [j for _, j in at], [i * S + j for i, j in at])]
+    return SimpleNamespace(tokens=tensors[0], positions=tensors[1], rows=tensors[2], n_sparse=0, loss=slice(0, B), shape=(B, S), lengths=lengths)
+
+
+class KVCache:
+    """Keys and values of B texts of different lengths, each text's at its own positions 0 .. length - 1."""
+
+    def __init__(self, model, prompts, max_new_tokens):
+        self.lengths = torch.tensor([len(p) for p in prompts], device=model.device)  # (B,), also the next token's position
+        self.lanes = torch.arange(len(prompts), device=model.device)  # (B,)
+        self.size = max(map(len, prompts))  # positions in use by the longest
+        self.capacity = self.size + max_new_tokens
+        self.blocks = [BlockCache(self) for _ in model.blocks]
+
+    def advance(self):
+        """Makes room for one more token of each text."""
+        self.write, self.lengths, self.size = self.lengths, self.lengths + 1, self.size + 1
+        self.mask = (torch.arange(self.size, device=self.lengths.device) <= self.write[:, None])[:, None, None]  # (B, 1, 1, size)
+
+    def select(self, alive):
+        """Goes on with these texts only. alive: their numbers among the present ones."""
+        idx = torch.tensor(alive, device=self.lanes.device)
+        self.lengths, self.lanes = self.lengths[idx], self.lanes[:len(alive)]
+        for b in self.blocks:
+            b.k, b.v = b.k.index_select(0, idx), b.v.index_select(0, idx)
+
+
+class BlockCache:
+    """One block's part of a KVCache: k and v (B, K, capacity, hd)."""
+
+    def __init__(self, owner):
+        self.owner = owner
+
+    def fill(self, k, v):
+        """k, v (B, K, S, hd) of the prompts."""
+        B, K, S, hd = k.shape
+        self.k, self.v = k.new_zeros(B, K, self.owner.capacity, hd), v.new_zeros(B, K, self.owner.capacity, hd)
+        self.k[:, :, :S], self.v[:, :, :S] = k, v
+
+    def append(self, k, v):
+        """k, v (B, K, hd) of one new token each -> all keys and values in use, (B, K, size, hd)."""
+        o = self.owner
+        self.k[o.lanes, :, o.write], self.v[o.lanes, :, o.write] = k, v
+        return self.k[:, :, :o.size], self.v[:, :, :o.size]
+
+    @property
+    def lanes(self):
+        return self.owner.lanes
+
+    @property
+    def mask(self):
+        return self.owner.mask
+
+
+def sample(logits, temperature, top_p, rng):
+    """logits (B, V) -> ids (B,). temperature 0: the likeliest; else drawn from the smallest set of tokens that holds top_p."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    p, ids = (logits.float() / temperature).softmax(-1).sort(-1, descending=True)
+    p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0)  # the first token always stays
+    return ids.gather(1, torch.multinomial(p, 1, generator=rng))[:, 0]
