@@ -56,6 +56,18 @@ def gsm8k_rows(n, word):
              "answer": f"It is 2*{i}=$<<2*{i}={2 * i}>>{2 * i}.\n#### {1000 + i:,}"} for i in range(n)]
 
 
+def test_gsm8k_shots(tmp_path):
+    """The problem itself comes last and is not among the two that are solved before it."""
+    module, folder = prepare("gsm8k_shots", tmp_path)
+    module.main(originals(tmp_path, gsm8k_train__jsonl=gsm8k_rows(540, "pens"), gsm8k_test__jsonl=gsm8k_rows(5, "cups")))
+    for split in ("train", "val", "test"):
+        for row in read(folder / f"{split}.jsonl"):
+            *shots, own = row["prompt"].split("\n\n")
+            questions = [s.partition("\nSolution: ")[0] for s in shots]
+            assert len(shots) == 2 and own not in questions and all("pens" in s and "\n#### 1" in s for s in shots)
+            assert own.startswith("Problem: What do ") and row["response"].endswith(f"#### {row['answer']}")
+
+
 def test_gsm8k(tmp_path):
     module, folder = prepare("gsm8k", tmp_path)
     rows = {"gsm8k_train__jsonl": gsm8k_rows(30, "pens"), "test__jsonl": gsm8k_rows(4, "cups")}

@@ -27,14 +27,19 @@ def example(row):
             "answer": response.rpartition("####")[2].strip().replace(",", "")}
 
 
-def main(source=None):
+def splits(source=None):
+    """{"train", "val", "test": lists of examples}"""
     rows = {}
     for part in ("train", "test"):
         names, fields = [f"gsm8k_{part}.jsonl", f"{part}.jsonl"], ["question", "answer"]
         originals = download.records(names, fields, source, f"{URL}{part}.jsonl", sha256=SHA256[part])
         rows[part] = [example(row) for row in originals]
     train, val = download.split(rows["train"], 500, [rows["test"]])
-    download.write_all(__file__, {"train": train, "val": val, "test": rows["test"]})
+    return {"train": train, "val": val, "test": rows["test"]}
+
+
+def main(source=None):
+    download.write_all(__file__, splits(source))
 
 
 if __name__ == "__main__":
