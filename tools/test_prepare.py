@@ -65,7 +65,7 @@ def test_gsm8k_shots(tmp_path):
             *shots, own = row["prompt"].split("\n\n")
             questions = [s.partition("\nSolution: ")[0] for s in shots]
             assert len(shots) == 2 and own not in questions and all("pens" in s and "\n#### 1" in s for s in shots)
-            assert own.startswith("Problem: What do ") and row["response"].endswith(f"#### {row['answer']}")
+            assert own.startswith("Problem: What do ") and row["response"].startswith(f"It is 2*{own.split()[3]}=")
 
 
 def test_gsm8k(tmp_path):
