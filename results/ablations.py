@@ -8,7 +8,7 @@
                        6 rank and refresh  7 budgets, and dense LoRA stopped early  8 long runs  9 who has a loss sooner
     --seeds=0          runs of each line; 0: as above
     --name=tiny        of this base, in the tables and under out/ablations
-    --mlp=, --attn=    ratios of row 1
+    --mlp=, --attn=    ratios of rows 1, 2 and 9; --blocks=20-28: in these blocks, not in all but the first and the last
     --budgets=         of row 7 (FLOPs of a sparse step over a dense one's; the first one is row 3's)
     --jobs=2           runs at a time, one thread each
     --dry=True         only print the command lines;  --collect=True: only collect
@@ -34,7 +34,7 @@ from tools import options, run
 from tools.checkpoint import resolve, write_text
 
 ROOT = Path(__file__).resolve().parent.parent
-OWN = dict(rows="1,2,3,4,5,6,7,8,9", seeds=0, name="tiny", mlp=".9,.95,.97", attn=".25,.5", budgets=".75,.9,.85,.8,.7,.65", jobs=2, dry=False, collect=False)
+OWN = dict(rows="1,2,3,4,5,6,7,8,9", seeds=0, name="tiny", mlp=".9,.95,.97", attn=".25,.5", blocks="", budgets=".75,.9,.85,.8,.7,.65", jobs=2, dry=False, collect=False)
 TITLES = {1: "Which channels: five selectors", 2: "Which part", 3: "Where the ratios come from, at equal FLOPs", 4: "Which tokens are dense",
           5: "When it is sparse", 6: "Rank of the SVD, refreshing of the measured channels", 7: "Budgets, against dense LoRA stopped early",
           8: "Ten times as long", 9: "Who has a given validation loss sooner"}
@@ -44,21 +44,22 @@ SEEDS = {1: 5, 4: 5, 7: 5}  # three for the others
 
 # ---- the table of runs: row -> [(label, arguments of train.py)]. A label is one set of arguments; rows may share it. ---------------------
 
-def table(cfg, n_layers, folder, mlp, attn, budgets):
+def table(cfg, n_layers, folder, mlp, attn, budgets, blocks=""):
     """cfg: the base config with its flags; folder: where the chosen ratios are written."""
-    inner = "1" if n_layers < 4 else f"1-{n_layers - 2}"  # block 0 costs everything, the last one is dense in any case
+    inner = blocks or ("1" if n_layers < 4 else f"1-{n_layers - 2}")  # block 0 costs everything, the last one is dense in any case
     steps = cfg.max_steps or 200
 
     def ratios(m=0, a=0):
         return [f'--{k}_sparsity={{"{inner}": {r}}}' if r else f"--{k}_sparsity=0" for k, r in (("mlp", m), ("attn", a))]
 
+    where = f" in blocks {blocks}" if blocks else ""
     dense, ours, measured = ("dense LoRA", ratios()), ("as configured", []), ("measured", ["--predictor=measured"])
     rows = {1: [dense]}
-    rows[1] += [(f"{kind}, MLP {m:g}", ratios(m) + [f"--predictor={kind}"]) for m in mlp for kind in KINDS]
-    rows[1] += [(f"{kind}, attention {a:g}", ratios(0, a) + [f"--predictor={kind}"]) for a in attn for kind in KINDS]
+    rows[1] += [(f"{kind}, MLP {m:g}{where}", ratios(m) + [f"--predictor={kind}"]) for m in mlp for kind in KINDS]
+    rows[1] += [(f"{kind}, attention {a:g}{where}", ratios(0, a) + [f"--predictor={kind}"]) for a in attn for kind in KINDS]
     kind, m, a = f"--predictor={cfg.predictor}", mlp[0], (attn or [.25])[0]
-    rows[2] = [dense, (f"{cfg.predictor}, MLP {m:g}", ratios(m) + [kind]), (f"{cfg.predictor}, attention {a:g}", ratios(0, a) + [kind]),
-               (f"{cfg.predictor}, MLP {m:g} and attention {a:g}", ratios(m, a) + [kind])]
+    rows[2] = [dense, (f"{cfg.predictor}, MLP {m:g}{where}", ratios(m) + [kind]), (f"{cfg.predictor}, attention {a:g}{where}", ratios(0, a) + [kind]),
+               (f"{cfg.predictor}, MLP {m:g} and attention {a:g}{where}", ratios(m, a) + [kind])]
     rows[3] = [dense] + [(f"{cfg.predictor}, {what}, budget {budgets[0]:g}", [f"{folder}/{cfg.predictor}-{budgets[0]:g}{suffix}.py"])
                          for what, suffix in (("uniform", "_uniform"), ("uniform in the MLPs", "_uniform_mlp"),
                                               ("published pattern", "_published"), ("sensitivity", ""))]
@@ -74,7 +75,7 @@ def table(cfg, n_layers, folder, mlp, attn, budgets):
     long = [f"--max_steps={10 * steps}"]
     rows[8] = [(f"{name}, {10 * steps} steps", args + long) for name, args in (dense, ours, measured)]
     often = [f"--eval_interval={max(1, steps // 10)}", "--max_new_tokens=1", "--test_examples=0"]  # for the loss alone no answer is written
-    some = [dense] + [(f"measured, MLP {m:g}", ratios(m) + ["--predictor=measured"]) for m in mlp] + [(f"svd, MLP {mlp[0]:g}", ratios(mlp[0]) + ["--predictor=svd"])]
+    some = [dense] + [(f"measured, MLP {m:g}{where}", ratios(m) + ["--predictor=measured"]) for m in mlp] + [(f"svd, MLP {mlp[0]:g}{where}", ratios(mlp[0]) + ["--predictor=svd"])]
     some += [(f"measured, sensitivity, budget {budgets[0]:g}", [f"{folder}/measured-{budgets[0]:g}.py"])]
     rows[9] = [(f"{name}, often evaluated", args + often) for name, args in some]
     return merged(rows, cfg, n_layers)
@@ -287,7 +288,7 @@ def command_lines(base, own):
     cfg = config.load(base)
     layers = json.loads((resolve(cfg.model) / "config.json").read_text())["num_hidden_layers"]
     folder = f"out/ablations/{own['name']}"
-    rows = table(cfg, layers, folder, numbers(own, "mlp"), numbers(own, "attn"), numbers(own, "budgets"))
+    rows = table(cfg, layers, folder, numbers(own, "mlp"), numbers(own, "attn"), numbers(own, "budgets"), own["blocks"])
     wanted, commands, keys = numbers(own, "rows", int), {}, []
     if not set(wanted) <= set(rows):
         raise UserError(f"--rows={own['rows']} has to be some of {','.join(map(str, rows))}")
