@@ -75,8 +75,7 @@ def table(cfg, n_layers, folder, mlp, attn, budgets, blocks=""):
     long = [f"--max_steps={10 * steps}"]
     rows[8] = [(f"{name}, {10 * steps} steps", args + long) for name, args in (dense, ours, measured)]
     often = [f"--eval_interval={max(1, steps // 10)}", "--max_new_tokens=1", "--test_examples=0"]  # for the loss alone no answer is written
-    some = [dense] + [(f"measured, MLP {m:g}{where}", ratios(m) + ["--predictor=measured"]) for m in mlp] + [(f"svd, MLP {mlp[0]:g}{where}", ratios(mlp[0]) + ["--predictor=svd"])]
-    some += [(f"measured, sensitivity, budget {budgets[0]:g}", [f"{folder}/measured-{budgets[0]:g}.py"])]
+    some = [dense] + [(f"measured, MLP {m:g}{where}", ratios(m) + ["--predictor=measured"]) for m in mlp]
     rows[9] = [(f"{name}, often evaluated", args + often) for name, args in some]
     return merged(rows, cfg, n_layers)
 
