@@ -33,7 +33,7 @@ import torch.nn.functional as F
 try:
     import triton
     import triton.language as tl
-except ImportError:  # macOS, Windows: the references are left, the kernels below are never called
+except ImportError:  # not on Linux: the references are left, the kernels below are never called
     triton = None
 
     class tl:

@@ -125,7 +125,7 @@ class Part(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.lora = nn.ParameterDict()  # "q.A" (R, in), "q.B" (out, R): fp32 masters
+        self.lora = nn.ParameterDict()  # "q/A" (R, in), "q/B" (out, R): fp32 masters
         self.lora_scale = 0.0  # alpha / R
         self.predictor = None
         self.channels = None  # the kept channels of the last forward, None when dense
@@ -140,8 +140,9 @@ class Part(nn.Module):
         self.channels = None if keep is None else keep.channels
         return keep
 
-    def measuring(self, n):
-        """The buffer for this forward's true energies, with predictor "measured" in a dense training step; else None."""
+    def energy_buffer(self, n):
+        """Where this forward adds its true energies, with predictor "measured" in a dense training step (they then count as new); else
+        None."""
         if self.predictor is None or not self.predictor.measures() or not n:
             return None
         self.predictor.fresh = True
@@ -235,9 +236,14 @@ class Attention(Part):
         return [self.qkv[lo:hi] for lo, hi in self.spans.values()]
 
 
+def in_blocks(device, dtype):
+    """Whether attention is sparse.CausalAttention: fp32 and fp64 on a CPU. (Half precision needs sums in fp32, which torch's own has.)"""
+    return device.type == "cpu" and dtype in (torch.float32, torch.float64)
+
+
 def attend(q, k, v, lengths):
     """Causal attention, q (B, H, S, hd), k and v (B, K, S, hd). Rows behind an example's end are zero and come later: no mask."""
-    if not q.is_cuda and q.dtype in (torch.float32, torch.float64):
+    if in_blocks(q.device, q.dtype):
         return sparse.CausalAttention.apply(q, k, v, lengths)
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
 
@@ -281,22 +287,21 @@ class Block(nn.Module):
         that it keeps the same channels and measures nothing twice."""
         n = batch.n_sparse
         h = self.norm(x, self.attn_norm)
-        if "attn" not in chosen:
-            chosen["attn"] = self.attn.choose(h, n)
-            energies = self.attn.measuring(n)
-        else:
-            energies = None
-        a = self.attn(h, batch, rope, chosen["attn"], energies, last, cache)
+        keep, energies = self.choose("attn", h, n, chosen)
+        a = self.attn(h, batch, rope, keep, energies, last, cache)
         if last:
             x, n = x[batch.loss], 0
         x = x + a
         h = self.norm(x, self.mlp_norm)
-        if "mlp" not in chosen:
-            chosen["mlp"] = self.mlp.choose(h, n)
-            energies = self.mlp.measuring(n)
-        else:
-            energies = None
-        return x + self.mlp(h, n, chosen["mlp"], energies)
+        return x + self.mlp(h, n, *self.choose("mlp", h, n, chosen))
+
+    def choose(self, name, h, n, chosen):
+        """-> (what part `name` keeps for its normed input h (T, D), the buffer for its true energies or None); both only once a step."""
+        if name in chosen:
+            return chosen[name], None
+        part = getattr(self, name)
+        chosen[name] = part.choose(h, n)
+        return chosen[name], part.energy_buffer(n)
 
     def decode(self, x, rope, cache):
         x = x + self.attn.decode(self.norm(x, self.attn_norm), rope, cache)
@@ -552,8 +557,8 @@ class LLaMA(nn.Module):
 
     def flops(self, batch):
         """(dense, sparse): multiplications and additions of one training step of this batch, forward and backward, all that is computed
-        and nothing that is not: LoRA, the predictor, attention over the (B, S) grid, the loss. Sparse at the present set_sparsity.
-        A recomputation is not counted. The count equals torch.utils.flop_counter's (tested)."""
+        and nothing that is not: LoRA, the predictor, attention, the loss. Sparse at the present set_sparsity. A fused attention counts
+        as the whole (B, S, S), as torch counts it; a recomputation is not counted. Equal to torch.utils.flop_counter's number (tested)."""
         return tuple(sum(self.flops_by_part(batch, on).values()) for on in (False, True))
 
     def flops_by_part(self, batch, sparse_on=True):
@@ -562,6 +567,8 @@ class LLaMA(nn.Module):
         D, hd, inner, R = c.hidden_size, c.head_dim, c.intermediate_size, self.lora_r
         Nq, Nkv = c.num_attention_heads * hd, c.num_key_value_heads * hd
         T, T_loss, (B, S) = len(batch.tokens), batch.loss.stop - batch.loss.start, batch.shape
+        blocks = batch.lengths is not None and in_blocks(self.device, self.dtype)
+        pairs = sparse.CausalAttention.pairs(batch.lengths) if blocks else B * S * S  # of queries and keys
         full = not R and self.embed.requires_grad
         need = full  # does this block's input need a gradient? the first block's does not, unless the embedding is trained
 
@@ -579,7 +586,7 @@ class LLaMA(nn.Module):
             f = 2 * D * cols * (1 + need + full) + (pa.flops(n) if pa else 0)
             f += sum(lora(t if x == "q" else T, D, m, need) for x, m in (("q", Nq), ("k", Nkv), ("v", Nkv)) if x in self.lora_targets)
             inner_need = need or full or any(x in self.lora_targets for x in "qkv")
-            f += 2 * B * S * S * Nq * (2 + 5 * inner_need)  # causality is not counted: 2 products forward, 5 backward
+            f += 2 * pairs * Nq * (2 + 5 * inner_need)  # 2 products forward, 5 backward
             f += 2 * D * (n * pa.c * G + (T - n) * Nq if pa else t * Nq) * (1 + inner_need + full)
             f += lora(t, Nq, D, inner_need) if "o" in self.lora_targets else 0
             out[f"{i}.attn"] = f

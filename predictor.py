@@ -202,6 +202,7 @@ class Predictor:
         high = torch.promote_types(w.dtype, torch.float32)
         self.energies = torch.zeros(n_energies, dtype=high, device=w.device) if kind == "measured" else None
         self.fresh, self.fixed, self.fixed_c = False, None, 0
+        self.P = self.Q = self.rank = None  # of svd: load_factors()
         self.watch = None  # energy_held() puts a list here: select() then appends what share of the true energy it kept
 
     def set_scale(self, scale):
@@ -276,6 +277,7 @@ def attach(model, mlp_sparsity, attn_sparsity, rank=8, kind="svd", seed=0, agree
         raise UserError(f"attn_sparsity = {max(attn)} cannot be used with a {model.config.model_type} model: its q/k norms would rescale "
                         "the channels that are left; set attn_sparsity = 0 (MLP sparsity works)")
     generator = torch.Generator(model.embed.device).manual_seed(seed)
+    # estimate(part, x (n, D)) -> energies (N,); keep(part, energies, c, copy) -> KeepMLP or KeepAttention
     estimates = {"svd": (svd_attention, svd_mlp), "oracle": (oracle, oracle), "worst": (worst, worst), "measured": (None, None)}
     parts = []
     for i, block in enumerate(model.blocks):
@@ -329,12 +331,13 @@ def energies(model):
     return {name: p.energies for name, p in predictors(model) if p.energies is not None}
 
 
-def load_energies(model, saved):
-    """Takes energies() of an earlier run; the channels follow from them at the next set_sparsity."""
-    for name, p in predictors(model):
-        if name in saved:
-            p.energies.copy_(saved[name])
-            p.fresh = bool(p.energies.any())
+@torch.no_grad()
+def measure(model, batches):
+    """`measured`: adds the true energies of these batches, in dense forwards. The model stays in training mode, and dense."""
+    model.train()
+    model.set_sparsity(0)
+    for b in batches:
+        model.loss(b)
 
 
 def forget(model):

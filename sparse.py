@@ -1,4 +1,5 @@
-"""Frozen weights, LoRA and contextual sparsity in one: three autograd functions with a hand-written backward.
+"""Frozen weights, LoRA and contextual sparsity in one: autograd functions with a hand-written backward. Three of them are the method
+(ProjectOut, ProjectIn, SwiGLU); the others are the way into attention's grid and back, attention on a CPU, and the loss.
 
 A batch is a stream of T rows (data.collate). The first n rows are *sparse* (context tokens: they carry no loss), the rest are
 dense. A sparse row computes only the kept channels idx of a weight, forward and backward; a dense row computes all of them. Both
@@ -24,8 +25,8 @@ and the backward is the exact gradient of that forward:
 (The paper's code drops the base branch's gradient in the attention projections; here it is kept.) Frozen weights get no gradient;
 with lora_r = 0 the weights themselves are trained, and dW = dy.T x is computed in the same place.
 
-Cost of one sparse row against a dense one: C / N of the multiplications and of the weight bytes, three times over (forward, dx,
-and nothing for dW, which a frozen weight does not have). All products are kernels.gather_matmul_nt (x W[idx].T) and
+Cost of one sparse row against a dense one: C / N of the multiplications and of the weight bytes, in the forward and for dx (a frozen
+weight has no dW). All products are kernels.gather_matmul_nt (x W[idx].T) and
 gather_matmul_nn (x W[idx]); Triton on a GPU, index_select and a library matmul on a CPU.
 """
 from typing import NamedTuple, Optional
@@ -115,6 +116,9 @@ def lora_backward(dy, x, z, dx, spans, lora, s):
 
 
 # ---- projections -----------------------------------------------------------------------------------------------------------------
+# Arguments that all three share: keep, None (all rows dense) or what is kept; n, how many rows come first and are sparse (ignored without
+# keep); s = alpha / R; spans, the output columns (lo, hi) of each LoRA; *lora, A, B, A, B, ... in fp32, whose gradients are fp32 too (fp64
+# for fp64); SwiGLU's are six, A and B of gate, up and down.
 
 class KeepAttention(NamedTuple):
     """The kept channels of an attention: those of q, k and v, sorted int64, each numbered in its own projection; the same as rows of the
@@ -334,21 +338,32 @@ class Gather(Function):
 
 class CausalAttention(Function):
     """softmax(q k.T / sqrt(hd), no later position) v on the grid. q (B, H, S, hd), k and v (B, K, S, hd), lengths: B host integers ->
-    (B, H, S, hd), zero behind an example's end. For the CPU, whose fused attention works through the grid's padding and the whole square:
-    here an example's own rows only, 64 queries at a time against the keys before them. Forward and backward of 4 examples in 16/4 heads of
-    64, one core: of 512 tokens each 140 ms instead of 171, of 95 to 300 tokens 28 instead of 59."""
+    (B, H, S, hd), zero behind an example's end. For the CPU, whose fused attention works through the grid's padding too: here an example's
+    own rows only, 64 queries at a time against the keys up to them. Forward and backward of 4 examples in 16/4 heads of 64, one core: of 512
+    tokens each 140 ms instead of 171, of 95 to 300 tokens 28 instead of 59.
+
+        P = exp(q k.T - lse)    o = P v        (q already scaled; lse: the log of the sum over a row, kept from the forward)
+        dv = P.T do    dS = P (do v.T - rowsum(do o))    dq = dS k / sqrt(hd)    dk = dS.T q"""
     BLOCK = 64  # queries; of 128: a quarter slower
 
     @staticmethod
+    def ranges(lengths):
+        """(example, first, end) of each block of queries; its keys are 0 .. end."""
+        step = CausalAttention.BLOCK
+        return [(b, i, min(i + step, length)) for b, length in enumerate(lengths) for i in range(0, length, step)]
+
+    @staticmethod
+    def pairs(lengths):
+        """How many (query, key) pairs a head computes: about half of a square grid."""
+        return sum((j - i) * j for _, i, j in CausalAttention.ranges(lengths))
+
+    @staticmethod
     def blocks(q, k, v, lengths):
-        """Yields for each block of queries: its index into (B, S, ...) and that of its keys, its queries (K, G m, hd) for G query heads in
-        each of K groups, scaled, and the keys and values that they see (K, j, hd)."""
-        for b, length in enumerate(lengths):
-            for i in range(0, length, CausalAttention.BLOCK):
-                j = min(i + CausalAttention.BLOCK, length)
-                rows = b, slice(None), slice(i, j)
-                seen = b, slice(None), slice(0, j)
-                yield rows, seen, (q[rows] * q.shape[3] ** -.5).reshape(k.shape[1], -1, q.shape[3]), k[seen], v[seen]
+        """Yields for each block of m queries: its index into (B, h, S, hd) and that of its keys, m, its queries (K, G m, hd) for G query
+        heads in each of K groups, scaled, and the keys and values that they see, (K, j, hd)."""
+        for b, i, j in CausalAttention.ranges(lengths):
+            rows, seen = (b, slice(None), slice(i, j)), (b, slice(None), slice(0, j))
+            yield rows, seen, j - i, (q[rows] * q.shape[3] ** -.5).reshape(k.shape[1], -1, q.shape[3]), k[seen], v[seen]
 
     @staticmethod
     def scores(q, k, m):
@@ -361,22 +376,22 @@ class CausalAttention(Function):
     @staticmethod
     def forward(ctx, q, k, v, lengths):
         out = torch.zeros_like(q.transpose(1, 2)).transpose(1, 2)  # (B, H, S, hd), the heads of a row side by side: so it is read next
-        normalizers = []  # of each block, (K, G m, 1)
-        for rows, _, qs, ks, vs in CausalAttention.blocks(q, k, v, lengths):
-            s = CausalAttention.scores(qs, ks, rows[2].stop - rows[2].start)
-            normalizers.append(s.logsumexp(2, keepdim=True))
-            out[rows] = torch.bmm(s.sub_(normalizers[-1]).exp_(), vs).view_as(out[rows])
-        ctx.save_for_backward(q, k, v, out, *normalizers)
+        lses = []  # of each block, (K, G m, 1)
+        for rows, _, m, qs, ks, vs in CausalAttention.blocks(q, k, v, lengths):
+            s = CausalAttention.scores(qs, ks, m)
+            lses.append(s.logsumexp(2, keepdim=True))
+            out[rows] = torch.bmm(s.sub_(lses[-1]).exp_(), vs).view_as(out[rows])
+        ctx.save_for_backward(q, k, v, out, *lses)
         ctx.lengths = lengths
         return out
 
     @staticmethod
     def backward(ctx, dout):
-        q, k, v, out, *normalizers = ctx.saved_tensors
+        q, k, v, out, *lses = ctx.saved_tensors
         dq, dk, dv = (torch.zeros_like(t) for t in (q, k, v))
-        for (rows, seen, qs, ks, vs), z in zip(CausalAttention.blocks(q, k, v, ctx.lengths), normalizers):
+        for (rows, seen, m, qs, ks, vs), lse in zip(CausalAttention.blocks(q, k, v, ctx.lengths), lses):
             do, o = (t[rows].reshape_as(qs) for t in (dout, out))
-            p = CausalAttention.scores(qs, ks, rows[2].stop - rows[2].start).sub_(z).exp_()  # (K, G m, j)
+            p = CausalAttention.scores(qs, ks, m).sub_(lse).exp_()  # (K, G m, j)
             dv[seen].baddbmm_(p.transpose(1, 2), do)
             ds = torch.bmm(do, vs.transpose(1, 2)).sub_((do * o).sum(2, keepdim=True)).mul_(p)
             dk[seen].baddbmm_(ds.transpose(1, 2), qs)

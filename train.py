@@ -32,8 +32,7 @@ from config import UserError
 from model import LLaMA, ModelConfig, load_adapter
 from tools import dist, state
 from tools.checkpoint import resolve, write_text
-from tools.dist import make_batches
-from tools.evaluate import Interrupted, accuracy, evaluate, mean_loss, selection, time_ratio
+from tools.validate import Interrupted, accuracy, evaluate, make_batches, mean_loss, selection, time_ratio
 from tools.report import record, report, say, say_plan, say_result
 
 
@@ -104,6 +103,14 @@ def make_optimizer(cfg, flat, grad, matrices):
     return optimizer
 
 
+def forward_backward(run, micro):
+    """Adds the gradient of these micro-batches to run.grad, and their loss and weights to its last two places."""
+    for b in micro:
+        loss = run.model.loss(b)  # a weighted sum: update() divides by the sum of weights
+        loss.backward()
+        run.grad[-2:] += torch.stack([loss.detach(), b.weights.sum()])
+
+
 def update(run, lr):
     """One optimizer step from the summed gradients. Returns (3,) on the device: loss, gradient norm, steps skipped in a row. A loss or
     gradient that is not finite skips the step; AdamW's found_inf decides so on the device, without the host."""
@@ -146,8 +153,12 @@ def sparsity(cfg, step, max_steps):
 
 def main(cfg, command="python train.py"):
     """One run, from its config to its adapter. Returns the summary that is also written to out_dir/result.json, a dict; None where a
-    signal stopped the run or it was finished before. command: how to start this run again, for the message that says so."""
-    run = SimpleNamespace(cfg=cfg, stop=[], device=dist.setup(cfg), out=Path(cfg.out_dir), command=command, fresh=False, lock=None)
+    signal stopped the run or it was finished before. command: how to start this run again, for the message that says so.
+
+    `run`, which all functions here and in tools/ pass on, holds: cfg, device, out (Path) | folder of the base, tokenizer | examples and
+    tokenized, lists by split | model, optimizer, flat (n,) and grad (n + 2,) as flatten() makes them | max_steps, and info, what is saved
+    as JSON: step, sparse, ... | stop, signals that came | lock of out | unsummed: this rank has measured energies that the others lack."""
+    run = SimpleNamespace(cfg=cfg, stop=[], device=dist.setup(cfg), out=Path(cfg.out_dir), unsummed=False, lock=None)
     try:
         lengths, per_epoch = prepare(run)
         if run.info["finished"]:
@@ -185,7 +196,7 @@ def prepare(run):
     lengths = [len(t.tokens) for t in run.tokenized["train"]]
     per_epoch = len(data.batches(lengths, cfg.batch_size, cfg.seed, 0, cfg.length_window))
     run.max_steps = cfg.max_steps or math.ceil(cfg.epochs * per_epoch)
-    run.info = dict(step=0, sparse=False, evaluated=0, skipped=0, seconds=0.0, tokens=0, flops=0, dense_flops=0, best_val=None, before=None, finished=False)
+    run.info = dict(step=0, sparse=False, evaluated=0, skipped=0, seconds=0.0, tokens=0, flops=0, dense_flops=0, before=None, finished=False)
     say_plan(run)
     if dist.rank() == 0 and not run.lock:
         run.lock = state.lock(run.out)
@@ -237,14 +248,11 @@ def loop(run, lengths, per_epoch):
             predictor.forget(model)  # and measure anew in one dense step
             scale = 0.0
         info["sparse"] = scale > 0
-        run.fresh |= scale == 0
+        run.unsummed |= scale == 0
         start = time.perf_counter()
         model.train()
         model.set_sparsity(scale)
-        for b in micro:
-            loss = model.loss(b)  # a weighted sum: update() divides by the sum of weights
-            loss.backward()
-            run.grad[-2:] += torch.stack([loss.detach(), b.weights.sum()])
+        forward_backward(run, micro)
         lr = learning_rate(cfg, step, run.max_steps)
         metrics = update(run, lr)
 
@@ -278,12 +286,8 @@ def start_sparse(run, micro, scale, log):
     """The dense-to-sparse switch: `measured` fixes its channels, after one forward pass if no dense step came before."""
     if run.cfg.predictor == "measured":
         if run.info["step"] == 0:
-            run.model.train()
-            run.model.set_sparsity(0)
-            run.fresh = True
-            with torch.no_grad():
-                for b in micro:
-                    run.model.loss(b)
+            run.unsummed = True
+            predictor.measure(run.model, micro)
     say(f"sparse from step {run.info['step']} on")
     record(log, dict(step=run.info["step"], **selection(run, scale)))
 

@@ -30,7 +30,7 @@ from pathlib import Path
 import config
 from config import UserError
 from predictor import KINDS
-from tools import options, run
+from tools import run, split_options
 from tools.checkpoint import resolve, write_text
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -303,9 +303,7 @@ def command_lines(base, own):
 
 
 def main(argv):
-    mine = [a for a in argv if a in ("-h", "--help") or a.partition("=")[0].removeprefix("--") in OWN]
-    _, own = options(mine, __doc__, (0, 0), **OWN)
-    base = [a for a in argv if a not in mine]
+    own, base = split_options(argv, __doc__, **OWN)
     base = base if any(a.endswith(".py") for a in base) else ["config/tiny.py", *base]
     rows, commands, keys, folder = command_lines(base, own)
     if own["dry"]:

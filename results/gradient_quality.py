@@ -8,8 +8,8 @@
     --name=tiny        of this run in results/gradient_quality.json and .md
     --option=value     everything else is train.py's: the run itself goes as configured (same data order, schedule and optimizer)
 """
-import copy
 import json
+import math
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +21,7 @@ import data
 import data.tokenizer
 import predictor
 import train
-from tools import options, run
+from tools import run, split_options
 from tools.checkpoint import resolve, write_text
 
 OWN = dict(every=40, batches=4, kinds="oracle,measured,svd,random", probe="", name="tiny")
@@ -66,11 +66,7 @@ def look(r, ratios, kinds, batches, warm):
     for kind in kinds:
         predictor.attach(model, *ratios, r.cfg.predictor_rank, kind)
         if kind == "measured":
-            model.train()
-            model.set_sparsity(0)
-            with torch.no_grad():
-                for b in warm:
-                    model.loss(b)
+            predictor.measure(model, warm)
             model.eval()
         model.set_sparsity(0)
         dense = gradients(model, batches)
@@ -87,19 +83,19 @@ def train_and_look(r, ratios, kinds, every, n):
     """-> [{"step", "kinds": look()}]"""
     cfg, looks = r.cfg, []
     lengths = [len(t.tokens) for t in r.tokenized["train"]]
-    steps = cfg.max_steps or int(cfg.epochs * len(data.batches(lengths, cfg.batch_size, cfg.seed, 0)))
-    order, epoch = [], -1
+    order = data.batches(lengths, cfg.batch_size, cfg.seed, 0, cfg.length_window)
+    steps, per_epoch = cfg.max_steps or math.ceil(cfg.epochs * len(order)), len(order)
     batches = [b for i in range(n) for b in train.make_batches(r, "val", range(i * cfg.batch_size, (i + 1) * cfg.batch_size))]
     warm = [b for i in range(n) for b in train.make_batches(r, "train", range(i * cfg.batch_size, (i + 1) * cfg.batch_size))]
     for step in range(steps + 1):
         if step % every == 0 or step == steps:
             looks.append(dict(step=step, kinds=look(r, ratios, kinds, batches, warm)))
             print(f"step {step}: cosine of the whole gradient " + ", ".join(f"{k} {v['all'][0]:.3f}" for k, v in looks[-1]["kinds"].items()), flush=True)
-        if not order:
-            epoch += 1
-            order = copy.copy(data.batches(lengths, cfg.batch_size, cfg.seed, epoch))
+        epoch, i = divmod(step, per_epoch)
+        if i == 0:
+            order = data.batches(lengths, cfg.batch_size, cfg.seed, epoch, cfg.length_window)
         if step < steps:
-            one_step(r, order.pop(0), step, steps)
+            one_step(r, order[i], step, steps)
     return looks
 
 
@@ -107,10 +103,7 @@ def one_step(r, idx, step, steps):
     micro, scale = train.make_batches(r, "train", idx, seed=step * r.cfg.batch_size), train.sparsity(r.cfg, step, steps)
     r.model.train()
     r.model.set_sparsity(scale if predictor.predictors(r.model) else 0)
-    for b in micro:
-        loss = r.model.loss(b)
-        loss.backward()
-        r.grad[-2:] += torch.stack([loss.detach(), b.weights.sum()])
+    train.forward_backward(r, micro)
     train.update(r, train.learning_rate(r.cfg, step, steps))
 
 
@@ -129,9 +122,8 @@ def markdown(everything):
 
 
 def main(argv):
-    mine = [a for a in argv if a in ("-h", "--help") or a.partition("=")[0].removeprefix("--") in OWN]
-    _, own = options(mine, __doc__, (0, 0), **OWN)
-    r = setup(config.load([a for a in argv if a not in mine]))
+    own, args = split_options(argv, __doc__, **OWN)
+    r = setup(config.load(args))
     L, cfg = len(r.model.blocks), r.cfg
     ratios = [config.ratios(cfg.mlp_sparsity, L, "mlp_sparsity"), config.ratios(cfg.attn_sparsity, L, "attn_sparsity")]
     if own["probe"]:

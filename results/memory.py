@@ -56,7 +56,7 @@ class Attend(Function):
     """Flash attention keeps its inputs, its output and a log-sum for each row."""
 
     @staticmethod
-    def forward(ctx, q, k, v):
+    def forward(ctx, q, k, v, lengths):
         out = torch.empty_like(q)
         ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:3], dtype=torch.float32))
         return out
@@ -64,7 +64,7 @@ class Attend(Function):
     @staticmethod
     def backward(ctx, dout):
         q, k, v, _, _ = ctx.saved_tensors
-        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), None
 
 
 class Norm(Function):

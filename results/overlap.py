@@ -21,9 +21,9 @@ import config
 import predictor
 from config import UserError
 from results.predictor_quality import load, recall
-from tools import options, run
+from tools import run, split_options
 from tools.checkpoint import write_text
-from tools.sensitivity import calibration, measure_channels
+from tools.sensitivity import calibration
 
 OWN = dict(data="", batches=4, ratio=".5,.9", name="tiny")
 HERE = Path(__file__).resolve().parent
@@ -40,7 +40,7 @@ def energies_of(model, batches):
     """{part: true energies (N,)} summed over the batches."""
     for e in predictor.energies(model).values():
         e.zero_()
-    measure_channels(model, batches)
+    predictor.measure(model, batches)
     return {k: e.clone() for k, e in predictor.energies(model).items()}
 
 
@@ -99,10 +99,9 @@ def markdown(everything):
 
 
 def main(argv):
-    mine = [a for a in argv if a in ("-h", "--help") or a.partition("=")[0].removeprefix("--") in OWN]
-    _, own = options(mine, __doc__, (0, 0), **OWN)
+    own, args = split_options(argv, __doc__, **OWN)
     files, n = tasks(own["data"]), own["batches"]
-    cfg = config.load([a for a in argv if a not in mine])
+    cfg = config.load(args)
     model, tokenizer, device = load(cfg)
     batches = {t: calibration(replace(cfg, dataset=path, val_dataset="", val_fraction=0.0), tokenizer, 2 * n, device) for t, path in files.items()}
     L, studies = len(model.blocks), {}

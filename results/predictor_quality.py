@@ -21,7 +21,7 @@ import config
 import data.tokenizer
 import predictor
 import train
-from tools import options, run
+from tools import run, split_options
 from tools.checkpoint import resolve, write_text
 from tools.sensitivity import calibration
 
@@ -121,9 +121,8 @@ def markdown(everything):
 
 
 def main(argv):
-    mine = [a for a in argv if a in ("-h", "--help") or a.partition("=")[0].removeprefix("--") in OWN]
-    _, own = options(mine, __doc__, (0, 0), **OWN)
-    cfg = config.load([a for a in argv if a not in mine])
+    own, args = split_options(argv, __doc__, **OWN)
+    cfg = config.load(args)
     model, tokenizer, device = load(cfg)
     batches, n = calibration(cfg, tokenizer, 2 * own["batches"], device), own["batches"]
     rows = quality(model, batches[:n], batches[n:], [int(r) for r in own["ranks"].split(",")], [float(r) for r in own["ratios"].split(",")])

@@ -32,6 +32,12 @@ def options(argv, usage, positional, **defaults):
     return plain, out
 
 
+def split_options(argv, usage, **own):
+    """For a tool that takes train.py's options too -> (its own, as options() reads them; the arguments that are left for config.load)."""
+    mine = [a for a in argv if a in ("-h", "--help") or a.partition("=")[0].removeprefix("--") in own]
+    return options(mine, usage, (0, 0), **own)[1], [a for a in argv if a not in mine]
+
+
 def run(main):
     """The command line: main(argv). A UserError is the last line of stderr; --debug=True adds the traceback."""
     try:

@@ -43,7 +43,7 @@ import predictor
 import train
 from config import UserError
 from model import TARGETS, LLaMA, ModelConfig
-from tools import bench_kernels, bench_report, dist, options, run
+from tools import bench_kernels, bench_report, dist, run, split_options
 from tools.checkpoint import read_json, write_text
 from tools.bench_measure import grid_times, load_average, machine, measure, predictor_times, traffic, unique_bytes
 
@@ -127,9 +127,7 @@ class Ours:
         predictor.attach(run.model, mlp, attn, run.cfg.predictor_rank, kind)
         self.own = {part: part.predictor for b in run.model.blocks for part in (b.attn, b.mlp)}
         if kind == "measured":
-            run.model.set_sparsity(0)
-            with torch.no_grad():
-                run.model.loss(warm)
+            predictor.measure(run.model, [warm])
             run.model.set_sparsity(1)
 
     def select(self):
@@ -161,7 +159,7 @@ class Ours:
         held = [*self.model.parameters(), self.run.grad, *states(self.run.optimizer)]
         for p in filter(None, self.own.values()):
             held += [k.rows for k in p.fixed or () if isinstance(k, predictor.Keep) and k.rows is not None]
-            held += [*getattr(p, "Q", ()), *filter(torch.is_tensor, (p.energies, getattr(p, "P", None)))]
+            held += [*(p.Q or ()), *filter(torch.is_tensor, (p.energies, p.P))]
         return unique_bytes(held)
 
 
@@ -192,9 +190,10 @@ class HuggingFace:
         return loss.detach()
 
     def rows(self, batch):
-        """The grid as our counters would see it if every row of it were real and read by the loss. Its cost is HF's (tested)."""
+        """The grid as our counters would see it if every row of it were real and read by the loss, with a fused attention (no lengths). Its
+        cost is HF's (tested)."""
         B, S = batch["input_ids"].shape
-        return SimpleNamespace(tokens=range(B * S), loss=slice(0, B * S), shape=(B, S), n_sparse=0)
+        return SimpleNamespace(tokens=range(B * S), loss=slice(0, B * S), shape=(B, S), lengths=None, n_sparse=0)
 
     def flops(self, batch):
         return self.run.model.flops(self.rows(batch))[0]
@@ -273,11 +272,11 @@ def setup(cfg, raw):
 
 def main(argv):
     argv = [a + "=True" if a == "--report" else a for a in argv]
-    mine = [a for a in argv if a in ("-h", "--help") or a.partition("=")[0].removeprefix("--") in OWN]
-    own = SimpleNamespace(**options(mine, __doc__, (0, 0), **OWN)[1])
+    own, args = split_options(argv, __doc__, **OWN)
+    own = SimpleNamespace(**own)
     if own.report:
         return bench_report.readme()
-    cfg = config.load([a for a in argv if a not in mine])
+    cfg = config.load(args)
     (name, raw), shape, load = architecture(cfg, own.arch), parse_shape(own.shape, cfg), load_average()
     r = setup(cfg, raw)
     vocab, device = r.model.config.vocab_size, r.device

@@ -20,7 +20,6 @@ from datetime import timedelta
 import torch
 import torch.distributed as td
 
-import data
 from config import UserError
 
 
@@ -141,15 +140,6 @@ def share(value):
     data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
     size = broadcast(torch.tensor(len(data)))
     return json.loads(bytes(broadcast(data if rank() == 0 else torch.empty(int(size), dtype=torch.uint8)).tolist()))
-
-
-def make_batches(run, split, idx, seed=0):
-    """The micro-batches of these examples that are this rank's, on the device. seed: of split = "random"."""
-    cfg, share = run.cfg, idx[rank()::world()]
-    size = min(cfg.micro_batch_size or cfg.batch_size, -(-cfg.batch_size // world()))
-    micro = [data.collate([run.tokenized[split][j] for j in share[i:i + size]], cfg.split, seed=seed + i).to(run.device)
-             for i in range(0, len(share), size)]
-    return even(micro, -(-len(idx) // world()), size, lambda: data.collate([run.tokenized[split][idx[0]]]).to(run.device)) if cfg.fsdp else micro
 
 
 # ---- FSDP ------------------------------------------------------------------------------------------------------------------------

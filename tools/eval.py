@@ -38,7 +38,7 @@ import tools
 from config import ROOT, UserError
 from data import examples
 from model import LLaMA, load_adapter
-from tools import answers, sandbox
+from tools import answers, sandbox, state
 from tools.checkpoint import read_json, resolve, weight_files, write_text
 
 DATA = Path(ROOT, "data")
@@ -51,13 +51,9 @@ ALIASES = {"siqa": "social_i_qa", "arc-e": "arc-easy", "arc-c": "arc-challenge",
 
 def run_config(path):
     """The options of the training that made this directory, {} if none did."""
-    newest = sorted(Path(path).glob("state/*/state.json"))[-1:]
-    for file in [Path(path, "config.json"), *newest]:
-        found = read_json(file) if file.exists() else {}
-        found = found.get("info", found).get("config", found)
-        if "prompt_format" in found:  # config.json may be the model's
-            return found
-    return {}
+    states = Path(path, "state")
+    newest = state.numbers(states)[-1:]
+    return read_json(states / f"{newest[0]:06d}" / "state.json")["info"]["config"] if newest else {}
 
 
 def load(path, base, dtype, device):

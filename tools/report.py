@@ -67,6 +67,7 @@ def say_plan(run):
     model.set_sparsity(1)
     sample = data.collate(run.tokenized["train"][:cfg.batch_size], cfg.split)
     dense, sparse = model.flops(sample)
+    model.set_sparsity(0)
     first, end = math.ceil(cfg.sparse_start * run.max_steps), math.ceil(cfg.sparse_end * run.max_steps)
     say(f"dense for {first} steps, then sparse ({cfg.predictor}; ratios: {cfg.ratio_source()}) until step {end}: a sparse step computes "
         f"{sparse / dense:.0%} of a dense one's {dense / 1e9:,.1f} GFLOP" if predictor.predictors(model) else "dense throughout")

@@ -1,9 +1,9 @@
 """Where the sparsity levels come from: which blocks can skip how much, and the ratios that meet a compute budget.
 
-    python -m tools.sensitivity config/tiny.py --budget=0.6
+    python -m tools.sensitivity config/tiny.py --budget=0.75
     python train.py config/tiny.py out/tiny/ratios.py
 
-    --budget=0.6           FLOPs of a sparse training step over those of dense LoRA's
+    --budget=0.75          FLOPs of a sparse training step over those of dense LoRA's
     --ratios=.5,.75,.9,.97 the ratios that are tried
     --batches=8            batches to measure on, and as many others to check the result on; all from the training set
     --out=PATH             the config file to write; "" is out_dir/ratios.py. Beside it: a heat map (PNG), the patterns it was checked
@@ -16,9 +16,9 @@ very same batch. Then
     curve of a part    points (saved FLOPs, rise in loss), one a ratio, from (0, 0); only its lower convex hull counts
     choice             the hulls' edges in order of their slope (rise per saved FLOP), taken until the budget is met, the last one in part
 
-(a fall counts like a rise: before the fine-tuning a loss may well fall when a block is broken, as in block 0's attention of the embedded
-base, -.16, and yet the part is not free), which is the best choice if changes add up. They do not quite (errors of one block meet those of another), so the choice is checked: its
-true rise on other batches, beside that of uniform ratios and of the published middle-to-late pattern, both at the same FLOPs.
+If changes add up, this choice is the best. They do not quite (errors of one block meet those of another), so it is checked: its true rise
+on other batches, beside that of uniform ratios and of the published middle-to-late pattern at the same FLOPs. A fall counts like a rise:
+before fine-tuning, breaking a block may lower the loss (block 0's attention of the embedded base, -.16), and yet the part is not free.
 Cost: 2 (L - 1) parts * ratios * batches forward passes, each from its own block on (half of the model on average); no gradient.
 """
 import bisect
@@ -38,11 +38,11 @@ import data.tokenizer
 import predictor
 import train
 from config import UserError
-from tools import options, run
+from tools import run, split_options
 from tools.checkpoint import resolve, write_text
 from tools.report import clock
 
-OWN = dict(budget=0.6, ratios=".5,.75,.9,.97", batches=8, out="")
+OWN = dict(budget=0.75, ratios=".5,.75,.9,.97", batches=8, out="")
 SHADES = ((.003, " "), (.01, "░"), (.03, "▒"), (.1, "▓"), (float("inf"), "█"))  # change of the loss below which the shade is used
 PUBLISHED = ([(3, 30)], [(14, 19), (21, 23), (25, 29)])  # LLaMA-3-8B's blocks: MLP at .99, attention at .75, of 32
 
@@ -64,7 +64,7 @@ def setup(cfg, n):
     batches = calibration(cfg, tokenizer, warm + 2 * n, device)
     predictor.attach(model, .5, 0.0 if model.config.qk_norm else .5, cfg.predictor_rank, cfg.predictor, seed=cfg.seed)
     if warm:
-        measure_channels(model, batches[:warm])
+        predictor.measure(model, batches[:warm])
     model.eval()
     return model, batches[:warm], batches[warm:warm + n], batches[warm + n:]
 
@@ -79,15 +79,6 @@ def calibration(cfg, tokenizer, n, device):
     if len(whole) < n:
         raise UserError(f"{n} batches of {cfg.batch_size} are needed and {cfg.dataset} makes {len(whole)}: lower --batches or --batch_size")
     return [data.collate([tokenized[j] for j in idx], cfg.split).to(device) for idx in whole]
-
-
-@torch.no_grad()
-def measure_channels(model, batches):
-    """For predictor "measured": the true energies of these batches."""
-    model.train()
-    model.set_sparsity(0)
-    for b in batches:
-        model.loss(b)
 
 
 def fingerprint(model, cfg, warm):
@@ -325,9 +316,8 @@ def plan(model, batches, ratios, budget):
 
 
 def main(argv):
-    mine = [a for a in argv if a in ("-h", "--help") or a.partition("=")[0].removeprefix("--") in OWN]
-    _, own = options(mine, __doc__, (0, 0), **OWN)
-    ratios, args = parse(own), [a for a in argv if a not in mine]
+    own, args = split_options(argv, __doc__, **OWN)
+    ratios = parse(own)
     cfg = config.load(args)
     model, warm, batches, fresh = setup(cfg, own["batches"])
     L, out = len(model.blocks), Path(own["out"] or Path(cfg.out_dir) / "ratios.py")

@@ -24,7 +24,7 @@ import predictor
 from config import Config, UserError
 from tools import dist
 from tools.checkpoint import write_text
-from tools.evaluate import sum_energies
+from tools.validate import sum_energies
 from tools.report import say
 
 FORMAT = 1
@@ -210,7 +210,7 @@ def identity(run):
 def save_run(run):
     """Called by all ranks, written by one. False, and said so, where it could not be: the last good state stays."""
     tensors = run_tensors(run)
-    if run.fresh:  # each rank has measured its own share
+    if run.unsummed:  # each rank has measured its own share
         tensors.update({k: dist.all_reduce(t.clone()) for k, t in tensors.items() if k.startswith("energies.")})
     rng = {"cpu": [torch.get_rng_state()], "select": dist.gather(run.model.selection_rng.get_state())}
     if run.device.type == "cuda":
@@ -241,7 +241,7 @@ def resume_run(run):
         dist.broadcast(t.copy_(tensors[name]) if tensors else t)
         if name.startswith("energies.") and dist.rank():
             t.zero_()  # rank 0 holds the sum over all ranks
-    run.fresh = True
+    run.unsummed = True
     if info["sparse"]:
         sum_energies(run)
     rng = {k: [torch.tensor(list(bytes.fromhex(s)), dtype=torch.uint8) for s in v] for k, v in info["rng"].items()}

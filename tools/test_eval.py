@@ -179,6 +179,12 @@ def base(tmp_path_factory):
     return folder
 
 
+def write_state(run, number, options):
+    """As far as tools.eval reads it."""
+    (run / "state" / f"{number:06d}").mkdir(parents=True)
+    (run / "state" / f"{number:06d}" / "state.json").write_text(json.dumps({"info": {"config": options}}))
+
+
 @pytest.fixture
 def run(base, tmp_path):
     """A run's directory with an adapter that the base does not have, and a task of numbers."""
@@ -189,7 +195,7 @@ def run(base, tmp_path):
         for p in model.lora_parameters().values():
             p.normal_(0, .2)
     model.save_adapter(tmp_path / "run", base)
-    (tmp_path / "run" / "config.json").write_text(json.dumps(dict(prompt_format="plain", max_new_tokens=5, dtype="float32", dataset="none")))
+    write_state(tmp_path / "run", 1, dict(prompt_format="plain", max_new_tokens=5, dtype="float32", dataset="none"))
     rows = [dict(prompt="What is " + "1 + " * (i % 4) + f"{i}?", response="", answer=str(i)) for i in range(9)]
     (tmp_path / "numbers.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     return tmp_path / "run"
@@ -244,13 +250,11 @@ def test_goes_on_after_an_interruption(run, monkeypatch):
 
 
 def test_the_runs_options_are_found(run, base):
-    options = json.loads((run / "config.json").read_text())
-    assert tool.run_config(run) == options and tool.run_config(base) == {}
-    (run / "config.json").write_text((base / "config.json").read_text())  # all weights were trained: it is the model's
-    for i, steps in enumerate((3, 5)):
-        (run / "state" / f"00000{i}").mkdir(parents=True)
-        (run / "state" / f"00000{i}" / "state.json").write_text(json.dumps({"info": {"config": {**options, "max_new_tokens": steps}}}))
-    assert tool.run_config(run) == options
+    """The newest whole state's; a save that was killed has left a `tmp`."""
+    write_state(run, 2, {"max_new_tokens": 7})
+    (run / "state" / "tmp").mkdir()
+    (run / "state" / "tmp" / "state.json").write_text("{")
+    assert tool.run_config(run) == {"max_new_tokens": 7} and tool.run_config(base) == {}
 
 
 def test_limit_is_extended(run):

@@ -22,7 +22,7 @@ import config
 import train
 from config import UserError
 from model import LLaMA, ModelConfig
-from tools import dist, evaluate, state
+from tools import dist, state, validate
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZES = dict(model_type="llama", vocab_size=768, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
@@ -153,8 +153,8 @@ def test_stop_in_an_evaluation(home, tmp_path, monkeypatch):
     """The evaluation that a signal broke off is done again."""
     train.main(options(home, out_dir=tmp_path / "a"))
     with monkeypatch.context() as m:
-        real = evaluate.mean_loss
-        m.setattr(evaluate, "mean_loss", lambda run, *a: (term(run), real(run, *a))[1])
+        real = validate.mean_loss
+        m.setattr(validate, "mean_loss", lambda run, *a: (term(run), real(run, *a))[1])
         assert train.main(options(home, out_dir=tmp_path / "b")) is None
     assert newest(tmp_path / "b")[1]["step"] == 4 and newest(tmp_path / "b")[1]["evaluated"] == 0
     train.main(options(home, out_dir=tmp_path / "b", resume=True))

@@ -1,8 +1,6 @@
-"""What a run looks at between its steps: loss and answers, both dense; what the selected channels are worth; what a step takes.
-
-`run` is what train.main makes: cfg, device, model, tokenizer, examples and tokenized (lists by split), info, stop, out.
+"""What a run looks at between its steps: loss and answers, both dense; what the selected channels are worth; what a step takes. `run` is
+described at train.main.
 """
-import math
 import time
 
 import torch
@@ -10,8 +8,16 @@ import torch
 import data
 import predictor
 from tools import dist
-from tools.dist import make_batches
 from tools.report import record, say
+
+
+def make_batches(run, split, idx, seed=0):
+    """The micro-batches of these examples that are this rank's, on the device. seed: of split = "random"."""
+    cfg, share = run.cfg, idx[dist.rank()::dist.world()]
+    size = min(cfg.micro_batch_size or cfg.batch_size, -(-cfg.batch_size // dist.world()))
+    micro = [data.collate([run.tokenized[split][j] for j in share[i:i + size]], cfg.split, seed=seed + i).to(run.device)
+             for i in range(0, len(share), size)]
+    return dist.even(micro, -(-len(idx) // dist.world()), size, lambda: data.collate([run.tokenized[split][idx[0]]]).to(run.device)) if cfg.fsdp else micro
 
 
 class Interrupted(Exception):
@@ -84,10 +90,10 @@ def selection(run, scale):
 def sum_energies(run):
     """`measured`: adds up what the ranks have measured since channels were last fixed, so that all keep the same from now on."""
     for _, p in predictor.predictors(run.model):
-        if run.fresh and p.energies is not None:
+        if run.unsummed and p.energies is not None:
             dist.all_reduce(p.energies)
             p.fresh = True
-    run.fresh = False
+    run.unsummed = False
 
 
 def time_ratio(run, batches):
@@ -121,7 +127,6 @@ def evaluate(run, log, scale):
     n, info = run.cfg.eval_examples, run.info
     loss = mean_loss(run, "val", n)
     right, answered = accuracy(run, "val", n)
-    info["best_val"] = min(loss, info["best_val"] or math.inf)
     say(f"step {info['step']}: validation loss {loss:.4f}" + (f", {right:.1%} of {answered} answers right" if answered else ""))
     seen = selection(run, scale) if scale else {}
     record(log, dict(step=info["step"], val_loss=loss, val_accuracy=right, **seen))
