@@ -236,14 +236,9 @@ class Attention(Part):
         return [self.qkv[lo:hi] for lo, hi in self.spans.values()]
 
 
-def in_blocks(device, dtype):
-    """Whether attention is sparse.CausalAttention: fp32 and fp64 on a CPU. (Half precision needs sums in fp32, which torch's own has.)"""
-    return device.type == "cpu" and dtype in (torch.float32, torch.float64)
-
-
 def attend(q, k, v, lengths):
     """Causal attention, q (B, H, S, hd), k and v (B, K, S, hd). Rows behind an example's end are zero and come later: no mask."""
-    if in_blocks(q.device, q.dtype):
+    if q.device.type == "cpu":
         return sparse.CausalAttention.apply(q, k, v, lengths)
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
 
@@ -567,7 +562,7 @@ class LLaMA(nn.Module):
         D, hd, inner, R = c.hidden_size, c.head_dim, c.intermediate_size, self.lora_r
         Nq, Nkv = c.num_attention_heads * hd, c.num_key_value_heads * hd
         T, T_loss, (B, S) = len(batch.tokens), batch.loss.stop - batch.loss.start, batch.shape
-        blocks = batch.lengths is not None and in_blocks(self.device, self.dtype)
+        blocks = batch.lengths is not None and self.device.type == "cpu"
         pairs = sparse.CausalAttention.pairs(batch.lengths) if blocks else B * S * S  # of queries and keys
         full = not R and self.embed.requires_grad
         need = full  # does this block's input need a gradient? the first block's does not, unless the embedding is trained

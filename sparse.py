@@ -360,10 +360,12 @@ class CausalAttention(Function):
     @staticmethod
     def blocks(q, k, v, lengths):
         """Yields for each block of m queries: its index into (B, h, S, hd) and that of its keys, m, its queries (K, G m, hd) for G query
-        heads in each of K groups, scaled, and the keys and values that they see, (K, j, hd)."""
+        heads in each of K groups, scaled, and the keys and values that they see, (K, j, hd); fp32 where q is half."""
+        high = torch.promote_types(q.dtype, torch.float32)
         for b, i, j in CausalAttention.ranges(lengths):
             rows, seen = (b, slice(None), slice(i, j)), (b, slice(None), slice(0, j))
-            yield rows, seen, j - i, (q[rows] * q.shape[3] ** -.5).reshape(k.shape[1], -1, q.shape[3]), k[seen], v[seen]
+            qs, ks, vs = (t.to(high) for t in (q[rows], k[seen], v[seen]))
+            yield rows, seen, j - i, (qs * q.shape[3] ** -.5).reshape(k.shape[1], -1, q.shape[3]), ks, vs
 
     @staticmethod
     def scores(q, k, m):
@@ -388,15 +390,15 @@ class CausalAttention(Function):
     @staticmethod
     def backward(ctx, dout):
         q, k, v, out, *lses = ctx.saved_tensors
-        dq, dk, dv = (torch.zeros_like(t) for t in (q, k, v))
+        dq, dk, dv = (torch.zeros_like(t, dtype=torch.promote_types(q.dtype, torch.float32)) for t in (q, k, v))
         for (rows, seen, m, qs, ks, vs), lse in zip(CausalAttention.blocks(q, k, v, ctx.lengths), lses):
-            do, o = (t[rows].reshape_as(qs) for t in (dout, out))
+            do, o = (t[rows].to(qs.dtype).reshape_as(qs) for t in (dout, out))
             p = CausalAttention.scores(qs, ks, m).sub_(lse).exp_()  # (K, G m, j)
             dv[seen].baddbmm_(p.transpose(1, 2), do)
             ds = torch.bmm(do, vs.transpose(1, 2)).sub_((do * o).sum(2, keepdim=True)).mul_(p)
             dk[seen].baddbmm_(ds.transpose(1, 2), qs)
             dq[rows] = torch.bmm(ds, ks).mul_(q.shape[3] ** -.5).view_as(dq[rows])
-        return dq, dk, dv, None
+        return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype), None
 
 
 # ---- loss ------------------------------------------------------------------------------------------------------------------------

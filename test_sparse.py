@@ -224,20 +224,22 @@ def test_a_token_alone_sees_no_other_example():
     assert abs(alone - m.loss(data.collate(ex))) < 1e-9 * alone
 
 
+@pytest.mark.parametrize("dtype, tol", [(torch.float64, 1e-11), (torch.bfloat16, .05)])
 @pytest.mark.parametrize("heads", [(6, 2), (3, 3)])
-def test_attention_in_blocks_equals_torch(heads):
+def test_attention_in_blocks_equals_torch(heads, dtype, tol):
     """Lengths around the block of 64 queries; nothing is read or written behind an example's end."""
     torch.manual_seed(0)
     (H, K), lengths, S = heads, [150, 64, 1, 65], 150
     real = torch.arange(S) < torch.tensor(lengths)[:, None]  # (B, S)
     shapes = [(len(lengths), h, S, 8) for h in (H, K, K)]
-    qkv = [(torch.randn(s, dtype=torch.float64) * real[:, None, :, None]).requires_grad_() for s in shapes]
+    exact = [(torch.randn(s, dtype=torch.float64).to(dtype).double() * real[:, None, :, None]).requires_grad_() for s in shapes]
+    qkv = [t.detach().to(dtype).requires_grad_() for t in exact]
     mine = sparse.CausalAttention.apply(*qkv, lengths)
-    ref = F.scaled_dot_product_attention(*qkv, is_causal=True, enable_gqa=True) * real[:, None, :, None]
-    assert (mine - ref).abs().max() < 1e-12
-    dy = torch.randn_like(ref) * real[:, None, :, None]
-    for a, b in zip(torch.autograd.grad(mine, qkv, dy), torch.autograd.grad(ref, qkv, dy)):
-        assert (a - b).abs().max() < 1e-11
+    ref = F.scaled_dot_product_attention(*exact, is_causal=True, enable_gqa=True) * real[:, None, :, None]
+    dy = torch.randn_like(ref).to(dtype).double() * real[:, None, :, None]
+    grads = [torch.autograd.grad(y, x, d) for y, x, d in ((mine, qkv, dy.to(dtype)), (ref, exact, dy))]
+    for a, b in zip([mine, *grads[0]], [ref, *grads[1]]):
+        assert a.dtype == dtype and (a - b).abs().max() < tol * b.abs().max()
 
 
 def test_chunked_cross_entropy_equals_torch():

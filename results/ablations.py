@@ -14,8 +14,8 @@
     --dry=True         only print the command lines;  --collect=True: only collect
     --option=value     everything else goes to every train.py
 
-Interrupted, it goes on: finished runs have a result.json, half-finished ones a state. Writes results/ablations.json (all numbers) and
-results/ablations.md (mean, standard error and number of seeds, with the command line of each).
+Interrupted, it goes on: finished runs have a result.json, half-finished ones a state. Writes results/ablations.json (all numbers),
+results/ablations.md (mean, standard error and number of seeds, with the options of each) and the README's table.
 """
 import json
 import math
@@ -31,7 +31,7 @@ import config
 from config import UserError
 from predictor import KINDS
 from tools import run, split_options
-from tools.checkpoint import resolve, write_text
+from tools.checkpoint import resolve, write_section, write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 OWN = dict(rows="1,2,3,4,5,6,7,8,9", seeds=0, name="tiny", mlp=".9,.95,.97", attn=".25,.5", blocks="", budgets=".75,.9,.85,.8,.7,.65", jobs=2, dry=False, collect=False)
@@ -207,7 +207,7 @@ def collect(commands, rows, folder, base):
             command, args = commands[label, seed]
             need = analyses(args, folder)
             text = (shlex.join([*SENSITIVITY, *base, *need]) + " && " if need else "") + shlex.join(command[:-2])
-            out[label] = dict(command=text, rows=[n for n in rows if label in dict(rows[n])], seeds={})
+            out[label] = dict(command=text, base=shlex.join(command[:2] + base), args=shlex.join(args), rows=[n for n in rows if label in dict(rows[n])], seeds={})
         out[label]["seeds"][seed] = r
     for entry in out.values():
         some = entry["seeds"].values()
@@ -239,18 +239,31 @@ def markdown(everything):
              "run's. time to a loss: until the validation loss is what both runs reach, over dense LoRA's time to it (under 100%: sooner). FLOPs, time (forward and backward, sparse and dense steps timed in turn): of the whole run over full-length dense LoRA's.", ""]
     for name, entries in everything.items():
         before = [r["before"] for e in entries.values() for r in e["seeds"].values() if "before" in r]
-        lines += [f"## {name}", "", f"Before training: {before[0]:.1%}." if before else "", ""]
+        base = next(iter(entries.values()))["base"]
+        lines += [f"## {name}", "", f"`{base} OPTIONS --threads=1 --seed=N`. A file of ratios is what `python -m tools.sensitivity "
+                  f"{base.partition('train.py ')[2]} --predictor=KIND --budget=B --out=FILE` writes."
+                  + (f" Before training: {before[0]:.1%}." if before else ""), ""]
         for n, title in TITLES.items():
             some = {label: e for label, e in entries.items() if n in e["rows"]}
             if not some:
                 continue
             shown = [c for c in COLUMNS if any(c[0] in e["summary"] for e in some.values())]
-            lines += [f"### {n}. {title}", "", "| | n | " + " | ".join(c[1] for c in shown) + " | command |", "|---" * (len(shown) + 3) + "|"]
+            lines += [f"### {n}. {title}", "", "| | n | " + " | ".join(c[1] for c in shown) + " | options |", "|---" * (len(shown) + 3) + "|"]
             for label, e in some.items():
-                row = [label, str(len(e["seeds"])), *(cell(e["summary"].get(k), form) for k, _, form in shown), f"`{e['command']}`"]
+                row = [label, str(len(e["seeds"])), *(cell(e["summary"].get(k), form) for k, _, form in shown), f"`{e['args']}`" if e["args"] else ""]
                 lines.append("| " + " | ".join(row) + " |")
             lines.append("")
     return "\n".join(lines)
+
+
+def readme_table(everything, fewest=2):
+    """What the README shows: the runs of the first base with at least so many seeds. The rest is in ablations.md."""
+    name, entries = next(iter(everything.items()))
+    some = {label: e for label, e in entries.items() if len(e["seeds"]) >= fewest}
+    shown = [c for c in COLUMNS if c[0] in ("after", "test_loss", "flops_share", "time_share")]
+    lines = [f"| {name} | seeds | " + " | ".join(c[1] for c in shown) + " |", "|---" * (len(shown) + 2) + "|"]
+    lines += [f"| {label} | {len(e['seeds'])} | " + " | ".join(cell(e["summary"].get(k), form) for k, _, form in shown) + " |" for label, e in some.items()]
+    return "\n".join(lines) + "\n"
 
 
 def draw_budgets(entries, path):
@@ -315,6 +328,8 @@ def main(argv):
     everything[own["name"]] = collect(commands, rows, folder, base)
     write_text(path, json.dumps(everything, indent=1) + "\n")
     write_text(path.with_suffix(".md"), markdown(everything))
+    if (ROOT / "README.md").exists():
+        write_section(ROOT / "README.md", "ablations", readme_table(everything))
     draw_budgets(everything[own["name"]], path.with_name(f"budgets_{own['name']}.png"))
     print(path.with_suffix(".md"))
 

@@ -1,14 +1,12 @@
 """What tools.bench shows of its measurements: the tables of a run, a bar chart, the README's section from results/bench/*.json."""
-import re
 from pathlib import Path
 
 import config
 from config import UserError
-from tools.checkpoint import read_json, write_text
 from tools.bench_measure import quantile
+from tools.checkpoint import read_json, write_section
 
 ROOT = Path(config.ROOT)
-BEGIN, END = "<!-- bench -->", "<!-- /bench -->"
 PHASES = ("forward", "backward", "optimizer")
 GROUPS = dict(full="full length", real="GSM8K's lengths")
 GPU = "python -m tools.bench config/math.py --shape=8x512/128 --arch=llama3-8b"
@@ -124,7 +122,7 @@ def section(runs):
     head = ("ms a step (quartiles)", "over dense LoRA", "FLOP ratio", "share that arrives", "over HF + PEFT", "peak GiB")
     lines = []
     for out in runs:
-        lines += [f"**{title(out)}**: {out['steps']} rounds, commit {out['commit']}, `{out['command']}`", ""]
+        lines += [f"**{title(out)}**, {out['steps']} rounds, commit {out['commit']}:", "", f"    {out['command'].strip()}", ""]
         for key, name in GROUPS.items():
             if key in out:
                 lines += [f"| {name} | {' | '.join(head)} |", "|---" * (len(head) + 1) + "|", *map(markdown, out[key]["rows"])]
@@ -147,9 +145,5 @@ def readme(folder=None, path=None):
     runs = [read_json(p) for p in sorted(folder.glob("*.json"))]
     if not runs:
         raise UserError(f"{folder} holds no measurement yet: run python -m tools.bench config/bench_cpu.py first")
-    old = path.read_text(encoding="utf-8") if path.exists() else ""
-    if BEGIN not in old or END not in old:
-        raise UserError(f"{path} has no place for the numbers: write {BEGIN} and {END} where they belong")
-    new = f"{BEGIN}\n{section(runs)}{END}"
-    write_text(path, re.sub(re.escape(BEGIN) + ".*?" + re.escape(END), lambda m: new, old, flags=re.S))
+    write_section(path, "bench", section(runs))
     print(f"{path}: {len(runs)} runs")
