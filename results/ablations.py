@@ -62,7 +62,7 @@ def table(cfg, n_layers, folder, mlp, attn, budgets, blocks=""):
                (f"{cfg.predictor}, MLP {m:g} and attention {a:g}{where}", ratios(m, a) + [kind])]
     rows[3] = [dense] + [(f"{cfg.predictor}, {what}, budget {budgets[0]:g}", [f"{folder}/{cfg.predictor}-{budgets[0]:g}{suffix}.py"])
                          for what, suffix in (("uniform", "_uniform"), ("uniform in the MLPs", "_uniform_mlp"),
-                                              ("published pattern", "_published"), ("sensitivity", ""))]
+                                              ("published pattern", "_published"), ("sensitivity", ""), ("sensitivity after fine-tuning", "_tuned"))]
     rows[4] = [dense, ours] + [(f"split {s}", [f"--split={s}"]) for s in ("rectangle", "none", "random")]
     rows[5] = [dense, ours, ("sparse from the start", ["--sparse_start=0"]),
                ("dense for 20 %", ["--sparse_start=0.2"]), ("dense for 5 %, ramp over 20 %", ["--sparse_start=0.05", "--sparse_ramp=0.2"]),
@@ -97,7 +97,8 @@ def analyses(args, folder):
     """The tools.sensitivity command line (as a list) that writes the config file in the arguments of a run; None where there is none."""
     for path in (Path(a) for a in args if a.endswith(".py")):
         kind, _, budget = path.stem.partition("_")[0].partition("-")
-        return [f"--predictor={kind}", f"--budget={budget}", f"--out={folder}/{kind}-{budget}.py"]
+        tuned = [f"--init_adapter={folder}/{short('dense LoRA')}/0"] if path.stem.endswith("_tuned") else []
+        return [f"--predictor={kind}", f"--budget={budget}", *tuned, f"--out={folder}/{kind}-{budget}{'_tuned' * bool(tuned)}.py"]
 
 
 def short(label):
@@ -118,11 +119,16 @@ def execute(command, log):
 
 def run_all(commands, folder, base, jobs):
     """commands: {(label, seed): (command line, arguments of the label)}. First the analyses that they need, one after the other (they
-    share one file), then the trainings, so many at a time."""
-    for need in dict.fromkeys(tuple(a) for a in (analyses(args, folder) for _, args in commands.values()) if a):
-        if not Path(ROOT, need[-1].partition("=")[2]).exists():
-            execute([*SENSITIVITY, *base, "--threads=1", *need], ROOT / folder / "sensitivity.log")
+    share one file), then the trainings, so many at a time; then the same for what needs the adapter of a run."""
+    for tuned in (False, True):
+        some = {k: c for k, c in commands.items() if any(a.endswith("_tuned.py") for a in c[1]) == tuned}
+        for need in dict.fromkeys(tuple(a) for a in (analyses(args, folder) for _, args in some.values()) if a):
+            if not Path(ROOT, need[-1].partition("=")[2]).exists():
+                execute([*SENSITIVITY, *base, "--threads=1", *need], ROOT / folder / "sensitivity.log")
+        train_all(some, jobs)
 
+
+def train_all(commands, jobs):
     def one(key):
         command, args = commands[key]
         out = Path(ROOT, command[-1].partition("=")[2])
