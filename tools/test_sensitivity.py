@@ -14,7 +14,7 @@ import torch
 import config
 import predictor
 from config import UserError
-from results import ablations, gradient_quality, overlap, plot, predictor_quality
+from results import ablations, gradient_quality, overlap, patterns, plot, predictor_quality
 from tools import sensitivity
 from tools.test_runs import home  # noqa: F401 (a fixture)
 
@@ -227,6 +227,11 @@ def test_quality_overlap_and_gradients(home, tmp_path, monkeypatch, capsys):
     assert study["overlap"]["a"] == study["overlap"]["b"] and 0 < study["overlap"]["a"]["b"] <= 1
     with pytest.raises(UserError, match="two tasks"):
         overlap.main([*base, "--data=a:x"])
+    patterns.main([*base, "--batches=1", "--mlp=1:.5,0-1:.75"])
+    said = capsys.readouterr().out.splitlines()
+    assert said[-2].startswith("MLP 0.5 in 1 ") and said[-1].startswith("MLP 0.75 in 0-1") and said[-1].endswith("of the FLOPs")
+    with pytest.raises(UserError, match="BLOCKS:RATIO"):
+        patterns.main([*base, "--batches=1", "--mlp=1"])
     gradient_quality.main([*base, "--every=6", "--batches=1", "--kinds=oracle,random", "--max_steps=6"])
     looks = json.loads((tmp_path / "gradient_quality.json").read_text())["tiny"]
     assert [look["step"] for look in looks] == [0, 6] and all(-1 <= c <= 1 for c, _ in looks[0]["kinds"]["oracle"].values())

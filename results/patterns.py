@@ -1,0 +1,47 @@
+"""What whole patterns of MLP sparsity cost before any training, on batches that no choice was made on.
+
+    python -m results.patterns config/smollm2.py --model=DIR --mlp=20-28:.9,1-28:.5
+
+    --mlp=BLOCKS:RATIO,...   patterns to try, one after the other      --batches=4   to measure on, and as many before them to measure channels
+    --files=a.py,b.py        also the ratios in these config files (tools.sensitivity wrote them)
+    --option=value           everything else is train.py's (its predictor is used)
+
+Prints the rise in loss (mean and standard error over the batches) and the FLOPs of a step over a dense one's.
+"""
+import config
+from config import UserError
+from tools import run, split_options
+from tools.sensitivity import losses, mean_and_error, setup
+
+OWN = dict(mlp="20-28:.9", files="", batches=4)
+
+
+def patterns(own, args, n_layers):
+    """-> {name: {"3.mlp": ratio, ...}}"""
+    out = {}
+    for item in filter(None, own["mlp"].split(",")):
+        blocks, colon, ratio = item.partition(":")
+        try:
+            ratios = dict(mlp=config.ratios({blocks: float(ratio)}, n_layers, "mlp"))
+        except ValueError:
+            raise UserError(f"--mlp={item} has to be BLOCKS:RATIO, like 20-28:.9") from None
+        out[f"MLP {float(ratio):g} in {blocks}"] = ratios
+    for file in filter(None, own["files"].split(",")):
+        cfg = config.load([*args, file])
+        out[file] = {k: config.ratios(getattr(cfg, f"{k}_sparsity"), n_layers, k) for k in ("mlp", "attn")}
+    return {name: {f"{i}.{k}": r for k, rs in p.items() for i, r in enumerate(rs[:-1]) if r} for name, p in out.items()}
+
+
+def main(argv):
+    own, args = split_options(argv, __doc__, **OWN)
+    model, _, batches, _ = setup(config.load(args), own["batches"])
+    dense = losses(model, batches, {})
+    print(f"dense loss {sum(dense) / len(dense):.4f}", flush=True)
+    for name, ratios in patterns(own, args, len(model.blocks)).items():
+        rise, error = mean_and_error([x - d for x, d in zip(losses(model, batches, ratios), dense)])
+        flops = [sum(f) for f in zip(*map(model.flops, batches))]
+        print(f"{name:24s} loss {rise:+.4f} ± {error:.4f}, {flops[1] / flops[0]:.1%} of the FLOPs", flush=True)
+
+
+if __name__ == "__main__":
+    run(main)
