@@ -197,7 +197,8 @@ class Attention(Part):
         return sparse.RopeScatter.apply(y, rope[0][rows], rope[1][rows], batch.rows[rows], n_rot, self.head_dim, batch.shape, heads)
 
     def forward(self, x, batch, rope, keep, energies, last, cache):
-        """x (T, D) -> (T, D), in the last block (T_loss, D). rope: cos, sin (T, hd/2)."""
+        """x (T, D) -> (T, D), in the last block (T_loss, D). rope: cos, sin (T, hd/2). keep: KeepAttention or None. energies: += those of
+        the context rows, (Nq + 2 Nkv,), or None. last: of the last block. cache: a BlockCache to fill (generation), or None."""
         H, K, N = self.n_heads, self.n_kv_heads, self.qkv.shape[0]
         n, every, wanted = batch.n_sparse, slice(0, len(x)), batch.loss if last else slice(0, len(x))
         if last:  # queries for the loss rows only
@@ -367,7 +368,8 @@ class LLaMA(nn.Module):
     @classmethod
     def from_pretrained(cls, path, dtype=torch.float32, device="cpu", shard=None):
         """path: a directory or a hub id with config.json and safetensors. Tensors are streamed from the files straight to their place:
-        never more than the model and one tensor. shard: called on the model while it has no storage yet (FSDP)."""
+        never more than the model and one tensor. shard: called on the model while it has no storage yet (FSDP). UserError: no such model,
+        an architecture that is not written here, files that are missing, damaged or do not fit config.json."""
         folder = resolve(path)
         config = ModelConfig.from_dir(folder)
         files = weight_files(folder)
@@ -438,7 +440,7 @@ class LLaMA(nn.Module):
 
     @torch.no_grad()
     def load_lora(self, state):
-        """state: {PEFT's name: tensor} for exactly the adapters that add_lora made."""
+        """state: {PEFT's name: tensor} for exactly the adapters that add_lora made. UserError: others, or other shapes."""
         own = self.lora_parameters()
         odd = sorted(own.keys() ^ state.keys())
         if odd:
@@ -494,7 +496,8 @@ class LLaMA(nn.Module):
 
     def loss(self, batch, x=None, first=0):
         """batch (data.Batch, on the model's device) -> the weighted sum of the loss over its loss rows, a scalar in fp32; the training
-        loop divides by the sum of weights. Obeys set_sparsity alone, in training mode or not. x, first: as for hidden."""
+        loop divides by the sum of weights. Obeys set_sparsity alone, in training mode or not. x, first: as for hidden. UserError: sparse
+        with "measured" before any dense step in training mode, or a text longer than the sliding window."""
         x = self.hidden(batch, None, x, first)
         head = self.head if torch.is_grad_enabled() else self.head.detach()
         return sparse.CrossEntropy.apply(x, head, batch.targets, batch.weights)

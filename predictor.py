@@ -23,6 +23,7 @@ that reads it; a value channel's output-projection rows are those of every query
 import hashlib
 import os
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -95,6 +96,11 @@ def oracle(part, x):
 
 def worst(part, x):
     return oracle(part, x).neg_()
+
+
+def at_random(n, generator, part, x):
+    """Energies (n,) that mean nothing: the ablation "random"."""
+    return torch.rand(n, generator=generator, device=x.device)
 
 
 def svd_attention(attn, x):
@@ -284,7 +290,7 @@ def attach(model, mlp_sparsity, attn_sparsity, rank=8, kind="svd", seed=0, agree
         a, m = block.attn, block.mlp
         a.predictor = m.predictor = None
         sizes = (a.qkv.shape[0], m.down.shape[0])  # Nq + 2 Nkv, I
-        e_attn, e_mlp = estimates.get(kind) or [lambda part, x, n=n: torch.rand(n, generator=generator, device=x.device) for n in sizes]
+        e_attn, e_mlp = estimates.get(kind) or [partial(at_random, size, generator) for size in sizes]
         if attn[i] > 0 and i < n - 1:
             a.predictor = Predictor(a, attn[i], kind, e_attn, keep_attention, a.n_kv_heads * a.head_dim, sizes[0])
             parts.append((f"{i}.attn", a))

@@ -15,6 +15,7 @@
 --overwrite=True   drops predictions of another adapter, task file or setting. Those of this very one are kept: an
                interrupted evaluation goes on where it stopped, a finished one only prints its result
 --execute=True runs the programs that the model wrote for HumanEval here, with limits (see tools/sandbox.py)
+--threads=N     CPU threads; --debug=True: traceback after an error
 --temperature, --top_p, --seed: of --prompt; tasks are answered greedily. torchrun shares the problems out.
 
 How an answer is read off a text: tools/answers.py, as LLM-Adapters does it, so that numbers compare with its
