@@ -11,6 +11,7 @@ import data
 import predictor
 from config import UserError
 from model import LLaMA, ModelConfig
+from results import memory
 from tools import bench, bench_kernels, bench_measure, bench_report
 
 TINY = dict(model_type="llama", vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
@@ -89,6 +90,15 @@ def test_sparse_flops_are_torchs(targets, kind, ratios, model_type, tmp_path, mo
     assert sparse == counted(lambda: m.loss(b).backward())
     m.set_sparsity(0)
     assert dense == counted(lambda: m.loss(b).backward()) and m.flops(b) == (dense, dense)
+
+
+def test_memory_is_counted_without_memory():
+    """results.memory: on the meta device, with stand-ins for what a GPU fuses."""
+    m = memory.make_model({**TINY, "num_hidden_layers": 6}, 4)
+    one, ten = (memory.step_bytes(m, n, False, 32, 8) for n in (1, 10))
+    assert 5 * one < ten < 11 * one and memory.step_bytes(m, 10, True, 32, 8) < .8 * ten
+    memory.keep_channels(m, [.9] * 6, [0.0] * 6)
+    assert memory.step_bytes(m, 10, False, 32, 8) < ten
 
 
 # ---- the bench -------------------------------------------------------------------------------------------------------------------
