@@ -1,13 +1,17 @@
-"""Frozen weights, LoRA and contextual sparsity in one: autograd functions with a hand-written backward. Three of them are the method
-(ProjectOut, ProjectIn, SwiGLU); the others are the way into attention's grid and back, attention on a CPU, and the loss.
+"""Frozen weights, LoRA and contextual sparsity in one: autograd functions with a hand-written backward. Three
+of them are the method (ProjectOut, ProjectIn, SwiGLU); the others are the way into attention's grid and back,
+attention on a CPU, and the loss.
 
-A batch is a stream of T rows (data.collate). The first n rows are *sparse* (context tokens: they carry no loss), the rest are
-dense. A sparse row computes only the kept channels idx of a weight, forward and backward; a dense row computes all of them. Both
-kinds write into one output, so dense LoRA is this very code with n = 0.
+A batch is a stream of T rows (data.collate). The first n rows are *sparse* (context tokens: they carry no
+loss), the rest are dense. A sparse row computes only the kept channels idx of a weight, forward and
+backward; a dense row computes all of them. Both kinds write into one output, so dense LoRA is this very code
+with n = 0.
 
-    T rows, n of them sparse     D model width     N projection width     I MLP width     C kept channels     R LoRA rank
+    T rows, n of them sparse     D model width       N projection width
+    I MLP width                  C kept channels     R LoRA rank
 
-Frozen weights are stored with their sparse axis first, so that to keep channels is to gather contiguous rows of W:
+Frozen weights are stored with their sparse axis first, so that to keep channels is to gather contiguous
+rows of W:
 
     qkv      W (N, D)     dense  y = x W.T + b       sparse  y = b;  y[:, idx] += x W[idx].T
     o        W (N, D)     dense  y = x W             sparse  y = x[:, idx] W[idx]
@@ -22,11 +26,12 @@ and the backward is the exact gradient of that forward:
     MLP      dh = dy Wd[idx].T    dg, du = swiglu'(dh, g, u)    dx = dg Wg[idx] + du Wu[idx]
     LoRA     dz = s dy B    dx += dz A    dA = dz.T x    dB = s dy.T z    with z = x A.T
 
-(The paper's code drops the base branch's gradient in the attention projections; here it is kept.) Frozen weights get no gradient;
-with lora_r = 0 the weights themselves are trained, and dW = dy.T x is computed in the same place.
+(The paper's code drops the base branch's gradient in the attention projections; here it is kept.) Frozen
+weights get no gradient; with lora_r = 0 the weights themselves are trained, and dW = dy.T x is computed in
+the same place.
 
-Cost of one sparse row against a dense one: C / N of the multiplications and of the weight bytes, in the forward and for dx (a frozen
-weight has no dW). All products are kernels.gather_matmul_nt (x W[idx].T) and
+Cost of one sparse row against a dense one: C / N of the multiplications and of the weight bytes, in the
+forward and for dx (a frozen weight has no dW). All products are kernels.gather_matmul_nt (x W[idx].T) and
 gather_matmul_nn (x W[idx]); Triton on a GPU, index_select and a library matmul on a CPU.
 """
 from typing import NamedTuple, Optional
@@ -38,8 +43,8 @@ import kernels
 
 
 class Keep(NamedTuple):
-    """The kept channels of one stored weight W (N, D): its row numbers, and a contiguous copy of those rows where one is worth it
-    (channels that stay for many steps: predictor "measured")."""
+    """The kept channels of one stored weight W (N, D): its row numbers, and a contiguous copy of those rows
+    where one is worth it (channels that stay for many steps: predictor "measured")."""
     idx: torch.Tensor  # (C,) int64, sorted
     rows: Optional[torch.Tensor] = None  # (C, D) = W[idx]
 
@@ -74,15 +79,15 @@ def gather_nn(x, w, keep, out):
 
 
 def energy(y):
-    """Sum over rows of y^2: y (n, N) -> (N,) in fp32 (fp64 for fp64). What a channel's importance is measured by. What is not finite counts
-    as nothing: one bad batch must not decide for all that follow."""
+    """Sum over rows of y^2: y (n, N) -> (N,) in fp32 (fp64 for fp64). What a channel's importance is measured
+    by. What is not finite counts as nothing: one bad batch must not decide for all that follow."""
     e = torch.linalg.vector_norm(y, dim=0, dtype=torch.promote_types(y.dtype, torch.float32)).square_()
     return e.nan_to_num_(0.0, 0.0, 0.0)
 
 
 def weight_grad(dy, x):
-    """dy.T x for dy (T, N), x (T, D) -> (N, D), in fp32 (fp64 for fp64) even where the operands are half: a sum over all rows of a
-    batch neither rounds nor overflows before it is added to the fp32 gradient."""
+    """dy.T x for dy (T, N), x (T, D) -> (N, D), in fp32 (fp64 for fp64) even where the operands are half: a
+    sum over all rows of a batch neither rounds nor overflows before it is added to the fp32 gradient."""
     if dy.is_cuda and dy.dtype in (torch.bfloat16, torch.float16):
         return torch.mm(dy.T, x, out_dtype=torch.float32)
     if dy.dtype == torch.float16:
@@ -90,11 +95,11 @@ def weight_grad(dy, x):
     return (dy.T @ x).to(torch.promote_types(dy.dtype, torch.float32))
 
 
-# ---- LoRA on a fused projection: k LoRAs side by side, each on its own span of the output ----------------------------------------
+# ---- LoRA on a fused projection: k LoRAs side by side, each on its own span of the output ------------------
 
 def lora_forward(x, y, spans, lora, s):
-    """y[:, lo:hi] += s (x A.T) B.T for each (lo, hi) of spans; lora = (A, B, A, B, ...), A (R, D), B (hi-lo, R). Returns z (T, kR):
-    the thin products of all A are one matmul."""
+    """y[:, lo:hi] += s (x A.T) B.T for each (lo, hi) of spans; lora = (A, B, A, B, ...), A (R, D),
+    B (hi-lo, R). Returns z (T, kR): the thin products of all A are one matmul."""
     A = torch.cat([a.to(x.dtype) for a in lora[0::2]])  # (kR, D)
     z = x @ A.T  # (T, kR)
     for (lo, hi), b, zi in zip(spans, lora[1::2], z.chunk(len(spans), 1)):
@@ -115,14 +120,15 @@ def lora_backward(dy, x, z, dx, spans, lora, s):
     return [g for pair in zip(dA, dB) for g in pair]
 
 
-# ---- projections -----------------------------------------------------------------------------------------------------------------
-# Arguments that all three share: keep, None (all rows dense) or what is kept; n, how many rows come first and are sparse (ignored without
-# keep); s = alpha / R; spans, the output columns (lo, hi) of each LoRA; *lora, A, B, A, B, ... in fp32, whose gradients are fp32 too (fp64
-# for fp64); SwiGLU's are six, A and B of gate, up and down.
+# ---- projections -------------------------------------------------------------------------------------------
+# Arguments that all three share: keep, None (all rows dense) or what is kept; n, how many rows come first
+# and are sparse (ignored without keep); s = alpha / R; spans, the output columns (lo, hi) of each LoRA;
+# *lora, A, B, A, B, ... in fp32, whose gradients are fp32 too (fp64 for fp64); SwiGLU's are six, A and B of
+# gate, up and down.
 
 class KeepAttention(NamedTuple):
-    """The kept channels of an attention: those of q, k and v, sorted int64, each numbered in its own projection; the same as rows of the
-    fused qkv weight; and the rows of o that read the kept values."""
+    """The kept channels of an attention: those of q, k and v, sorted int64, each numbered in its own
+    projection; the same as rows of the fused qkv weight; and the rows of o that read the kept values."""
     channels: tuple
     qkv: Keep
     o: Keep
@@ -197,10 +203,11 @@ class ProjectIn(Function):
         return dx, dw, None, None, None, None, *dlora
 
 
-# ---- MLP -------------------------------------------------------------------------------------------------------------------------
+# ---- MLP ---------------------------------------------------------------------------------------------------
 
 class KeepMLP(NamedTuple):
-    """The kept MLP channels: idx (C,) int64, sorted; the same as rows of the fused gate_up (2C,) and of down (C,)."""
+    """The kept MLP channels: idx (C,) int64, sorted; the same as rows of the fused gate_up (2C,) and
+    of down (C,)."""
     idx: torch.Tensor
     gate_up: Keep
     down: Keep
@@ -211,8 +218,9 @@ class KeepMLP(NamedTuple):
 
 
 class SwiGLU(Function):
-    """y = (silu(x Wg.T) * (x Wu.T)) Wd. x (T, D), gate_up (2I, D), down (I, D) -> y (T, D). lora: (A, B) of gate, up and down,
-    None where there is none. energies (I,) fp32 or None: += the sum of h^2 over the first n rows (they are computed densely then)."""
+    """y = (silu(x Wg.T) * (x Wu.T)) Wd. x (T, D), gate_up (2I, D), down (I, D) -> y (T, D). lora: (A, B) of
+    gate, up and down, None where there is none. energies (I,) fp32 or None: += the sum of h^2 over the first
+    n rows (they are computed densely then)."""
 
     @staticmethod
     def forward(ctx, x, gate_up, down, keep, n, s, energies, *lora):
@@ -248,7 +256,8 @@ class SwiGLU(Function):
             Ag, Bg, Au, Bu, Ad, Bd = kept_lora(lora, k, x.dtype)
             xr, dyr = x[rows], dy[rows]
             at = slice(None) if k is None else k.idx
-            h = kernels.swiglu(gu) if Ad is not None or ctx.needs_input_grad[2] else None  # cheaper to redo than to keep
+            # cheaper to redo than to keep
+            h = kernels.swiglu(gu) if Ad is not None or ctx.needs_input_grad[2] else None
             dh = matmul_nt(dyr, down, k and k.down)  # (rows, C)
             if Ad is not None:
                 dzd = (dyr @ Bd).mul_(s)  # (rows, R)
@@ -277,7 +286,8 @@ class SwiGLU(Function):
 
 
 def kept_lora(lora, k, dtype):
-    """The MLP's LoRA factors in the compute dtype, cut down to the kept channels: B_g[idx], B_u[idx], A_d[:, idx]."""
+    """The MLP's LoRA factors in the compute dtype, cut down to the kept channels: B_g[idx], B_u[idx],
+    A_d[:, idx]."""
     cast = [None if p is None else p.to(dtype) for p in lora]
     if k is not None:
         for i in (1, 3):
@@ -287,7 +297,8 @@ def kept_lora(lora, k, dtype):
 
 
 def mlp_hidden(x, gate_up, k, lora, s):
-    """x (T, D) -> gu (T, 2C) before the nonlinearity, z (T, kR) or None, h (T, C). lora as kept_lora returns it."""
+    """x (T, D) -> gu (T, 2C) before the nonlinearity, z (T, kR) or None, h (T, C). lora as
+    kept_lora returns it."""
     gu = matmul_nt(x, gate_up, k and k.gate_up)
     C = gu.shape[1] // 2
     spans, pairs = [], []
@@ -299,11 +310,12 @@ def mlp_hidden(x, gate_up, k, lora, s):
     return gu, z, kernels.swiglu(gu)
 
 
-# ---- between the projections: rows <-> the (B, S) grid that attention needs -------------------------------------------------------
+# ---- between the projections: rows <-> the (B, S) grid that attention needs --------------------------------
 
 class RopeScatter(Function):
-    """Rotates the first n_rot heads of x (T, sum(heads) hd) and puts each row at its place of a zero-filled grid, shape = (B, S). Returns
-    a view of the grid for each of heads, (B, h, S, hd): their gradients then meet in one pass, where autograd's split would take three."""
+    """Rotates the first n_rot heads of x (T, sum(heads) hd) and puts each row at its place of a zero-filled
+    grid, shape = (B, S). Returns a view of the grid for each of heads, (B, h, S, hd): their gradients then
+    meet in one pass, where autograd's split would take three."""
 
     @staticmethod
     def forward(ctx, x, cos, sin, rows, n_rot, hd, shape, heads):
@@ -316,13 +328,15 @@ class RopeScatter(Function):
     @staticmethod
     def backward(ctx, *dparts):
         cos, sin, rows = ctx.saved_tensors
-        dgrid = torch.cat([d.transpose(1, 2) for d in dparts], 2).flatten(2).flatten(0, 1)  # (B*S, sum(heads) hd)
+        # (B*S, sum(heads) hd)
+        dgrid = torch.cat([d.transpose(1, 2) for d in dparts], 2).flatten(2).flatten(0, 1)
         dx = kernels.rope_gather_backward(dgrid, cos, sin, rows, ctx.n_rot, ctx.hd)
         return dx, None, None, None, None, None, None, None
 
 
 class Gather(Function):
-    """grid (B*S, N) -> its rows (T, N); backward puts them back into zeros (rows are unique, so no sum is needed)."""
+    """grid (B*S, N) -> its rows (T, N); backward puts them back into zeros (rows are unique, so no
+    sum is needed)."""
 
     @staticmethod
     def forward(ctx, grid, rows):
@@ -337,9 +351,10 @@ class Gather(Function):
 
 
 class CausalAttention(Function):
-    """softmax(q k.T / sqrt(hd), no later position) v on the grid. q (B, H, S, hd), k and v (B, K, S, hd), lengths: B host integers ->
-    (B, H, S, hd), zero behind an example's end. For the CPU, whose fused attention works through the grid's padding too: here an example's
-    own rows only, 64 queries at a time against the keys up to them. Forward and backward of 4 examples in 16/4 heads of 64, one core: of 512
+    """softmax(q k.T / sqrt(hd), no later position) v on the grid. q (B, H, S, hd), k and v (B, K, S, hd),
+    lengths: B host integers -> (B, H, S, hd), zero behind an example's end. For the CPU, whose fused
+    attention works through the grid's padding too: here an example's own rows only, 64 queries at a time
+    against the keys up to them. Forward and backward of 4 examples in 16/4 heads of 64, one core: of 512
     tokens each 107 ms instead of 157, of 95 to 300 tokens 21 instead of 56; 32 examples of 79: 50 and 50.
 
         P = softmax(q k.T)    o = P v        (q already scaled; P is made again in the backward)
@@ -350,7 +365,8 @@ class CausalAttention(Function):
     def ranges(lengths):
         """(example, first, end) of each block of queries; its keys are 0 .. end."""
         step = CausalAttention.BLOCK
-        return [(b, i, min(i + step, length)) for b, length in enumerate(lengths) for i in range(0, length, step)]
+        return [(b, i, min(i + step, length)) for b, length in enumerate(lengths)
+                for i in range(0, length, step)]
 
     @staticmethod
     def pairs(lengths):
@@ -359,8 +375,9 @@ class CausalAttention(Function):
 
     @staticmethod
     def blocks(q, k, v, lengths):
-        """Yields for each block of m queries: its index into (B, h, S, hd) and that of its keys, m, its queries (K, G m, hd) for G query
-        heads in each of K groups, scaled, and the keys and values that they see, (K, j, hd); fp32 where q is half."""
+        """Yields for each block of m queries: its index into (B, h, S, hd) and that of its keys, m, its
+        queries (K, G m, hd) for G query heads in each of K groups, scaled, and the keys and values that they
+        see, (K, j, hd); fp32 where q is half."""
         high = torch.promote_types(q.dtype, torch.float32)
         for b, i, j in CausalAttention.ranges(lengths):
             rows, seen = (b, slice(None), slice(i, j)), (b, slice(None), slice(0, j))
@@ -369,7 +386,8 @@ class CausalAttention(Function):
 
     @staticmethod
     def scores(q, k, m):
-        """q (K, G m, hd), the last m positions of k (K, j, hd) -> (K, G m, j), -inf where the key is later than the query."""
+        """q (K, G m, hd), the last m positions of k (K, j, hd) -> (K, G m, j), -inf where the key is later
+        than the query."""
         s = torch.bmm(q, k.transpose(1, 2))
         later = torch.ones(m, m, dtype=torch.bool, device=q.device).triu(1)
         s.unflatten(1, (-1, m))[..., -m:].masked_fill_(later, float("-inf"))
@@ -377,7 +395,8 @@ class CausalAttention(Function):
 
     @staticmethod
     def forward(ctx, q, k, v, lengths):
-        out = torch.zeros_like(q.transpose(1, 2)).transpose(1, 2)  # (B, H, S, hd), the heads of a row side by side: so it is read next
+        # (B, H, S, hd), the heads of a row side by side: so it is read next
+        out = torch.zeros_like(q.transpose(1, 2)).transpose(1, 2)
         for rows, _, m, qs, ks, vs in CausalAttention.blocks(q, k, v, lengths):
             out[rows] = torch.bmm(CausalAttention.scores(qs, ks, m).softmax(2), vs).view_as(out[rows])
         ctx.save_for_backward(q, k, v)
@@ -387,7 +406,8 @@ class CausalAttention(Function):
     @staticmethod
     def backward(ctx, dout):
         q, k, v = ctx.saved_tensors
-        dq, dk, dv = (torch.zeros_like(t, dtype=torch.promote_types(q.dtype, torch.float32)) for t in (q, k, v))
+        dq, dk, dv = (torch.zeros_like(t, dtype=torch.promote_types(q.dtype, torch.float32))
+                      for t in (q, k, v))
         for rows, seen, m, qs, ks, vs in CausalAttention.blocks(q, k, v, ctx.lengths):
             do = dout[rows].to(qs.dtype).reshape_as(qs)
             p = CausalAttention.scores(qs, ks, m).softmax(2)  # (K, G m, j)
@@ -398,11 +418,12 @@ class CausalAttention(Function):
         return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype), None
 
 
-# ---- loss ------------------------------------------------------------------------------------------------------------------------
+# ---- loss --------------------------------------------------------------------------------------------------
 
 class CrossEntropy(Function):
-    """Weighted sum over rows of -log softmax(x W.T)[target], in chunks of rows, with the gradient computed in the forward: the
-    (T, V) logits of a 128k vocabulary (8 x 128 rows: 0.5 GB in fp32) never exist whole, and are never computed twice.
+    """Weighted sum over rows of -log softmax(x W.T)[target], in chunks of rows, with the gradient computed in
+    the forward: the (T, V) logits of a 128k vocabulary (8 x 128 rows: 0.5 GB in fp32) never exist whole, and
+    are never computed twice.
     x (T, D), w (V, D), targets (T,) int64, weights (T,) -> scalar in fp32 (fp64 for fp64)."""
 
     @staticmethod
@@ -412,14 +433,16 @@ class CrossEntropy(Function):
         total = torch.zeros((), dtype=high, device=x.device)
         dx = torch.empty_like(x) if want_dx else None
         dw = torch.zeros_like(w) if want_dw else None
-        chunk = max(64, (2 ** 26 if x.is_cuda else 2 ** 23) // w.shape[0])  # 256 MB of fp32 logits on a GPU, the L3 cache on a CPU
+        # 256 MB of fp32 logits on a GPU, the L3 cache on a CPU
+        chunk = max(64, (2 ** 26 if x.is_cuda else 2 ** 23) // w.shape[0])
         for i in range(0, x.shape[0], chunk):
             xc, t, wt = x[i:i + chunk], targets[i:i + chunk, None], weights[i:i + chunk, None].to(high)
             logits = (xc @ w.T).to(high)  # (chunk, V)
             lse = logits.logsumexp(1, keepdim=True)  # (chunk, 1)
             total += ((lse - logits.gather(1, t)) * wt).sum()
             if want_dx or want_dw:
-                dlogits = logits.sub_(lse).exp_().scatter_add_(1, t, torch.full_like(lse, -1)).mul_(wt).to(x.dtype)
+                dlogits = (logits.sub_(lse).exp_().scatter_add_(1, t, torch.full_like(lse, -1)).mul_(wt)
+                           .to(x.dtype))
                 if want_dx:
                     torch.mm(dlogits, w, out=dx[i:i + chunk])
                 if want_dw:
@@ -430,4 +453,5 @@ class CrossEntropy(Function):
     @staticmethod
     def backward(ctx, dloss):
         dx, dw = ctx.saved_tensors
-        return (None if dx is None else dx * dloss.to(dx.dtype)), (None if dw is None else dw * dloss), None, None
+        return ((None if dx is None else dx * dloss.to(dx.dtype)), (None if dw is None else dw * dloss),
+                None, None)
