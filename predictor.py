@@ -1,24 +1,28 @@
-"""Which channels to keep: from a layer's input (or from what was measured before), one set of channels a batch and a layer.
+"""Which channels to keep: from a layer's input (or from what was measured before), one set of channels a
+batch and a layer.
 
     n sparse rows x (n, D)  ->  energies, one a channel  ->  keep(...): the C largest, sorted
 
-Only sparse rows vote. The energy of a channel is the sum over those rows of its squared activation: of y = x W.T + b for an
-attention channel of q, k or v, of h = silu(g) u for an MLP channel. Five ways to come by it:
+Only sparse rows vote. The energy of a channel is the sum over those rows of its squared activation: of y =
+x W.T + b for an attention channel of q, k or v, of h = silu(g) u for an MLP channel. Five ways to come by it:
 
     svd       the paper's: W.T ~= P Q with P (D, r), Q (r, N), computed once from the weights, without data.
-              Attention never builds (n, N): with Z = x P and M = Z.T Z (r, r), energy_j = q_j.T M q_j: the exact energy of the
-              approximate activation, for 2 n D r + 2 n r^2 operations. A bias is one more column of ones in Z, one more row of Q.
-              The MLP needs silu per token: sum over rows of (silu(Zg qg_i) (Zu qu_i))^2, in blocks (kernels.mlp_scores).
-    measured  ours: true energies, summed by the dense steps that the schedule runs anyway, then fixed. No factors, no estimate in
-              the step, and the kept rows of W can be copied out once. On a real LLaMA it keeps .77 of the best channels at MLP .9
-              where svd keeps .27 and chance .11 (README).
+              Attention never builds (n, N): with Z = x P and M = Z.T Z (r, r), energy_j = q_j.T M q_j: the
+              exact energy of the approximate activation, for 2 n D r + 2 n r^2 operations. A bias is one more
+              column of ones in Z, one more row of Q. The MLP needs silu per token: sum over rows of
+              (silu(Zg qg_i) (Zu qu_i))^2, in blocks (kernels.mlp_scores).
+    measured  ours: true energies, summed by the dense steps that the schedule runs anyway, then fixed. No
+              factors, no estimate in the step, and the kept rows of W can be copied out once. On a real LLaMA
+              it keeps .77 of the best channels at MLP .9 where svd keeps .27 and chance .11 (README).
     oracle    true energies of this very batch: as dear as the dense layer, the bound for every other
     random, worst    for ablations
 
-Attention's channels hang together: q and k are kept in rotary pairs (d, d + hd/2) of a key/value head, the same for every query head
-that reads it; a value channel's output-projection rows are those of every query head of its group (keep_attention).
+Attention's channels hang together: q and k are kept in rotary pairs (d, d + hd/2) of a key/value head, the
+same for every query head that reads it; a value channel's output-projection rows are those of every query
+head of its group (keep_attention).
 
-    T, n rows    D model width    H query heads    K key/value heads    G = H / K    hd head dim    I MLP width    r SVD rank
+    T, n rows    D model width    H query heads    K key/value heads    G = H / K    hd head dim
+    I MLP width    r SVD rank
 """
 import hashlib
 import os
@@ -37,10 +41,11 @@ from sparse import Keep, KeepAttention, KeepMLP, energy
 KINDS = ("svd", "measured", "oracle", "random", "worst")
 
 
-# ---- energies -> kept channels ---------------------------------------------------------------------------------------------------
+# ---- energies -> kept channels -----------------------------------------------------------------------------
 
 def count(n, ratio, multiple=16):
-    """How many of n channels stay at a sparsity ratio: n (1 - ratio), rounded up to a multiple, at least one multiple, at most n."""
+    """How many of n channels stay at a sparsity ratio: n (1 - ratio), rounded up to a multiple, at least one
+    multiple, at most n."""
     kept = round(n * (1 - ratio), 6)  # 6 digits: .1 of 480 is 48, not 48.000000000000007
     return min(n, max(multiple, -int(-kept // multiple) * multiple))
 
@@ -60,8 +65,9 @@ def keep_mlp(mlp, energies, c, copy=False):
 def keep_attention(attn, energies, c, copy=False):
     """energies of q, k, v (Nq + 2 Nkv,), c channels of k and as many of v -> KeepAttention.
 
-    q/k: for key/value head h and rotary pair p, score = |k_(h,p)| * mean over the group's query heads g of |q_(g,p)|, norms over rows
-    and both halves; the c/2 best pairs over all heads. A half-kept pair would lose its cross terms q_d k_(d+hd/2).
+    q/k: for key/value head h and rotary pair p, score = |k_(h,p)| * mean over the group's query heads g of
+    |q_(g,p)|, norms over rows and both halves; the c/2 best pairs over all heads. A half-kept pair would lose
+    its cross terms q_d k_(d+hd/2).
     v/o: score = |v_(h,d)|; the rows of o that read (h, d) are (g, d) for every g of the group."""
     H, K, hd = attn.n_heads, attn.n_kv_heads, attn.head_dim
     G, half = H // K, hd // 2
@@ -79,7 +85,8 @@ def keep_attention(attn, energies, c, copy=False):
 
 
 def every_head(idx, G, hd):
-    """Channels (C,) numbered over key/value heads -> the same channels of all G query heads of each head's group, sorted (G C,)."""
+    """Channels (C,) numbered over key/value heads -> the same channels of all G query heads of each head's
+    group, sorted (G C,)."""
     h, d = idx // hd, idx % hd
     return ((h[:, None] * G + torch.arange(G, device=idx.device)) * hd + d[:, None]).flatten().sort().values
 
@@ -88,7 +95,7 @@ def rows_of(w, idx, copy):
     return Keep(idx, w.detach().index_select(0, idx) if copy else None)
 
 
-# ---- energies, one function a kind: (part, x (n, D)) -> energies -----------------------------------------------------------------
+# ---- energies, one function a kind: (part, x (n, D)) -> energies -------------------------------------------
 
 def oracle(part, x):
     return energy(part.activations(x))
@@ -121,13 +128,15 @@ def svd_mlp(mlp, x):
     return kernels.mlp_scores(zg, zu, *mlp.predictor.Q)
 
 
-# ---- the factors -----------------------------------------------------------------------------------------------------------------
+# ---- the factors -------------------------------------------------------------------------------------------
 
 def factorize(w, rank):
-    """w (N, D) -> P (D, r), Q (r, N) fp32 with w.T ~= P Q, the best approximation of that rank to within 1e-3 of its error.
+    """w (N, D) -> P (D, r), Q (r, N) fp32 with w.T ~= P Q, the best approximation of that rank to within 1e-3
+    of its error.
 
-    Randomized subspace iteration (Halko, Martinsson, Tropp 2011) on a block of r + 24 vectors: 8 passes over w instead of an eigen-
-    decomposition of a 4096 x 4096 matrix, 32 * 5 times. Deterministic: the start block is seeded."""
+    Randomized subspace iteration (Halko, Martinsson, Tropp 2011) on a block of r + 24 vectors: 8 passes over
+    w instead of an eigendecomposition of a 4096 x 4096 matrix, 32 * 5 times. Deterministic: the start block
+    is seeded."""
     w = w.float()
     k = min(rank + 24, *w.shape)
     g = torch.Generator().manual_seed(0)
@@ -142,7 +151,8 @@ def factorize(w, rank):
 
 @contextmanager
 def whole(model, name):
-    """Inside, the weights of part `name` have all their rows, where FSDP has cut them up over ranks (which all have to come here)."""
+    """Inside, the weights of part `name` have all their rows, where FSDP has cut them up over ranks (which
+    all have to come here)."""
     block = model.blocks[int(name.split(".")[0])]
     if hasattr(block, "unshard"):
         block.unshard()
@@ -152,8 +162,9 @@ def whole(model, name):
 
 
 def factors(model, parts, rank, agree):
-    """{name: tensor} of P and Q for all parts, from the cache (~/.cache/nanosparselora, XDG_CACHE_HOME) when these very weights were
-    factorized before. The key hashes every bit of the weights, so a changed model never meets stale factors. agree: see attach."""
+    """{name: tensor} of P and Q for all parts, from the cache (~/.cache/nanosparselora, XDG_CACHE_HOME) when
+    these very weights were factorized before. The key hashes every bit of the weights, so a changed model
+    never meets stale factors. agree: see attach."""
     key = hashlib.sha256(f"1 {rank} ".encode())
     for name, part in parts:
         with whole(model, name):
@@ -190,41 +201,48 @@ def checksum(w):
     odd = torch.arange(w.shape[1], device=w.device) * 0x9E3779B97F4A7C1 + 1  # (D,), wraps
     for i in range(0, w.shape[0], 1024):
         rows = w[i:i + 1024].detach().view(ints).to(torch.int64)
-        total += ((rows * odd).sum(1) * (torch.arange(i, i + len(rows), device=w.device) * 0x2545F4914F6CDD1D + 3)).sum()
+        total += ((rows * odd).sum(1)
+                  * (torch.arange(i, i + len(rows), device=w.device) * 0x2545F4914F6CDD1D + 3)).sum()
     return int(total)
 
 
-# ---- a part's predictor, and the public functions --------------------------------------------------------------------------------
+# ---- a part's predictor, and the public functions ----------------------------------------------------------
 
 class Predictor:
-    """What attach() hangs on an attention or an MLP with a ratio above 0. model.py calls select(x) on the sparse rows of a forward."""
+    """What attach() hangs on an attention or an MLP with a ratio above 0. model.py calls select(x) on the
+    sparse rows of a forward."""
 
     def __init__(self, part, ratio, kind, estimate, keep, n_channels, n_energies):
         self.part, self.ratio, self.kind, self.estimate, self.keep = part, ratio, kind, estimate, keep
         self.n_channels = n_channels  # I, or Nkv
         self.c = 0  # how many of them a forward keeps now; 0: dense
-        # of `measured`: summed true energies, whether any were summed since channels were last fixed, and those channels
+        # of `measured`: summed true energies, whether any were summed since channels were last fixed,
+        # and those channels
         w = part.fused()
         high = torch.promote_types(w.dtype, torch.float32)
         self.energies = torch.zeros(n_energies, dtype=high, device=w.device) if kind == "measured" else None
         self.fresh, self.fixed, self.fixed_c = False, None, 0
         self.P = self.Q = self.rank = None  # of svd: load_factors()
-        self.watch = None  # energy_held() puts a list here: select() then appends what share of the true energy it kept
+        # energy_held() puts a list here: select() then appends what share of the true energy it kept
+        self.watch = None
 
     def set_scale(self, scale):
-        """Sparsity ratio * scale from now on; 0 is dense. With `measured` this is where the channels are fixed."""
+        """Sparsity ratio * scale from now on; 0 is dense. With `measured` this is where the
+        channels are fixed."""
         self.c = count(self.n_channels, self.ratio * scale) if scale > 0 else 0
         if self.kind == "measured" and self.c and (self.fresh or (self.fixed and self.c != self.fixed_c)):
             self.fixed = self.keep(self.part, self.energies, self.c, copy=self.copies())
             self.fresh, self.fixed_c = False, self.c
 
     def copies(self):
-        """Copying the kept rows out once turns every sparse product into a plain matmul of fixed shape, for c / N of the weight's
-        memory: worth it up to a half. A weight that is sharded over ranks has no rows to copy."""
+        """Copying the kept rows out once turns every sparse product into a plain matmul of fixed shape,
+        for c / N of the weight's memory: worth it up to a half. A weight that is sharded over ranks has no
+        rows to copy."""
         return 2 * self.c <= self.n_channels and not self.part.sharded()
 
     def measures(self):
-        """True in a dense forward in training mode, with `measured`: its activations belong into self.energies."""
+        """True in a dense forward in training mode, with `measured`: its activations belong into
+        self.energies."""
         return self.kind == "measured" and self.c == 0 and self.part.training
 
     def flops(self, n):
@@ -245,8 +263,9 @@ class Predictor:
         """x (n, D), the sparse rows -> KeepMLP or KeepAttention. Nothing here waits for the device."""
         if self.kind == "measured":
             if self.fixed is None:
-                raise UserError("predictor=measured has measured nothing yet: run a dense step in training mode first "
-                                "(model.set_sparsity(0); model.loss(batch)), then set_sparsity above 0")
+                raise UserError("predictor=measured has measured nothing yet: run a dense step in training "
+                                "mode first (model.set_sparsity(0); model.loss(batch)), "
+                                "then set_sparsity above 0")
             kept = self.fixed
         else:
             kept = self.keep(self.part, self.estimate(self.part, x), self.c)
@@ -256,7 +275,8 @@ class Predictor:
 
 
 def share(part, kept, true):
-    """What share of the true energies (N,) the kept channels hold; for attention the mean of q's, k's and v's share."""
+    """What share of the true energies (N,) the kept channels hold; for attention the mean of q's, k's
+    and v's share."""
     if isinstance(kept, KeepMLP):
         return true[kept.idx].sum() / true.sum()
     sizes = [n * part.head_dim for n in (part.n_heads, part.n_kv_heads, part.n_kv_heads)]
@@ -266,25 +286,29 @@ def share(part, kept, true):
 def attach(model, mlp_sparsity, attn_sparsity, rank=8, kind="svd", seed=0, agree=bool):
     """Gives every block but the last a ratio and a way to choose channels, and switches sparsity fully on.
 
-    mlp_sparsity, attn_sparsity: a float for all blocks, or a list of n_layers floats in [0, 1). rank: of the SVD. kind: one of KINDS.
-    agree(found) says whether factors were found in the cache, by this process and, under FSDP, by all that have to factorize together.
-    The last block stays dense: only its loss rows compute anything but keys and values. Errors: UserError for an unknown kind, a bad
-    ratio, or attention sparsity in a model with q/k norms, which would rescale what is left of a query."""
+    mlp_sparsity, attn_sparsity: a float for all blocks, or a list of n_layers floats in [0, 1). rank: of the
+    SVD. kind: one of KINDS. agree(found) says whether factors were found in the cache, by this process and,
+    under FSDP, by all that have to factorize together. The last block stays dense: only its loss rows compute
+    anything but keys and values. Errors: UserError for an unknown kind, a bad ratio, or attention sparsity in
+    a model with q/k norms, which would rescale what is left of a query."""
     n = len(model.blocks)
     mlp, attn = (r if isinstance(r, (list, tuple)) else [r] * n for r in (mlp_sparsity, attn_sparsity))
     for name, ratios in (("mlp_sparsity", mlp), ("attn_sparsity", attn)):
         if len(ratios) != n:
-            raise UserError(f"{name} has {len(ratios)} ratios, but the model has {n} blocks: give one a block")
+            raise UserError(f"{name} has {len(ratios)} ratios, but the model has {n} blocks: "
+                            "give one a block")
         if not all(0 <= r < 1 for r in ratios):
             raise UserError(f"{name} = {ratios} holds a ratio outside [0, 1): 0 is dense, .9 keeps a tenth")
     if kind not in KINDS:
         raise UserError(f"predictor = {kind!r} is none of {', '.join(KINDS)}")
     if any(attn) and model.config.qk_norm:
-        raise UserError(f"attn_sparsity = {max(attn)} cannot be used with a {model.config.model_type} model: its q/k norms would rescale "
-                        "the channels that are left; set attn_sparsity = 0 (MLP sparsity works)")
+        raise UserError(f"attn_sparsity = {max(attn)} cannot be used with a {model.config.model_type} model: "
+                        "its q/k norms would rescale the channels that are left; set attn_sparsity = 0 (MLP "
+                        "sparsity works)")
     generator = torch.Generator(model.embed.device).manual_seed(seed)
     # estimate(part, x (n, D)) -> energies (N,); keep(part, energies, c, copy) -> KeepMLP or KeepAttention
-    estimates = {"svd": (svd_attention, svd_mlp), "oracle": (oracle, oracle), "worst": (worst, worst), "measured": (None, None)}
+    estimates = {"svd": (svd_attention, svd_mlp), "oracle": (oracle, oracle), "worst": (worst, worst),
+                 "measured": (None, None)}
     parts = []
     for i, block in enumerate(model.blocks):
         a, m = block.attn, block.mlp
@@ -292,7 +316,8 @@ def attach(model, mlp_sparsity, attn_sparsity, rank=8, kind="svd", seed=0, agree
         sizes = (a.qkv.shape[0], m.down.shape[0])  # Nq + 2 Nkv, I
         e_attn, e_mlp = estimates.get(kind) or [partial(at_random, size, generator) for size in sizes]
         if attn[i] > 0 and i < n - 1:
-            a.predictor = Predictor(a, attn[i], kind, e_attn, keep_attention, a.n_kv_heads * a.head_dim, sizes[0])
+            a.predictor = Predictor(a, attn[i], kind, e_attn, keep_attention,
+                                    a.n_kv_heads * a.head_dim, sizes[0])
             parts.append((f"{i}.attn", a))
         if mlp[i] > 0 and i < n - 1:
             m.predictor = Predictor(m, mlp[i], kind, e_mlp, keep_mlp, sizes[1], sizes[1])
@@ -320,26 +345,30 @@ def load_factors(model, tensors, parts):
 
 def predictors(model):
     """[(name, Predictor)] of all parts that have one, in the order of the blocks."""
-    parts = [(f"{i}.{kind}", getattr(b, kind)) for i, b in enumerate(model.blocks) for kind in ("attn", "mlp")]
+    parts = [(f"{i}.{kind}", getattr(b, kind)) for i, b in enumerate(model.blocks)
+             for kind in ("attn", "mlp")]
     return [(name, part.predictor) for name, part in parts if part.predictor is not None]
 
 
 def set_ratios(model, ratios):
-    """Other ratios, {name: ratio}, for parts that attach() gave a predictor; a part that is not named runs dense. Factors and measured
-    energies stay as they are: this is how tools.sensitivity goes through the parts one by one."""
+    """Other ratios, {name: ratio}, for parts that attach() gave a predictor; a part that is not named runs
+    dense. Factors and measured energies stay as they are: this is how tools.sensitivity goes through the
+    parts one by one."""
     for name, p in predictors(model):
         p.ratio = ratios.get(name, 0.0)
         p.set_scale(1.0 if p.ratio else 0.0)
 
 
 def energies(model):
-    """{name: (N,) tensor} of what `measured` has summed so far: to add up over ranks, in place, and to save."""
+    """{name: (N,) tensor} of what `measured` has summed so far: to add up over ranks, in place,
+    and to save."""
     return {name: p.energies for name, p in predictors(model) if p.energies is not None}
 
 
 @torch.no_grad()
 def measure(model, batches):
-    """`measured`: adds the true energies of these batches, in dense forwards. The model stays in training mode, and dense."""
+    """`measured`: adds the true energies of these batches, in dense forwards. The model stays in training
+    mode, and dense."""
     model.train()
     model.set_sparsity(0)
     for b in batches:
@@ -347,15 +376,17 @@ def measure(model, batches):
 
 
 def forget(model):
-    """Starts the measuring anew: predictor_refresh. The channels stay as they are until new ones are fixed."""
+    """Starts the measuring anew: predictor_refresh. The channels stay as they are until new
+    ones are fixed."""
     for e in energies(model).values():
         e.zero_()
 
 
 @torch.no_grad()
 def energy_held(model, batch):
-    """Runs one sparse forward at the present ratios and returns {name: share} of the true energy, on the very same inputs, that the kept
-    channels hold: {"0.mlp": .93, ...}. A share near 1 - ratio means that the selection is no better than chance."""
+    """Runs one sparse forward at the present ratios and returns {name: share} of the true energy, on the very
+    same inputs, that the kept channels hold: {"0.mlp": .93, ...}. A share near 1 - ratio means that the
+    selection is no better than chance."""
     watched = predictors(model)
     for _, p in watched:
         p.watch = []
