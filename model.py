@@ -1,22 +1,26 @@
-"""LLaMA, written out: weights from a Hugging Face directory or hub id, LoRA, generation with a KV cache, adapters in PEFT's format. (How
-files are read and what a cache holds: tools/checkpoint.py, tools/generate.py.)
+"""LLaMA, written out: weights from a Hugging Face directory or hub id, LoRA, generation with a KV cache,
+adapters in PEFT's format. (How files are read and what a cache holds: tools/checkpoint.py,
+tools/generate.py.)
 
-    block:  x += attention(norm(x));  x += mlp(norm(x))        norm: RMSNorm; attention: RoPE, grouped queries; mlp: SwiGLU
+    block:  x += attention(norm(x));  x += mlp(norm(x))
+            norm: RMSNorm; attention: RoPE, grouped queries; mlp: SwiGLU
 
-    T rows of the batch's stream    D model width    H query heads    K key/value heads    hd head dim    Nq = H hd, Nkv = K hd
-    I MLP width    V vocabulary    L blocks    R LoRA rank    B examples    S longest example    n sparse rows
+    T rows of the batch's stream    D model width    H query heads    K key/value heads    hd head dim
+    Nq = H hd, Nkv = K hd    I MLP width    V vocabulary    L blocks    R LoRA rank    B examples
+    S longest example    n sparse rows
 
-A batch is a stream of T real tokens, without padding, in the order that data.collate gives them (sparse rows first). Everything but
-attention runs on these rows; attention alone needs the order of the text, so q, k, v are scattered into a (B, S) grid and back.
-After the last block's keys and values nothing reads a context row any more: its query, output projection and MLP, the final norm
-and the head run on the loss rows only.
+A batch is a stream of T real tokens, without padding, in the order that data.collate gives them (sparse rows
+first). Everything but attention runs on these rows; attention alone needs the order of the text, so q, k, v
+are scattered into a (B, S) grid and back. After the last block's keys and values nothing reads a context row
+any more: its query, output projection and MLP, the final norm and the head run on the loss rows only.
 
 Weights are stored as sparse.py wants them, sparse axis first, q/k/v fused and gate/up fused:
 
-    attn.qkv (Nq + 2 Nkv, D)    attn.o (Nq, D): transposed    mlp.gate_up (2 I, D)    mlp.down (I, D): transposed
+    attn.qkv (Nq + 2 Nkv, D)    attn.o (Nq, D): transposed
+    mlp.gate_up (2 I, D)        mlp.down (I, D): transposed
 
-Memory of LLaMA-3-8B: 8.03 G weights of 2 bytes = 16.06 GB, streamed from the shards tensor by tensor to their place. LoRA of r = 32 on
-q, k, v, o: 27 M weights, 4 bytes each, and twice that for AdamW.
+Memory of LLaMA-3-8B: 8.03 G weights of 2 bytes = 16.06 GB, streamed from the shards tensor by tensor to their
+place. LoRA of r = 32 on q, k, v, o: 27 M weights, 4 bytes each, and twice that for AdamW.
 """
 import json
 import math
@@ -33,14 +37,15 @@ from torch.utils.checkpoint import checkpoint
 import kernels
 import sparse
 from config import UserError
-from tools.checkpoint import load_weights, read_adapter, read_json, resolve, weight_files, write_safetensors, write_text
+from tools.checkpoint import (load_weights, read_adapter, read_json, resolve, weight_files,
+                              write_safetensors, write_text)
 from tools.generate import KVCache, prompt_batch, sample
 
 TARGETS = {"q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.o_proj",
            "gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj"}
 
 
-# ---- config.json -----------------------------------------------------------------------------------------------------------------
+# ---- config.json -------------------------------------------------------------------------------------------
 
 @dataclass
 class ModelConfig:
@@ -65,7 +70,8 @@ class ModelConfig:
 
     @staticmethod
     def from_dict(c, where="config.json"):
-        """c: config.json as a dict. UserError names the field that is missing or that this model cannot express."""
+        """c: config.json as a dict. UserError names the field that is missing or that this
+        model cannot express."""
         kind = c.get("model_type")
         if kind not in ("llama", "mistral", "qwen2", "qwen3"):
             raise UserError(f"{where}: model_type {kind!r} is not one of llama, mistral, qwen2, qwen3")
@@ -73,36 +79,47 @@ class ModelConfig:
         for key in sizes + tuple(k for k in ("num_key_value_heads", "head_dim") if c.get(k) is not None):
             if not isinstance(c.get(key), int) or c[key] <= 0:
                 raise UserError(f"{where}: {key} must be a positive integer, not {c.get(key)!r}")
-        if c.get("hidden_act", "silu") != "silu" or c.get("mlp_bias") or (c.get("attention_bias") and kind != "qwen2"):
-            raise UserError(f"{where}: only SwiGLU without biases is written here (hidden_act={c.get('hidden_act')!r}, "
+        if (c.get("hidden_act", "silu") != "silu" or c.get("mlp_bias")
+            or (c.get("attention_bias") and kind != "qwen2")):
+            raise UserError(f"{where}: only SwiGLU without biases is written here "
+                            f"(hidden_act={c.get('hidden_act')!r}, "
                             f"mlp_bias={c.get('mlp_bias')}, attention_bias={c.get('attention_bias')})")
         if c.get("quantization_config"):
-            raise UserError(f"{where} has a quantization_config: quantized weights cannot be read here, use the checkpoint they were made from")
+            raise UserError(f"{where} has a quantization_config: quantized weights cannot be read here, "
+                            "use the checkpoint they were made from")
         if not all(isinstance(c.get(k) or {}, dict) for k in ("rope_parameters", "rope_scaling")):
             raise UserError(f"{where}: rope_scaling and rope_parameters have to be objects, or null")
-        rope = c.get("rope_parameters") or {**(c.get("rope_scaling") or {}), "rope_theta": c.get("rope_theta", 10000.0)}
+        rope = c.get("rope_parameters") or {**(c.get("rope_scaling") or {}),
+                                            "rope_theta": c.get("rope_theta", 10000.0)}
         rope_type = rope.get("rope_type", rope.get("type", "default"))
         if rope_type not in ("default", "linear", "llama3"):
-            raise UserError(f"{where}: RoPE scaling of type {rope_type!r} is not written here (default, linear and llama3 are)")
-        needs = dict(linear=("factor",), llama3=("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"))
+            raise UserError(f"{where}: RoPE scaling of type {rope_type!r} is not written here (default, "
+                            "linear and llama3 are)")
+        needs = dict(linear=("factor",), llama3=("factor", "low_freq_factor", "high_freq_factor",
+                                                 "original_max_position_embeddings"))
         theta, eps = rope.get("rope_theta", c.get("rope_theta", 10000.0)), c.get("rms_norm_eps", 1e-6)
-        for key, value in [(k, rope.get(k)) for k in needs.get(rope_type, ())] + [("rope_theta", theta), ("rms_norm_eps", eps)]:
+        for key, value in ([(k, rope.get(k)) for k in needs.get(rope_type, ())]
+                           + [("rope_theta", theta), ("rms_norm_eps", eps)]):
             if not isinstance(value, (int, float)) or not value > 0:
-                raise UserError(f"{where}: {key} must be a positive number, not {value!r}" + " (in rope_scaling)" * (key in needs["llama3"]))
+                raise UserError(f"{where}: {key} must be a positive number, not {value!r}"
+                                + " (in rope_scaling)" * (key in needs["llama3"]))
         heads = c["num_attention_heads"]
         kv = c.get("num_key_value_heads") or heads
         if heads % kv:
-            raise UserError(f"{where}: num_attention_heads {heads} is no multiple of num_key_value_heads {kv}")
+            raise UserError(f"{where}: num_attention_heads {heads} is no multiple of "
+                            f"num_key_value_heads {kv}")
         head_dim = c.get("head_dim") or c["hidden_size"] // heads
         if head_dim % 2:
             raise UserError(f"{where}: head_dim must be even for RoPE, not {head_dim}")
         eos = c.get("eos_token_id")
         eos = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
         if not all(isinstance(e, int) and 0 <= e < c["vocab_size"] for e in eos):
-            raise UserError(f"{where}: eos_token_id has to be a token of the vocabulary of {c['vocab_size']}, or a list of them, not {c['eos_token_id']!r}")
+            raise UserError(f"{where}: eos_token_id has to be a token of the vocabulary of "
+                            f"{c['vocab_size']}, or a list of them, not {c['eos_token_id']!r}")
         window = c.get("sliding_window") if kind == "mistral" or c.get("use_sliding_window") else None
-        return ModelConfig(kind, *(c[k] for k in sizes), kv, head_dim, eps, float(theta), {} if rope_type == "default" else rope,
-                           bool(c.get("tie_word_embeddings", False)), kind == "qwen2", kind == "qwen3", window or 0, eos, c)
+        return ModelConfig(kind, *(c[k] for k in sizes), kv, head_dim, eps, float(theta),
+                           {} if rope_type == "default" else rope, bool(c.get("tie_word_embeddings", False)),
+                           kind == "qwen2", kind == "qwen3", window or 0, eos, c)
 
     @staticmethod
     def from_dir(path):
@@ -114,7 +131,7 @@ class ModelConfig:
         return ModelConfig.from_dict(c, f"{path}/config.json")
 
 
-# ---- layers ----------------------------------------------------------------------------------------------------------------------
+# ---- layers ------------------------------------------------------------------------------------------------
 
 def weight(*shape, dtype, device):
     return nn.Parameter(torch.empty(*shape, dtype=dtype, device=device), requires_grad=False)
@@ -135,14 +152,15 @@ class Part(nn.Module):
         return [(t, self.lora[t + "/A"], self.lora[t + "/B"]) for t in targets if t + "/A" in self.lora]
 
     def choose(self, x, n):
-        """x (T, D), n sparse rows -> what to keep of this part in this forward: None (all), KeepMLP or KeepAttention."""
+        """x (T, D), n sparse rows -> what to keep of this part in this forward: None (all),
+        KeepMLP or KeepAttention."""
         keep = self.predictor.select(x[:n]) if self.predictor is not None and self.predictor.c and n else None
         self.channels = None if keep is None else keep.channels
         return keep
 
     def energy_buffer(self, n):
-        """Where this forward adds its true energies, with predictor "measured" in a dense training step (they then count as new); else
-        None."""
+        """Where this forward adds its true energies, with predictor "measured" in a dense training step (they
+        then count as new); else None."""
         if self.predictor is None or not self.predictor.measures() or not n:
             return None
         self.predictor.fresh = True
@@ -156,7 +174,8 @@ class Part(nn.Module):
 class Attention(Part):
     def __init__(self, c, **kw):
         super().__init__()
-        self.n_heads, self.n_kv_heads, self.head_dim, self.eps = c.num_attention_heads, c.num_key_value_heads, c.head_dim, c.rms_norm_eps
+        self.n_heads, self.n_kv_heads, self.head_dim, self.eps = (
+            c.num_attention_heads, c.num_key_value_heads, c.head_dim, c.rms_norm_eps)
         q, kv = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
         self.qkv = weight(q + 2 * kv, c.hidden_size, **kw)
         self.qkv_bias = weight(q + 2 * kv, **kw) if c.qkv_bias else None
@@ -166,13 +185,15 @@ class Attention(Part):
         self.spans = {"q": (0, q), "k": (q, q + kv), "v": (q + kv, q + 2 * kv)}
 
     def project(self, x, lo, hi, keep=None, n=0):
-        """x (T, D) -> (T, hi - lo): rows lo:hi of the fused weight, with the LoRA of the projections that lie in them."""
+        """x (T, D) -> (T, hi - lo): rows lo:hi of the fused weight, with the LoRA of the projections that
+        lie in them."""
         whole = (lo, hi) == (0, self.qkv.shape[0])
         w = self.qkv if whole else self.qkv[lo:hi]
         b = self.qkv_bias if whole or self.qkv_bias is None else self.qkv_bias[lo:hi]
         pairs = self.pairs([t for t, (a, z) in self.spans.items() if lo <= a and z <= hi])
         spans = [(self.spans[t][0] - lo, self.spans[t][1] - lo) for t, _, _ in pairs]
-        y = sparse.ProjectOut.apply(x, w, b, keep and keep.qkv, n, self.lora_scale, spans, *[p for _, A, B in pairs for p in (A, B)])
+        y = sparse.ProjectOut.apply(x, w, b, keep and keep.qkv, n, self.lora_scale, spans,
+                                    *[p for _, A, B in pairs for p in (A, B)])
         return y if self.q_norm is None else self.norm_heads(y, lo, hi)
 
     def norm_heads(self, y, lo, hi):
@@ -182,23 +203,27 @@ class Attention(Part):
             a, z = self.spans[t]
             if lo <= a and z <= hi:
                 part = y[:, a - lo:z - lo].view(len(y), -1, self.head_dim)  # (T, heads, hd)
-                out.append((part if w is None else F.rms_norm(part, (self.head_dim,), w, self.eps)).flatten(1))
+                out.append(
+                    (part if w is None else F.rms_norm(part, (self.head_dim,), w, self.eps)).flatten(1))
         return torch.cat(out, 1)
 
     def output(self, x, keep=None, n=0):
         """x (T, Nq) -> (T, D)."""
         pairs = self.pairs(["o"])
         spans = [(0, self.o.shape[1])] * len(pairs)
-        return sparse.ProjectIn.apply(x, self.o, keep and keep.o, n, self.lora_scale, spans, *[p for _, A, B in pairs for p in (A, B)])
+        return sparse.ProjectIn.apply(x, self.o, keep and keep.o, n, self.lora_scale, spans,
+                                      *[p for _, A, B in pairs for p in (A, B)])
 
     def grid(self, y, batch, rope, rows, heads, n_rot):
-        """y (T', sum(heads) hd) -> one (B, h, S, hd) for each h of heads: the first n_rot heads rotated, each row at its place, zeros
-        elsewhere."""
-        return sparse.RopeScatter.apply(y, rope[0][rows], rope[1][rows], batch.rows[rows], n_rot, self.head_dim, batch.shape, heads)
+        """y (T', sum(heads) hd) -> one (B, h, S, hd) for each h of heads: the first n_rot heads rotated, each
+        row at its place, zeros elsewhere."""
+        return sparse.RopeScatter.apply(y, rope[0][rows], rope[1][rows], batch.rows[rows], n_rot,
+                                        self.head_dim, batch.shape, heads)
 
     def forward(self, x, batch, rope, keep, energies, last, cache):
-        """x (T, D) -> (T, D), in the last block (T_loss, D). rope: cos, sin (T, hd/2). keep: KeepAttention or None. energies: += those of
-        the context rows, (Nq + 2 Nkv,), or None. last: of the last block. cache: a BlockCache to fill (generation), or None."""
+        """x (T, D) -> (T, D), in the last block (T_loss, D). rope: cos, sin (T, hd/2). keep: KeepAttention or
+        None. energies: += those of the context rows, (Nq + 2 Nkv,), or None. last: of the last block. cache:
+        a BlockCache to fill (generation), or None."""
         H, K, N = self.n_heads, self.n_kv_heads, self.qkv.shape[0]
         n, every, wanted = batch.n_sparse, slice(0, len(x)), batch.loss if last else slice(0, len(x))
         if last:  # queries for the loss rows only
@@ -212,7 +237,8 @@ class Attention(Part):
         if cache is not None:
             cache.fill(k, v)
         a = attend(q, k, v, batch.lengths)  # (B, H, S, hd)
-        a = sparse.Gather.apply(a.transpose(1, 2).flatten(2).flatten(0, 1), batch.rows[wanted])  # (T or T_loss, Nq)
+        # (T or T_loss, Nq)
+        a = sparse.Gather.apply(a.transpose(1, 2).flatten(2).flatten(0, 1), batch.rows[wanted])
         return self.output(a, None if last else keep, n)
 
     def decode(self, x, rope, cache):
@@ -238,7 +264,8 @@ class Attention(Part):
 
 
 def attend(q, k, v, lengths):
-    """Causal attention, q (B, H, S, hd), k and v (B, K, S, hd). Rows behind an example's end are zero and come later: no mask."""
+    """Causal attention, q (B, H, S, hd), k and v (B, K, S, hd). Rows behind an example's end are zero and
+    come later: no mask."""
     if q.device.type == "cpu":
         return sparse.CausalAttention.apply(q, k, v, lengths)
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
@@ -251,15 +278,18 @@ class MLP(Part):
         self.down = weight(c.intermediate_size, c.hidden_size, **kw)
 
     def lora_six(self):
-        return [self.lora[f"{t}/{m}"] if f"{t}/{m}" in self.lora else None for t in ("gate", "up", "down") for m in "AB"]
+        return [self.lora[f"{t}/{m}"] if f"{t}/{m}" in self.lora else None for t in ("gate", "up", "down")
+                for m in "AB"]
 
     def forward(self, x, n=0, keep=None, energies=None):
         """x (T, D) -> (T, D)."""
-        return sparse.SwiGLU.apply(x, self.gate_up, self.down, keep, n, self.lora_scale, energies, *self.lora_six())
+        return sparse.SwiGLU.apply(x, self.gate_up, self.down, keep, n, self.lora_scale, energies,
+                                   *self.lora_six())
 
     def activations(self, x):
         """The true h = silu(g) u of x (n, D): (n, I)."""
-        return sparse.mlp_hidden(x, self.gate_up, None, sparse.kept_lora(self.lora_six(), None, x.dtype), self.lora_scale)[2]
+        return sparse.mlp_hidden(x, self.gate_up, None, sparse.kept_lora(self.lora_six(), None, x.dtype),
+                                 self.lora_scale)[2]
 
     def fused(self):
         return self.gate_up
@@ -279,8 +309,8 @@ class Block(nn.Module):
         return F.rms_norm(x, w.shape, w, self.eps)
 
     def forward(self, x, batch, rope, last, chosen, cache=None):
-        """x (T, D) -> (T, D), in the last block (T_loss, D). chosen: an empty dict; a recomputation of this forward gets it filled, so
-        that it keeps the same channels and measures nothing twice."""
+        """x (T, D) -> (T, D), in the last block (T_loss, D). chosen: an empty dict; a recomputation of this
+        forward gets it filled, so that it keeps the same channels and measures nothing twice."""
         n = batch.n_sparse
         h = self.norm(x, self.attn_norm)
         keep, energies = self.choose("attn", h, n, chosen)
@@ -292,7 +322,8 @@ class Block(nn.Module):
         return x + self.mlp(h, n, *self.choose("mlp", h, n, chosen))
 
     def choose(self, name, h, n, chosen):
-        """-> (what part `name` keeps for its normed input h (T, D), the buffer for its true energies or None); both only once a step."""
+        """-> (what part `name` keeps for its normed input h (T, D), the buffer for its true energies or
+        None); both only once a step."""
         if name in chosen:
             return chosen[name], None
         part = getattr(self, name)
@@ -304,11 +335,12 @@ class Block(nn.Module):
         return x + self.mlp(self.norm(x, self.mlp_norm))
 
 
-# ---- the model -------------------------------------------------------------------------------------------------------------------
+# ---- the model ---------------------------------------------------------------------------------------------
 
 class LLaMA(nn.Module):
-    """LLaMA(ModelConfig, dtype, device) has random weights; LLaMA.from_pretrained(...) has a checkpoint's. Frozen until add_lora or
-    train_all. dtype: torch.float32, bfloat16 or float16 (float64: everything in it)."""
+    """LLaMA(ModelConfig, dtype, device) has random weights; LLaMA.from_pretrained(...) has a
+    checkpoint's. Frozen until add_lora or train_all. dtype: torch.float32, bfloat16 or float16 (float64:
+    everything in it)."""
 
     def __init__(self, config, dtype=torch.float32, device="cpu"):
         super().__init__()
@@ -340,8 +372,8 @@ class LLaMA(nn.Module):
     # ---- weights in and out
 
     def named_sources(self):
-        """{Hugging Face name: (parameter, first row, rows, transposed)}: where each tensor of a checkpoint lies in ours. The one table
-        for reading and writing weights."""
+        """{Hugging Face name: (parameter, first row, rows, transposed)}: where each tensor of a checkpoint
+        lies in ours. The one table for reading and writing weights."""
         c, out = self.config, {}
         Nq, inner = c.num_attention_heads * c.head_dim, c.intermediate_size
         for i, b in enumerate(self.blocks):
@@ -367,9 +399,10 @@ class LLaMA(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path, dtype=torch.float32, device="cpu", shard=None):
-        """path: a directory or a hub id with config.json and safetensors. Tensors are streamed from the files straight to their place:
-        never more than the model and one tensor. shard: called on the model while it has no storage yet (FSDP). UserError: no such model,
-        an architecture that is not written here, files that are missing, damaged or do not fit config.json."""
+        """path: a directory or a hub id with config.json and safetensors. Tensors are streamed from the files
+        straight to their place: never more than the model and one tensor. shard: called on the model while it
+        has no storage yet (FSDP). UserError: no such model, an architecture that is not written here, files
+        that are missing, damaged or do not fit config.json."""
         folder = resolve(path)
         config = ModelConfig.from_dir(folder)
         files = weight_files(folder)
@@ -383,7 +416,8 @@ class LLaMA(nn.Module):
         return model.eval()
 
     def save_pretrained(self, path):
-        """Writes config.json and model.safetensors as transformers reads them, in the model's dtype, and makes path if need be."""
+        """Writes config.json and model.safetensors as transformers reads them, in the model's dtype, and
+        makes path if need be."""
         Path(path).mkdir(parents=True, exist_ok=True)
         tensors = {}
         for name, (p, lo, rows, transposed) in self.named_sources().items():
@@ -401,25 +435,30 @@ class LLaMA(nn.Module):
     # ---- LoRA
 
     def add_lora(self, r, alpha, targets=("q", "k", "v", "o"), rslora=False):
-        """Adapters of rank r, scaled by alpha / r (alpha / sqrt(r) with rslora), on targets (a list or "q,k,v,o"). A Kaiming-uniform as
-        in PEFT, B zero; fp32 (fp64 in an fp64 model). Errors: an unknown target, r not positive."""
+        """Adapters of rank r, scaled by alpha / r (alpha / sqrt(r) with rslora), on targets (a list or
+        "q,k,v,o"). A Kaiming-uniform as in PEFT, B zero; fp32 (fp64 in an fp64 model). Errors: an unknown
+        target, r not positive."""
         targets = [t.strip() for t in targets.split(",")] if isinstance(targets, str) else list(targets)
         unknown = [t for t in targets if t not in TARGETS]
         if unknown or not targets or r <= 0:
-            raise UserError(f"LoRA of rank {r} on {unknown or targets}: the rank must be positive and targets some of {','.join(TARGETS)}")
+            raise UserError(f"LoRA of rank {r} on {unknown or targets}: the rank must be positive and "
+                            f"targets some of {','.join(TARGETS)}")
         dtype = torch.promote_types(self.dtype, torch.float32)
-        self.lora_r, self.lora_alpha, self.lora_targets, self.rslora = r, alpha, tuple(t for t in TARGETS if t in targets), rslora
+        self.lora_r, self.lora_alpha, self.lora_targets, self.rslora = (
+            r, alpha, tuple(t for t in TARGETS if t in targets), rslora)
         c = self.config
         Nq, Nkv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
         D, inner = c.hidden_size, c.intermediate_size
-        shape = dict(q=(D, Nq), k=(D, Nkv), v=(D, Nkv), o=(Nq, D), gate=(D, inner), up=(D, inner), down=(inner, D))
+        shape = dict(q=(D, Nq), k=(D, Nkv), v=(D, Nkv), o=(Nq, D), gate=(D, inner), up=(D, inner),
+                     down=(inner, D))
         for b in self.blocks:
             b.attn.lora_scale = b.mlp.lora_scale = alpha / (math.sqrt(r) if rslora else r)
             for t in self.lora_targets:
                 n_in, n_out = shape[t]
                 bound = 1 / math.sqrt(n_in)  # kaiming_uniform_ with a = sqrt(5)
                 part = b.attn if t in "qkvo" else b.mlp
-                part.lora[t + "/A"] = nn.Parameter(torch.empty(r, n_in, dtype=dtype).uniform_(-bound, bound).to(self.device))
+                part.lora[t + "/A"] = nn.Parameter(
+                    torch.empty(r, n_in, dtype=dtype).uniform_(-bound, bound).to(self.device))
                 part.lora[t + "/B"] = nn.Parameter(torch.zeros(n_out, r, dtype=dtype, device=self.device))
 
     def lora_parameters(self):
@@ -433,30 +472,37 @@ class LLaMA(nn.Module):
         return out
 
     def lora_state(self, grads=False):
-        """{PEFT's name: tensor}: the adapter's weights, or their gradients (zeros where there is none yet)."""
+        """{PEFT's name: tensor}: the adapter's weights, or their gradients (zeros where there
+        is none yet)."""
         if grads:
-            return {k: torch.zeros_like(p) if p.grad is None else p.grad for k, p in self.lora_parameters().items()}
+            return {k: torch.zeros_like(p) if p.grad is None else p.grad
+                    for k, p in self.lora_parameters().items()}
         return {k: p.detach() for k, p in self.lora_parameters().items()}
 
     @torch.no_grad()
     def load_lora(self, state):
-        """state: {PEFT's name: tensor} for exactly the adapters that add_lora made. UserError: others, or other shapes."""
+        """state: {PEFT's name: tensor} for exactly the adapters that add_lora made. UserError: others,
+        or other shapes."""
         own = self.lora_parameters()
         odd = sorted(own.keys() ^ state.keys())
         if odd:
-            raise UserError(f"the adapter and LoRA on {','.join(self.lora_targets)} of {len(self.blocks)} blocks disagree about "
-                            f"{len(odd)} tensors, {odd[0]} first")
+            raise UserError(f"the adapter and LoRA on {','.join(self.lora_targets)} of {len(self.blocks)} "
+                            f"blocks disagree about {len(odd)} tensors, {odd[0]} first")
         for name, p in own.items():
             if p.shape != state[name].shape:
-                raise UserError(f"adapter tensor {name} has shape {tuple(state[name].shape)}, this base needs {tuple(p.shape)}")
+                raise UserError(f"adapter tensor {name} has shape {tuple(state[name].shape)}, "
+                                f"this base needs {tuple(p.shape)}")
             p.copy_(state[name])
 
     def save_adapter(self, path, base=""):
-        """Writes adapter_model.safetensors and adapter_config.json as PEFT has them. base: the base model's path or hub id."""
+        """Writes adapter_model.safetensors and adapter_config.json as PEFT has them. base: the base model's
+        path or hub id."""
         Path(path).mkdir(parents=True, exist_ok=True)
-        config = dict(peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=str(base), r=self.lora_r, lora_alpha=self.lora_alpha,
-                      target_modules=[TARGETS[t].split(".")[1] for t in self.lora_targets], lora_dropout=0.0, bias="none",
-                      fan_in_fan_out=False, inference_mode=True, use_rslora=self.rslora, use_dora=False, modules_to_save=None)
+        config = dict(peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=str(base),
+                      r=self.lora_r, lora_alpha=self.lora_alpha,
+                      target_modules=[TARGETS[t].split(".")[1] for t in self.lora_targets], lora_dropout=0.0,
+                      bias="none", fan_in_fan_out=False, inference_mode=True, use_rslora=self.rslora,
+                      use_dora=False, modules_to_save=None)
         state = {k: v.cpu().contiguous() for k, v in self.lora_state().items()}
         write_safetensors(Path(path) / "adapter_model.safetensors", state, {"format": "pt"})
         write_text(Path(path) / "adapter_config.json", json.dumps(config, indent=2) + "\n")
@@ -474,30 +520,36 @@ class LLaMA(nn.Module):
     def rope(self, positions):
         """cos and sin (T, hd/2) of positions (T,), in fp32 (fp64 in an fp64 model)."""
         high = torch.promote_types(self.dtype, torch.float32)
-        if self.frequencies is None:  # made once: a copy from the host in every step would wait for the device
-            self.frequencies = inverse_frequencies(self.config).to(device=positions.device, dtype=high)  # (hd/2,)
+        # made once: a copy from the host in every step would wait for the device
+        if self.frequencies is None:
+            # (hd/2,)
+            self.frequencies = inverse_frequencies(self.config).to(device=positions.device, dtype=high)
         angles = positions.to(high)[:, None] * self.frequencies
         return angles.cos(), angles.sin()
 
     def hidden(self, batch, cache=None, x=None, first=0):
-        """batch -> the final norm's output on the loss rows, (T_loss, D). x (T, D): go on from block `first` with this input of it."""
+        """batch -> the final norm's output on the loss rows, (T_loss, D). x (T, D): go on from block `first`
+        with this input of it."""
         window = self.config.sliding_window
         if window and batch.shape[1] > window:
-            raise UserError(f"a text of {batch.shape[1]} tokens is longer than the model's sliding window of {window}: lower max_seq_len")
+            raise UserError(f"a text of {batch.shape[1]} tokens is longer than the model's sliding window of "
+                            f"{window}: lower max_seq_len")
         rope = self.rope(batch.positions)
         x = F.embedding(batch.tokens, self.embed) if x is None else x  # (T, D)
         for i, block in enumerate(list(self.blocks)[first:], first):
             args = (x, batch, rope, i == len(self.blocks) - 1, {}, cache and cache.blocks[i])
-            if self.recompute and torch.is_grad_enabled():  # nothing here draws random numbers, so their state need not be kept
+            # nothing here draws random numbers, so their state need not be kept
+            if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = block(*args)
         return F.rms_norm(x, self.final_norm.shape, self.final_norm, self.config.rms_norm_eps)
 
     def loss(self, batch, x=None, first=0):
-        """batch (data.Batch, on the model's device) -> the weighted sum of the loss over its loss rows, a scalar in fp32; the training
-        loop divides by the sum of weights. Obeys set_sparsity alone, in training mode or not. x, first: as for hidden. UserError: sparse
-        with "measured" before any dense step in training mode, or a text longer than the sliding window."""
+        """batch (data.Batch, on the model's device) -> the weighted sum of the loss over its loss rows, a
+        scalar in fp32; the training loop divides by the sum of weights. Obeys set_sparsity alone, in training
+        mode or not. x, first: as for hidden. UserError: sparse with "measured" before any dense step in
+        training mode, or a text longer than the sliding window."""
         x = self.hidden(batch, None, x, first)
         head = self.head if torch.is_grad_enabled() else self.head.detach()
         return sparse.CrossEntropy.apply(x, head, batch.targets, batch.weights)
@@ -507,22 +559,26 @@ class LLaMA(nn.Module):
         """tokens (B, S) int64, right-padded -> logits (B, S, V). Always dense."""
         B, S = tokens.shape
         rows = torch.arange(B * S, device=tokens.device)
-        batch = SimpleNamespace(tokens=tokens.flatten(), positions=rows % S, rows=rows, n_sparse=0, loss=slice(0, B * S), shape=(B, S), lengths=[S] * B)
+        batch = SimpleNamespace(tokens=tokens.flatten(), positions=rows % S, rows=rows, n_sparse=0,
+                                loss=slice(0, B * S), shape=(B, S), lengths=[S] * B)
         return (self.hidden(batch) @ self.head.T).view(B, S, -1)  # no sparse rows: dense at any set_sparsity
 
     @torch.no_grad()
     def generate(self, prompts, max_new_tokens, temperature=0.0, top_p=1.0, stop=None, seed=0, stream=None):
-        """prompts: lists of token ids, of any lengths -> lists of new ids, without the one that ended them. Always dense.
+        """prompts: lists of token ids, of any lengths -> lists of new ids, without the one that ended
+        them. Always dense.
 
-        temperature 0 is greedy; top_p keeps the likeliest tokens that hold that share. stop: ids that end a text (default: all of the
-        checkpoint's eos_token_id). stream: called with a list of (prompt number, token) after each step."""
+        temperature 0 is greedy; top_p keeps the likeliest tokens that hold that share. stop: ids that end a
+        text (default: all of the checkpoint's eos_token_id). stream: called with a list of (prompt number,
+        token) after each step."""
         if not prompts:
             return []
         if min(map(len, prompts)) == 0:
             raise UserError("a prompt of no tokens cannot be continued: give at least one token")
         stop = set(self.config.eos_token_id if stop is None else stop)
         rng = torch.Generator(self.device).manual_seed(seed)
-        out, lanes = [[] for _ in prompts], list(range(len(prompts)))  # lanes: prompt numbers of the cache's rows
+        # lanes: prompt numbers of the cache's rows
+        out, lanes = [[] for _ in prompts], list(range(len(prompts)))
         ended = set()  # prompt numbers
         cache = KVCache(self, prompts, max_new_tokens)
         x = self.hidden(prompt_batch(prompts, self.device), cache)  # (B, D): each prompt's last row
@@ -554,9 +610,10 @@ class LLaMA(nn.Module):
     # ---- counting
 
     def flops(self, batch):
-        """(dense, sparse): multiplications and additions of one training step of this batch, forward and backward, all that is computed
-        and nothing that is not: LoRA, the predictor, attention, the loss. Sparse at the present set_sparsity. A fused attention counts
-        as the whole (B, S, S), as torch counts it; a recomputation is not counted. Equal to torch.utils.flop_counter's number (tested)."""
+        """(dense, sparse): multiplications and additions of one training step of this batch, forward and
+        backward, all that is computed and nothing that is not: LoRA, the predictor, attention, the loss.
+        Sparse at the present set_sparsity. A fused attention counts as the whole (B, S, S), as torch counts
+        it; a recomputation is not counted. Equal to torch.utils.flop_counter's number (tested)."""
         return tuple(sum(self.flops_by_part(batch, on).values()) for on in (False, True))
 
     def flops_by_part(self, batch, sparse_on=True):
@@ -568,21 +625,25 @@ class LLaMA(nn.Module):
         blocks = batch.lengths is not None and self.device.type == "cpu"
         pairs = sparse.CausalAttention.pairs(batch.lengths) if blocks else B * S * S  # of queries and keys
         full = not R and self.embed.requires_grad
-        need = full  # does this block's input need a gradient? the first block's does not, unless the embedding is trained
+        # does this block's input need a gradient? the first block's does not, unless the embedding is trained
+        need = full
 
         def lora(t, n_in, n_out, need):  # x A.T and z B.T; dz, dB, dA and, where it is wanted, dx
             return 2 * R * t * ((2 + need) * n_in + 3 * n_out)
 
         for i, b in enumerate(self.blocks):
             last = i == len(self.blocks) - 1
-            pa, pm = (p.predictor if sparse_on and p.predictor is not None and p.predictor.c and batch.n_sparse else None
+            pa, pm = (p.predictor if sparse_on and p.predictor is not None and p.predictor.c
+                      and batch.n_sparse else None
                       for p in (b.attn, b.mlp))
             n = 0 if last else batch.n_sparse
             t = T_loss if last else T
             G = c.num_attention_heads // c.num_key_value_heads
-            cols = (n * pa.c * (G + 2) + (T - n) * (Nq + 2 * Nkv)) if pa else (t * Nq + T * 2 * Nkv)  # rows x channels of qkv
+            # rows x channels of qkv
+            cols = (n * pa.c * (G + 2) + (T - n) * (Nq + 2 * Nkv)) if pa else (t * Nq + T * 2 * Nkv)
             f = 2 * D * cols * (1 + need + full) + (pa.flops(n) if pa else 0)
-            f += sum(lora(t if x == "q" else T, D, m, need) for x, m in (("q", Nq), ("k", Nkv), ("v", Nkv)) if x in self.lora_targets)
+            f += sum(lora(t if x == "q" else T, D, m, need) for x, m in (("q", Nq), ("k", Nkv), ("v", Nkv))
+                     if x in self.lora_targets)
             inner_need = need or full or any(x in self.lora_targets for x in "qkv")
             f += 2 * pairs * Nq * (2 + 5 * inner_need)  # 2 products forward, 5 backward
             f += 2 * D * (n * pa.c * G + (T - n) * Nq if pa else t * Nq) * (1 + inner_need + full)
@@ -590,7 +651,8 @@ class LLaMA(nn.Module):
             out[f"{i}.attn"] = f
             need = inner_need or "o" in self.lora_targets
             cols = n * pm.c + (T - n) * inner if pm else t * inner  # rows x channels of the MLP
-            f = 2 * D * cols * (4 + 2 * need + 3 * full) + (pm.flops(n) if pm else 0)  # forward 3, dh 1, dx 2, weights 3
+            # forward 3, dh 1, dx 2, weights 3
+            f = 2 * D * cols * (4 + 2 * need + 3 * full) + (pm.flops(n) if pm else 0)
             for x in ("gate", "up", "down"):
                 if x in self.lora_targets:
                     f += 2 * R * ((2 + need if x != "down" else 3) * t * D + 3 * cols)
@@ -600,18 +662,21 @@ class LLaMA(nn.Module):
         return out
 
 
-# ---- adapters in PEFT's format ---------------------------------------------------------------------------------------------------
+# ---- adapters in PEFT's format -----------------------------------------------------------------------------
 
 def load_adapter(model, path):
-    """Gives the model the adapter in path, written by save_adapter or by PEFT: add_lora and load_lora in one. Which targets it has is
-    read off its tensors' names, for target_modules may be a list, full names or a regex."""
+    """Gives the model the adapter in path, written by save_adapter or by PEFT: add_lora and load_lora in
+    one. Which targets it has is read off its tensors' names, for target_modules may be a list, full names
+    or a regex."""
     c, state = read_adapter(path)
     blocks = {int(i) for k in state for i in re.findall(r"\.layers\.(\d+)\.", k)}
     if blocks and max(blocks) >= len(model.blocks):
-        raise UserError(f"the adapter in {path} is for another base: it has {max(blocks) + 1} blocks, this one {len(model.blocks)}")
+        raise UserError(f"the adapter in {path} is for another base: it has {max(blocks) + 1} blocks, "
+                        f"this one {len(model.blocks)}")
     targets = [t for t, name in TARGETS.items() if any(f".{name}.lora_" in k for k in state)]
     if not targets:
-        raise UserError(f"the adapter in {path} changes none of {', '.join(TARGETS)}: {sorted(state)[:1]} cannot be read")
+        raise UserError(f"the adapter in {path} changes none of {', '.join(TARGETS)}: "
+                        f"{sorted(state)[:1]} cannot be read")
     model.add_lora(c["r"], c["lora_alpha"], targets, bool(c.get("use_rslora")))
     try:
         model.load_lora(state)
@@ -619,18 +684,20 @@ def load_adapter(model, path):
         raise UserError(f"{path} does not fit: {e}") from None
 
 
-# ---- RoPE ------------------------------------------------------------------------------------------------------------------------
+# ---- RoPE --------------------------------------------------------------------------------------------------
 
 def inverse_frequencies(c):
-    """theta^(-2i / hd), i < hd/2, in fp64, with the checkpoint's scaling: "linear" divides positions by a factor, "llama3" only the long
-    wavelengths' (those over original_max_position_embeddings / low_freq_factor), blending between the two."""
+    """theta^(-2i / hd), i < hd/2, in fp64, with the checkpoint's scaling: "linear" divides positions by a
+    factor, "llama3" only the long wavelengths' (those over original_max_position_embeddings /
+    low_freq_factor), blending between the two."""
     freq = c.rope_theta ** (-torch.arange(0, c.head_dim, 2, dtype=torch.float64) / c.head_dim)  # (hd/2,)
     s = c.rope_scaling
     if not s:
         return freq
     if s.get("rope_type", s.get("type")) == "linear":
         return freq / s["factor"]
-    turns = s["original_max_position_embeddings"] * freq / (2 * math.pi)  # of each frequency over the original context
+    # of each frequency over the original context
+    turns = s["original_max_position_embeddings"] * freq / (2 * math.pi)
     low, high = s["low_freq_factor"], s["high_freq_factor"]
     keep = ((turns - low) / (high - low)).clamp(0, 1)  # 0: divided by the factor, 1: as it was
     return freq * (keep + (1 - keep) / s["factor"])
