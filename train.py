@@ -5,9 +5,10 @@
     python train.py config/math.py --model=DIR --batch_size=4 --resume=True
     python train.py -h                               every option with its default
 
-A step: micro-batches forward and backward (the loss is a sum, not a mean), the flat LoRA gradient divided by the sum of the loss
-weights of all of them (so that accumulation equals the big batch), clipped, AdamW. The host never waits for the device between the
-first forward and the optimizer's step: metrics are read when the next step has been launched.
+A step: micro-batches forward and backward (the loss is a sum, not a mean), the flat LoRA gradient divided by
+the sum of the loss weights of all of them (so that accumulation equals the big batch), clipped, AdamW. The
+host never waits for the device between the first forward and the optimizer's step: metrics are read when the
+next step has been launched.
 """
 import json
 import math
@@ -36,23 +37,26 @@ from tools.validate import Interrupted, accuracy, evaluate, make_batches, mean_l
 from tools.report import record, report, say, say_plan, say_result
 
 
-# ---- the parts of a run ----------------------------------------------------------------------------------------------------------
+# ---- the parts of a run ------------------------------------------------------------------------------------
 
 def load_data(run):
-    """run.examples and run.tokenized: {"train", "val", "test": lists}; prints their statistics and one example, scored part marked."""
+    """run.examples and run.tokenized: {"train", "val", "test": lists}; prints their statistics and one
+    example, scored part marked."""
     cfg, run.examples, run.tokenized = run.cfg, {}, {}
     for split in ("train", "val", "test") if cfg.test_examples else ("train", "val"):
         run.examples[split] = examples = data.load_split(cfg, split)
         if split == "test" and not any(e.response for e in examples):  # only questions and answers
             run.tokenized[split] = []
             continue
-        run.tokenized[split] = data.tokenize(examples, run.tokenizer, cfg.max_seq_len, cfg.prompt_format, cfg.prompt_weight)
+        run.tokenized[split] = data.tokenize(examples, run.tokenizer, cfg.max_seq_len, cfg.prompt_format,
+                                             cfg.prompt_weight)
         say(f"{split:5s} {data.statistics(examples, run.tokenized[split], cfg.prompt_weight)}")
     say("first example, [[scored]]: " + repr(data.marked(run.tokenized["train"][0], run.tokenizer)))
 
 
 def load_model(cfg, folder, device, tokenizer):
-    """The frozen base with LoRA, or with lora_r = 0 all weights trained, from random ones where the directory has none."""
+    """The frozen base with LoRA, or with lora_r = 0 all weights trained, from random ones where the
+    directory has none."""
     dtype = getattr(torch, cfg.dtype)
     if cfg.lora_r == 0 and not any(folder.glob("*.safetensors")):
         model = LLaMA(ModelConfig.from_dir(folder), dtype, device)
@@ -60,11 +64,14 @@ def load_model(cfg, folder, device, tokenizer):
         model = LLaMA.from_pretrained(folder, dtype, device, shard=dist.fsdp(device) if cfg.fsdp else None)
     c, L = model.config, len(model.blocks)
     if tokenizer.n_vocab > c.vocab_size:
-        raise UserError(f"the tokenizer of {folder} has {tokenizer.n_vocab} tokens, the model's vocab_size is {c.vocab_size}: they belong to "
+        raise UserError(f"the tokenizer of {folder} has {tokenizer.n_vocab} tokens, "
+                        f"the model's vocab_size is {c.vocab_size}: they belong to "
                         "different models")
     if c.sliding_window and c.sliding_window < cfg.max_seq_len:
-        raise UserError(f"max_seq_len = {cfg.max_seq_len} is longer than the model's sliding window of {c.sliding_window}: lower it")
-    mlp, attn = config.ratios(cfg.mlp_sparsity, L, "mlp_sparsity"), config.ratios(cfg.attn_sparsity, L, "attn_sparsity")
+        raise UserError(f"max_seq_len = {cfg.max_seq_len} is longer than the model's sliding window of "
+                        f"{c.sliding_window}: lower it")
+    mlp, attn = (config.ratios(cfg.mlp_sparsity, L, "mlp_sparsity"),
+                 config.ratios(cfg.attn_sparsity, L, "attn_sparsity"))
     if cfg.lora_r == 0:
         model.train_all()
         mlp = attn = [0.0] * L  # a weight that is trained needs all its rows
@@ -73,14 +80,16 @@ def load_model(cfg, folder, device, tokenizer):
     else:
         model.add_lora(cfg.lora_r, cfg.lora_alpha, cfg.lora_targets)
     model.recompute = cfg.recompute
-    predictor.attach(model, mlp, attn, cfg.predictor_rank, cfg.predictor, seed=cfg.seed + dist.rank(), agree=dist.agree)
+    predictor.attach(model, mlp, attn, cfg.predictor_rank, cfg.predictor, seed=cfg.seed + dist.rank(),
+                     agree=dist.agree)
     return model
 
 
 def flatten(params):
-    """Makes all trained tensors views of one flat vector and their gradients of another, which has two more places, for the loss and
-    the sum of its weights. So one all-reduce, one norm and one fused AdamW serve a step, and the state of a run is three vectors.
-    Returns (flat (n,), grad (n + 2,), number of elements in matrices, which come first)."""
+    """Makes all trained tensors views of one flat vector and their gradients of another, which has two more
+    places, for the loss and the sum of its weights. So one all-reduce, one norm and one fused AdamW serve a
+    step, and the state of a run is three vectors. Returns (flat (n,), grad (n + 2,), number of elements in
+    matrices, which come first)."""
     params = sorted(params, key=lambda p: p.dim() < 2)
     flat = torch.cat([p.detach().flatten() for p in params])  # (n,)
     grad, i = flat.new_zeros(len(flat) + 2), 0
@@ -91,7 +100,8 @@ def flatten(params):
 
 
 def make_optimizer(cfg, flat, grad, matrices):
-    """AdamW on the flat vector; weight decay on matrices only (norms and biases are trained with lora_r = 0)."""
+    """AdamW on the flat vector; weight decay on matrices only (norms and biases are trained with
+    lora_r = 0)."""
     groups = []
     for part, decay in ((slice(0, matrices), cfg.weight_decay), (slice(matrices, len(flat)), 0.0)):
         p = torch.nn.Parameter(flat[part])
@@ -104,7 +114,8 @@ def make_optimizer(cfg, flat, grad, matrices):
 
 
 def forward_backward(run, micro):
-    """Adds the gradient of these micro-batches to run.grad, and their loss and weights to its last two places."""
+    """Adds the gradient of these micro-batches to run.grad, and their loss and weights to its
+    last two places."""
     for b in micro:
         loss = run.model.loss(b)  # a weighted sum: update() divides by the sum of weights
         loss.backward()
@@ -112,8 +123,9 @@ def forward_backward(run, micro):
 
 
 def update(run, lr):
-    """One optimizer step from the summed gradients. Returns (3,) on the device: loss, gradient norm, steps skipped in a row. A loss or
-    gradient that is not finite skips the step; AdamW's found_inf decides so on the device, without the host."""
+    """One optimizer step from the summed gradients. Returns (3,) on the device: loss, gradient norm, steps
+    skipped in a row. A loss or gradient that is not finite skips the step; AdamW's found_inf decides so on
+    the device, without the host."""
     optimizer = run.optimizer
     dist.all_reduce(run.grad)
     g, (loss, weights) = run.grad[:-2], run.grad[-2:].clone()
@@ -142,45 +154,52 @@ def learning_rate(cfg, step, max_steps):
 
 
 def sparsity(cfg, step, max_steps):
-    """The schedule: 0 (dense) before sparse_start and from sparse_end on; between, growing to 1 over sparse_ramp (0: at once)."""
+    """The schedule: 0 (dense) before sparse_start and from sparse_end on; between, growing to 1 over
+    sparse_ramp (0: at once)."""
     f = step / max_steps
     if f < cfg.sparse_start or f >= cfg.sparse_end:
         return 0.0
     return min(1.0, (f - cfg.sparse_start + 1 / max_steps) / cfg.sparse_ramp) if cfg.sparse_ramp else 1.0
 
 
-# ---- the loop --------------------------------------------------------------------------------------------------------------------
+# ---- the loop ----------------------------------------------------------------------------------------------
 
 def main(cfg, command="python train.py"):
-    """One run, from its config to its adapter. Returns the summary that is also written to out_dir/result.json, a dict; None where a
-    signal stopped the run or it was finished before. command: how to start this run again, for the message that says so.
+    """One run, from its config to its adapter. Returns the summary that is also written to
+    out_dir/result.json, a dict; None where a signal stopped the run or it was finished before. command: how
+    to start this run again, for the message that says so.
 
-    `run`, which all functions here and in tools/ pass on, holds: cfg, device, out (Path) | folder of the base, tokenizer | examples and
-    tokenized, lists by split | model, optimizer, flat (n,) and grad (n + 2,) as flatten() makes them | max_steps, and info, what is saved
-    as JSON: step, sparse, ... | stop, signals that came | lock of out | unsummed: this rank has measured energies that the others lack."""
-    run = SimpleNamespace(cfg=cfg, stop=[], device=dist.setup(cfg), out=Path(cfg.out_dir), unsummed=False, lock=None)
+    `run`, which all functions here and in tools/ pass on, holds: cfg, device, out (Path) | folder of the
+    base, tokenizer | examples and tokenized, lists by split | model, optimizer, flat (n,) and grad (n + 2,)
+    as flatten() makes them | max_steps, and info, what is saved as JSON: step, sparse, ... | stop, signals
+    that came | lock of out | unsummed: this rank has measured energies that the others lack."""
+    run = SimpleNamespace(cfg=cfg, stop=[], device=dist.setup(cfg), out=Path(cfg.out_dir), unsummed=False,
+                          lock=None)
     try:
         lengths, per_epoch = prepare(run)
         if run.info["finished"]:
-            return say(f"{run.out} is finished: its {'adapter' if cfg.lora_r else 'checkpoint'} lies there; another run needs another --out_dir")
+            return say(f"{run.out} is finished: its {'adapter' if cfg.lora_r else 'checkpoint'} lies there; "
+                       "another run needs another --out_dir")
         with signals(run.stop):
             if run.info["before"] is None and cfg.test_examples:
                 run.info["before"], n = accuracy(run, "test", cfg.test_examples)
-                say(f"before training: {run.info['before']:.1%} of {n} test problems right" if n else "no test example has an answer")
+                say(f"before training: {run.info['before']:.1%} of {n} test problems right"
+                    if n else "no test example has an answer")
             loop(run, lengths, per_epoch)
             return finish(run, lengths)
     except Interrupted:
         name = signal.Signals(run.stop[0]).name if run.stop else "a signal to another rank"
         kept = "" if state.save_run(run) else " (which could not be saved: the last saved step counts)"
-        say(f"stopped by {name} after step {run.info['step']} of {run.max_steps}{kept}; go on with:\n  {command} --resume=True")
+        say(f"stopped by {name} after step {run.info['step']} of {run.max_steps}{kept}; "
+            f"go on with:\n  {command} --resume=True")
     finally:
         if run.lock:
             run.lock.close()
 
 
 def prepare(run):
-    """Loads everything, and the state to resume from. Nothing is written before all of it is found to be good. Returns (lengths of the
-    training examples, steps in an epoch)."""
+    """Loads everything, and the state to resume from. Nothing is written before all of it is found to be
+    good. Returns (lengths of the training examples, steps in an epoch)."""
     cfg = run.cfg
     torch.manual_seed(cfg.seed)
     if cfg.threads:
@@ -196,7 +215,8 @@ def prepare(run):
     lengths = [len(t.tokens) for t in run.tokenized["train"]]
     per_epoch = len(data.batches(lengths, cfg.batch_size, cfg.seed, 0, cfg.length_window))
     run.max_steps = cfg.max_steps or math.ceil(cfg.epochs * per_epoch)
-    run.info = dict(step=0, sparse=False, evaluated=0, skipped=0, seconds=0.0, tokens=0, flops=0, dense_flops=0, before=None, finished=False)
+    run.info = dict(step=0, sparse=False, evaluated=0, skipped=0, seconds=0.0, tokens=0, flops=0,
+                    dense_flops=0, before=None, finished=False)
     say_plan(run)
     if dist.rank() == 0 and not run.lock:
         run.lock = state.lock(run.out)
@@ -206,13 +226,14 @@ def prepare(run):
 
 @contextmanager
 def signals(stop):
-    """SIGINT, SIGTERM and SIGUSR1 are put in the list stop, which the loop looks at between steps. A second Ctrl-C quits at once (not under
-    torchrun, which passes on a Ctrl-C that the terminal has sent already)."""
+    """SIGINT, SIGTERM and SIGUSR1 are put in the list stop, which the loop looks at between steps. A second
+    Ctrl-C quits at once (not under torchrun, which passes on a Ctrl-C that the terminal has sent already)."""
     def handler(signum, frame):
         if signum == signal.SIGINT and signum in stop and dist.world() == 1:
             os._exit(130)
         if not stop:
-            os.write(2, b"stopping after this step" + b" (Ctrl-C again: at once)" * (signum == signal.SIGINT) + b"\n")
+            os.write(2, b"stopping after this step"
+                     + b" (Ctrl-C again: at once)" * (signum == signal.SIGINT) + b"\n")
         stop.append(signum)
 
     before = [(s, signal.signal(s, handler)) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
@@ -235,7 +256,8 @@ def loop(run, lengths, per_epoch):
             info["evaluated"] = step
         epoch, i = divmod(step, per_epoch)
         if order is None or i == 0:
-            order = data.batches(lengths, cfg.batch_size, cfg.seed, epoch, cfg.length_window)  # lists of example numbers
+            # lists of example numbers
+            order = data.batches(lengths, cfg.batch_size, cfg.seed, epoch, cfg.length_window)
         batch = order[i]
         micro = make_batches(run, "train", batch, seed=step * cfg.batch_size)
 
@@ -259,9 +281,11 @@ def loop(run, lengths, per_epoch):
         report(run, log, pending)  # the step before: waiting for it does not hold this one up
         flops = [model.flops(b) for b in micro]  # dense, sparse
         seconds = time.perf_counter() - start
-        tokens, dense, sparse = sum(len(b.tokens) for b in micro), sum(f for f, _ in flops), sum(f for _, f in flops)
+        tokens, dense, sparse = (sum(len(b.tokens) for b in micro), sum(f for f, _ in flops),
+                                 sum(f for _, f in flops))
         stop, tokens, dense, sparse = dist.add(len(run.stop), tokens, dense, sparse)
-        pending = (metrics, batch, dict(step=step, lr=lr, scale=scale, seconds=seconds, tokens=tokens, dense_flops=dense, flops=sparse))
+        pending = (metrics, batch, dict(step=step, lr=lr, scale=scale, seconds=seconds, tokens=tokens,
+                                        dense_flops=dense, flops=sparse))
         info["step"] += 1
         for key in ("seconds", "tokens", "dense_flops", "flops"):
             info[key] += pending[2][key]
@@ -277,13 +301,15 @@ def loop(run, lengths, per_epoch):
 
 
 def evaluation_due(run):
-    """At every eval_interval-th step, but for the last, which finish() evaluates; and after a resume, if it was not done before."""
+    """At every eval_interval-th step, but for the last, which finish() evaluates; and after a resume, if it
+    was not done before."""
     step, every = run.info["step"], run.cfg.eval_interval
     return every and 0 < step < run.max_steps and step % every == 0 and run.info["evaluated"] != step
 
 
 def start_sparse(run, micro, scale, log):
-    """The dense-to-sparse switch: `measured` fixes its channels, after one forward pass if no dense step came before."""
+    """The dense-to-sparse switch: `measured` fixes its channels, after one forward pass if no dense
+    step came before."""
     if run.cfg.predictor == "measured":
         if run.info["step"] == 0:
             run.unsummed = True
@@ -292,7 +318,7 @@ def start_sparse(run, micro, scale, log):
     record(log, dict(step=run.info["step"], **selection(run, scale)))
 
 
-# ---- beginning and end -----------------------------------------------------------------------------------------------------------
+# ---- beginning and end -------------------------------------------------------------------------------------
 
 def finish(run, lengths):
     """The last evaluation, the adapter (or the whole checkpoint), and the summary."""
@@ -304,7 +330,8 @@ def finish(run, lengths):
             run.model.save_adapter(out, run.folder if Path(cfg.model).is_dir() else cfg.model)
         else:
             run.model.save_pretrained(out)
-            for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "generation_config.json"):
+            for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json",
+                         "generation_config.json"):
                 if (run.folder / name).exists():
                     shutil.copy(run.folder / name, out / name)
     if cfg.eval_interval:
@@ -313,7 +340,8 @@ def finish(run, lengths):
         result["test_loss"] = mean_loss(run, "test", cfg.test_examples) if run.tokenized["test"] else None
         result["after"], result["test_examples"] = accuracy(run, "test", cfg.test_examples)
     if predictor.predictors(run.model):
-        result["time_ratio"] = time_ratio(run, data.batches(lengths, cfg.batch_size, cfg.seed, 0, cfg.length_window)[:11])
+        result["time_ratio"] = time_ratio(run, data.batches(lengths, cfg.batch_size, cfg.seed, 0,
+                                                            cfg.length_window)[:11])
     info["finished"] = True
     state.save_run(run)
     if dist.rank() == 0:
@@ -328,7 +356,8 @@ def cli(argv):
     try:
         cfg = config.load(argv)
         debug = cfg.debug
-        main(cfg, shlex.join([*dist.launcher().split(), "train.py"] + [a for a in argv if not a.startswith("--resume=")]))
+        main(cfg, shlex.join([*dist.launcher().split(), "train.py"]
+                             + [a for a in argv if not a.startswith("--resume=")]))
         dist.close()
         return
     except (UserError, OSError, RuntimeError, KeyboardInterrupt) as e:
@@ -343,16 +372,19 @@ def cli(argv):
 
 
 def explain(e, cfg):
-    """One sentence about what a user can do something about; None for a mistake of ours, which deserves its traceback."""
+    """One sentence about what a user can do something about; None for a mistake of ours, which
+    deserves its traceback."""
     if isinstance(e, UserError):
         return f"error: {e}"
     if isinstance(e, torch.OutOfMemoryError):
-        return (f"error: out of memory on {cfg.device} with {cfg.micro_batch_size} examples of up to {cfg.max_seq_len} tokens at once: lower "
-                "micro_batch_size or max_seq_len, or set recompute=True (a saved state stays, go on from it with --resume=True)")
+        return (f"error: out of memory on {cfg.device} with {cfg.micro_batch_size} examples of up to "
+                f"{cfg.max_seq_len} tokens at once: lower micro_batch_size or max_seq_len, "
+                "or set recompute=True (a saved state stays, go on from it with --resume=True)")
     if isinstance(e, KeyboardInterrupt):
         return "interrupted before the training began"
     if isinstance(e, OSError):
-        return f"error: {e.strerror or e} ({e.filename or cfg.out_dir}): a saved state stays, go on from it with --resume=True"
+        return (f"error: {e.strerror or e} ({e.filename or cfg.out_dir}): a saved state stays, "
+                "go on from it with --resume=True")
     return f"error: {dist.lost_message(e)}" if dist.is_loss(e) else None
 
 
