@@ -1,7 +1,8 @@
-"""What proves it (design, section 5): `pytest -q -m "not slow"`. Whole runs and the tools are tested in tools/test_*.py.
+"""What proves it (design, section 5): `pytest -q -m "not slow"`. Whole runs and the tools are
+tested in tools/test_*.py.
 
-The central test is `masked`: the sparse model's loss and every LoRA gradient equal plain autograd through a dense model whose context
-rows are multiplied by 0/1 masks, in fp64 to 1e-9, for every kind of block.
+The central test is `masked`: the sparse model's loss and every LoRA gradient equal plain autograd through a
+dense model whose context rows are multiplied by 0/1 masks, in fp64 to 1e-9, for every kind of block.
 """
 import math
 import random
@@ -17,15 +18,17 @@ import sparse
 from config import UserError
 from model import LLaMA, ModelConfig, inverse_frequencies
 
-SMALL = dict(model_type="llama", vocab_size=61, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=6,
-             num_key_value_heads=2, head_dim=16, rms_norm_eps=1e-6, rope_theta=10000.0, tie_word_embeddings=False, eos_token_id=2)
+SMALL = dict(model_type="llama", vocab_size=61, hidden_size=48, intermediate_size=80, num_hidden_layers=3,
+             num_attention_heads=6, num_key_value_heads=2, head_dim=16, rms_norm_eps=1e-6, rope_theta=10000.0,
+             tie_word_embeddings=False, eos_token_id=2)
 KINDS = {"multi-head": dict(num_key_value_heads=6), "grouped": {}, "tied": dict(tie_word_embeddings=True),
          "biases": dict(model_type="qwen2")}
 ALL = "q,k,v,o,gate,up,down"
 
 
 def build(seed=0, dtype=torch.float64, targets=ALL, r=4, **kw):
-    """A small random model whose weights, norms and biases are all far from their initial values; LoRA with B not zero."""
+    """A small random model whose weights, norms and biases are all far from their initial values; LoRA with
+    B not zero."""
     torch.manual_seed(seed)
     m = LLaMA(ModelConfig.from_dict({**SMALL, **kw}), dtype)
     with torch.no_grad():
@@ -44,7 +47,8 @@ def examples(sizes=((9, 4), (5, 7), (14, 1), (2, 2)), vocab=61, seed=0):
     rng = random.Random(seed)
     out = []
     for p, a in sizes:
-        out.append(data.Tokenized([rng.randrange(vocab) for _ in range(p + a)], [0.0] * p + [rng.choice([1.0, 1.0, .5]) for _ in range(a)]))
+        out.append(data.Tokenized([rng.randrange(vocab) for _ in range(p + a)],
+                                  [0.0] * p + [rng.choice([1.0, 1.0, .5]) for _ in range(a)]))
     return out
 
 
@@ -52,15 +56,16 @@ def batch_of(sizes=((9, 4), (5, 7), (14, 1), (2, 2)), split="output", **kw):
     return data.collate(examples(sizes, **kw), split)
 
 
-# ---- the reference: a dense model with masks, in plain autograd --------------------------------------------------------------------
+# ---- the reference: a dense model with masks, in plain autograd --------------------------------------------
 
 def masked_loss(m, batch, channels):
-    """The loss of m on batch by the textbook: full matmuls, masks on the sparse rows, attention example by example. channels: a list
-    of (attn, mlp) kept channels a block, each None where dense."""
+    """The loss of m on batch by the textbook: full matmuls, masks on the sparse rows, attention example by
+    example. channels: a list of (attn, mlp) kept channels a block, each None where dense."""
     c, n, T = m.config, batch.n_sparse, len(batch.tokens)
     H, K, hd = c.num_attention_heads, c.num_key_value_heads, c.head_dim
     P = {k.split("layers.")[1]: v for k, v in m.lora_parameters().items()}
-    src = {k: (p[lo:lo + rows].T if tr else p[lo:lo + rows]) for k, (p, lo, rows, tr) in m.named_sources().items()}
+    src = {k: (p[lo:lo + rows].T if tr else p[lo:lo + rows])
+           for k, (p, lo, rows, tr) in m.named_sources().items()}
 
     def mask(idx, size):  # (T, size): 1 on dense rows and on kept channels of sparse rows
         k = torch.ones(T, size, dtype=torch.float64)
@@ -102,8 +107,10 @@ def masked_loss(m, batch, channels):
         s = torch.einsum("thd,shd->hts", q, k) / math.sqrt(hd)
         seen = (example[:, None] == example[None]) & (batch.positions[:, None] >= batch.positions[None])
         a = torch.einsum("hts,shd->thd", s.masked_fill(~seen, -math.inf).softmax(-1), v).flatten(1)
-        o_idx = None if ca is None else torch.tensor(sorted(int(h * hd + j % hd) for j in ca[2] for h in range(H) if h // (H // K) == j // hd))
-        x = x + (a * mask(o_idx, H * hd)) @ src[at + "self_attn.o_proj.weight"].T + lora(a, i, "self_attn.o_proj")
+        o_idx = None if ca is None else torch.tensor(sorted(int(h * hd + j % hd) for j in ca[2]
+                                                            for h in range(H) if h // (H // K) == j // hd))
+        x = (x + (a * mask(o_idx, H * hd)) @ src[at + "self_attn.o_proj.weight"].T
+             + lora(a, i, "self_attn.o_proj"))
         h = norm(x, src[at + "post_attention_layernorm.weight"])
         I = c.intermediate_size
         g = h @ src[at + "mlp.gate_proj.weight"].T + lora(h, i, "mlp.gate_proj")
@@ -144,7 +151,8 @@ def test_sparse_equals_masked_dense(kind, how):
         m.loss(batch)
         m.set_sparsity(1)
     assert_same(m, batch)
-    assert m.blocks[0].mlp.channels.numel() == 32 and m.blocks[0].attn.channels[1].numel() == (48 if kind == "multi-head" else 16)
+    assert (m.blocks[0].mlp.channels.numel() == 32
+            and m.blocks[0].attn.channels[1].numel() == (48 if kind == "multi-head" else 16))
     assert m.blocks[-1].mlp.channels is None  # the last block is dense
 
 
@@ -170,7 +178,7 @@ def test_qwen3_dense_gradients_and_sparse_mlp():
     assert m.loss(batch_of()).isfinite()
 
 
-# ---- one code path: dense, micro-batches, recompute ------------------------------------------------------------------------------
+# ---- one code path: dense, micro-batches, recompute --------------------------------------------------------
 
 def test_ratio_zero_and_scale_zero_are_bitwise_dense():
     m, batch = build(dtype=torch.float32), batch_of()
@@ -187,7 +195,8 @@ def test_ratio_zero_and_scale_zero_are_bitwise_dense():
 
 @pytest.mark.parametrize("kind", ["dense", "measured"])
 def test_micro_batches_equal_the_big_batch(kind):
-    """The loss is a sum, so gradients of parts add up to the whole's; with fixed channels in the sparse phase too."""
+    """The loss is a sum, so gradients of parts add up to the whole's; with fixed channels in the
+    sparse phase too."""
     m, ex = build(), examples()
     predictor.attach(m, .6, .5, kind="measured")
     m.set_sparsity(0)
@@ -202,7 +211,8 @@ def test_micro_batches_equal_the_big_batch(kind):
 
 @pytest.mark.parametrize("kind", predictor.KINDS)
 def test_recompute_changes_nothing(kind):
-    """Block inputs are kept, the rest is computed again, with the same channels (`random` would draw others), measured once."""
+    """Block inputs are kept, the rest is computed again, with the same channels (`random` would draw
+    others), measured once."""
     def run(recompute):
         m, batch = build(), batch_of()
         predictor.attach(m, .6, .5, kind=kind, seed=3)
@@ -232,7 +242,8 @@ def test_attention_in_blocks_equals_torch(heads, dtype, tol):
     (H, K), lengths, S = heads, [150, 64, 1, 65], 150
     real = torch.arange(S) < torch.tensor(lengths)[:, None]  # (B, S)
     shapes = [(len(lengths), h, S, 8) for h in (H, K, K)]
-    exact = [(torch.randn(s, dtype=torch.float64).to(dtype).double() * real[:, None, :, None]).requires_grad_() for s in shapes]
+    exact = [(torch.randn(s, dtype=torch.float64).to(dtype).double()
+              * real[:, None, :, None]).requires_grad_() for s in shapes]
     qkv = [t.detach().to(dtype).requires_grad_() for t in exact]
     mine = sparse.CausalAttention.apply(*qkv, lengths)
     ref = F.scaled_dot_product_attention(*exact, is_causal=True, enable_gqa=True) * real[:, None, :, None]
@@ -266,17 +277,20 @@ def test_full_training_gradients():
             assert (a - b).abs().max() <= 1e-9 * max(1, b.abs().max()), name
 
 
-# ---- the predictor ---------------------------------------------------------------------------------------------------------------
+# ---- the predictor -----------------------------------------------------------------------------------------
 
 def test_how_many_channels_stay():
-    assert predictor.count(14336, .99) == 144 and predictor.count(4096, .75) == 1024 and predictor.count(480, .9) == 48
-    assert predictor.count(100, .999) == 16 and predictor.count(8, .5) == 8 and predictor.count(100, 0.0) == 100
+    assert (predictor.count(14336, .99) == 144 and predictor.count(4096, .75) == 1024
+            and predictor.count(480, .9) == 48)
+    assert (predictor.count(100, .999) == 16 and predictor.count(8, .5) == 8
+            and predictor.count(100, 0.0) == 100)
 
 
 @pytest.mark.parametrize("shape", [(96, 64), (64, 160), (300, 40)])
 def test_factors_are_as_good_as_a_full_svd(shape):
     torch.manual_seed(0)
-    for w in (torch.randn(*shape), torch.randn(shape[0], 20) @ torch.randn(20, shape[1]) + .3 * torch.randn(*shape)):
+    for w in (torch.randn(*shape), torch.randn(shape[0], 20) @ torch.randn(20, shape[1])
+              + .3 * torch.randn(*shape)):
         for rank in (1, 8, 16):
             P, Q = predictor.factorize(w, rank)
             u, s, vh = torch.linalg.svd(w.double())
@@ -289,14 +303,17 @@ def test_gram_trick_is_the_energy_of_the_approximate_activation():
     predictor.attach(m, .5, .5, rank=5, kind="svd")
     attn, mlp = m.blocks[0].attn, m.blocks[0].mlp
     x = torch.randn(33, 48, dtype=torch.float64)
-    y = torch.cat([x @ P.double() @ Q.double() for P, Q in (predictor.factorize(w, 5) for w in attn.predicted_weights())], 1) + attn.qkv_bias
+    y = torch.cat([x @ P.double() @ Q.double()
+                   for P, Q in (predictor.factorize(w, 5) for w in attn.predicted_weights())], 1) + attn.qkv_bias
     assert torch.allclose(predictor.svd_attention(attn, x).double(), y.square().sum(0), rtol=1e-3)
-    g, u = (x @ P.double() @ Q.double() for P, Q in (predictor.factorize(w, 5) for w in mlp.predicted_weights()))
+    g, u = (x @ P.double() @ Q.double()
+            for P, Q in (predictor.factorize(w, 5) for w in mlp.predicted_weights()))
     assert torch.allclose(predictor.svd_mlp(mlp, x).double(), (F.silu(g) * u).square().sum(0), rtol=1e-3)
 
 
 def test_grouped_queries_keep_channels_that_meet():
-    """Hand-made: 4 query heads, 2 key/value heads, hd 4. Only pair 1 of key head 1 and value channel (0, 2) carry energy."""
+    """Hand-made: 4 query heads, 2 key/value heads, hd 4. Only pair 1 of key head 1 and value channel
+    (0, 2) carry energy."""
     attn = SimpleNamespace(n_heads=4, n_kv_heads=2, head_dim=4, o=torch.zeros(16, 3), qkv=torch.zeros(32, 3))
     q, k, v = torch.zeros(4, 4), torch.zeros(2, 4), torch.zeros(2, 4)
     q[2:, 1], q[2:, 3], k[1, 1], k[1, 3], v[0, 2] = 1, 2, 3, 1, 5
@@ -307,7 +324,8 @@ def test_grouped_queries_keep_channels_that_meet():
     assert kq.tolist() == [9, 11, 13, 15]  # the same channels of query heads 2 and 3, which read it
     assert 2 in kv.tolist() and len(kv) == 2
     assert set(keep.o.idx.tolist()) >= {2, 6}  # output rows of query heads 0 and 1, which read value (0, 2)
-    assert keep.qkv.idx.tolist() == kq.tolist() + [16 + i for i in kk.tolist()] + [24 + i for i in kv.tolist()]
+    assert (keep.qkv.idx.tolist() == kq.tolist() + [16 + i for i in kk.tolist()]
+            + [24 + i for i in kv.tolist()])
 
 
 def test_measured_adds_only_dense_training_steps():
@@ -333,8 +351,8 @@ def test_measured_adds_only_dense_training_steps():
 
 
 def test_selectors_rank_as_they_should():
-    """Energy held on the very batch: the oracle's is the most, the worst's the least; measured on this batch is the oracle in block 0's
-    attention, which sees the same input."""
+    """Energy held on the very batch: the oracle's is the most, the worst's the least; measured on this batch
+    is the oracle in block 0's attention, which sees the same input."""
     m, batch = build(dtype=torch.float32), batch_of(((30, 5), (20, 9), (25, 3)))
     held = {}
     for kind in predictor.KINDS:
@@ -377,21 +395,25 @@ def test_errors_of_attach():
         predictor.attach(m, .5, 0, kind="best")
 
 
-# ---- transformers and PEFT -------------------------------------------------------------------------------------------------------
+# ---- transformers and PEFT ---------------------------------------------------------------------------------
 
 LLAMA3 = dict(rope_type="llama3", rope_theta=500000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
               original_max_position_embeddings=64)
-HF = {"llama multi-head": ("Llama", dict(num_key_value_heads=4)), "llama grouped": ("Llama", {}), "llama tied": ("Llama", dict(tie_word_embeddings=True)),
-      "llama3 rope": ("Llama", dict(rope_parameters=LLAMA3)), "mistral": ("Mistral", dict(sliding_window=None)), "qwen2": ("Qwen2", {}),
+HF = {"llama multi-head": ("Llama", dict(num_key_value_heads=4)), "llama grouped": ("Llama", {}),
+      "llama tied": ("Llama", dict(tie_word_embeddings=True)),
+      "llama3 rope": ("Llama", dict(rope_parameters=LLAMA3)),
+      "mistral": ("Mistral", dict(sliding_window=None)), "qwen2": ("Qwen2", {}),
       "qwen3": ("Qwen3", dict(head_dim=32))}
 
 
 def hugging_face(kind, path, **kw):
     transformers = pytest.importorskip("transformers")
     name, own = HF[kind]
-    c = dict(vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, eos_token_id=None)
+    c = dict(vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
+             num_key_value_heads=2, eos_token_id=None)
     torch.manual_seed(0)
-    m = getattr(transformers, name + "ForCausalLM")(getattr(transformers, name + "Config")(**{**c, **own, **kw})).eval()
+    m = getattr(transformers, name + "ForCausalLM")(
+        getattr(transformers, name + "Config")(**{**c, **own, **kw})).eval()
     with torch.no_grad():
         for n, p in m.named_parameters():
             if p.dim() == 1:
@@ -409,7 +431,8 @@ def test_logits_and_text_equal_transformers(kind, tmp_path):
         assert (ours.logits(tokens) - theirs(tokens).logits).abs().max() < 1e-4
     prompts = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 10], [11]]
     for p, new in zip(prompts, ours.generate(prompts, 9)):
-        assert new == theirs.generate(torch.tensor([p]), max_new_tokens=9, do_sample=False)[0, len(p):].tolist()
+        assert (new == theirs.generate(torch.tensor([p]), max_new_tokens=9, do_sample=False)[0, len(p):]
+                .tolist())
 
 
 def test_adapter_loads_in_peft_and_checkpoint_in_transformers(tmp_path):
@@ -437,7 +460,9 @@ def test_generation_stops_and_batches_of_any_length_agree():
     assert m.generate(prompts, 20, stop=()) == alone
     many = [[i, i + 1, 2 * i] for i in range(1, 25)]
     whole = m.generate(many, 20, stop=())
-    for stop in {t for a in whole for t in a}:  # each text ends at its own first stop, however few others have ended
+    # each text ends at its own first stop, however few others have ended
+    for stop in {t for a in whole for t in a}:
         assert m.generate(many, 20, stop=[stop]) == [a[:a.index(stop)] if stop in a else a for a in whole]
-    assert m.generate(prompts, 5, temperature=1.0, top_p=1e-6) == [a[:5] for a in m.generate(prompts, 5, stop=())] or m.config.eos_token_id
+    assert (m.generate(prompts, 5, temperature=1.0, top_p=1e-6)
+            == [a[:5] for a in m.generate(prompts, 5, stop=())] or m.config.eos_token_id)
     assert m.generate([], 5) == []
