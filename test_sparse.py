@@ -303,8 +303,9 @@ def test_gram_trick_is_the_energy_of_the_approximate_activation():
     predictor.attach(m, .5, .5, rank=5, kind="svd")
     attn, mlp = m.blocks[0].attn, m.blocks[0].mlp
     x = torch.randn(33, 48, dtype=torch.float64)
-    y = torch.cat([x @ P.double() @ Q.double()
-                   for P, Q in (predictor.factorize(w, 5) for w in attn.predicted_weights())], 1) + attn.qkv_bias
+    y = (torch.cat([x @ P.double() @ Q.double()
+                    for P, Q in (predictor.factorize(w, 5) for w in attn.predicted_weights())], 1)
+         + attn.qkv_bias)
     assert torch.allclose(predictor.svd_attention(attn, x).double(), y.square().sum(0), rtol=1e-3)
     g, u = (x @ P.double() @ Q.double()
             for P, Q in (predictor.factorize(w, 5) for w in mlp.predicted_weights()))
