@@ -8,8 +8,9 @@ from config import UserError
 
 
 def options(argv, usage, positional, **defaults):
-    """argv -> (positional arguments, {name: value}). A value has the type of its default. positional: (fewest,
-    most). UserError: an unknown name, a wrong type, a wrong number; -h prints the usage and exits."""
+    """argv -> (positional arguments, {name: value}). A value has the type of its default.
+    positional: (fewest, most). UserError: an unknown name, a wrong type, a wrong number; -h prints
+    the usage and exits."""
     if "-h" in argv or "--help" in argv:
         print(usage.strip())
         raise SystemExit(0)
@@ -33,13 +34,15 @@ def options(argv, usage, positional, **defaults):
 
 
 def split_options(argv, usage, **own):
-    """For a tool that takes train.py's options too -> (its own, as options() reads them; the arguments that are left for config.load)."""
+    """For a tool that takes train.py's options too -> (its own, as options() reads them; the arguments that
+    are left for config.load)."""
     mine = [a for a in argv if a in ("-h", "--help") or a.partition("=")[0].removeprefix("--") in own]
     return options(mine, usage, (0, 0), **own)[1], [a for a in argv if a not in mine]
 
 
 def run(main):
-    """The command line: main(argv). A UserError is the last line of stderr; --debug=True adds the traceback."""
+    """The command line: main(argv). A UserError is the last line of stderr; --debug=True adds the
+    traceback."""
     try:
         main(sys.argv[1:])
     except UserError as e:
