@@ -1,4 +1,5 @@
-"""Files: Hugging Face directories and adapters in, whole files out. What can be wrong with them is said in one sentence.
+"""Files: Hugging Face directories and adapters in, whole files out. What can be wrong with them is said
+in one sentence.
 """
 import json
 import os
@@ -18,49 +19,57 @@ def read_json(path):
             return value
         raise UserError(f"{path} has to hold a JSON object, not {type(value).__name__}")
     except FileNotFoundError:
-        raise UserError(f"{path} does not exist: a model is a Hugging Face directory or hub id with a config.json and safetensors") from None
+        raise UserError(f"{path} does not exist: a model is a Hugging Face directory or hub id with a "
+                        "config.json and safetensors") from None
     except ValueError as e:
         raise UserError(f"{path} is not valid JSON: {e}") from None
 
 
 def resolve(path):
-    """A directory stays itself; a hub id is downloaded (safetensors, JSON and tokenizer files only; HF_TOKEN gives the token)."""
+    """A directory stays itself; a hub id is downloaded (safetensors, JSON and tokenizer files only; HF_TOKEN
+    gives the token)."""
     if Path(path).is_dir():
         return Path(path)
     if str(path).startswith((".", "/", "~")) or str(path).count("/") != 1:
         raise UserError(f"model {str(path)!r} is neither a directory nor a hub id of the form owner/name")
     from huggingface_hub import snapshot_download
     try:
-        return Path(snapshot_download(str(path), allow_patterns=["*.safetensors", "*.json", "tokenizer.model"],
-                                      ignore_patterns=["consolidated*", "original/*", "onnx/*"]))
+        return Path(snapshot_download(
+            str(path), allow_patterns=["*.safetensors", "*.json", "tokenizer.model"],
+            ignore_patterns=["consolidated*", "original/*", "onnx/*"]))
     except Exception as e:
         reason = (str(e).splitlines() or [type(e).__name__])[0]
-        raise UserError(f"model {path} could not be downloaded ({type(e).__name__}: {reason}): give a local directory with "
-                        "--model=DIR, or set HF_TOKEN if it is gated") from None
+        raise UserError(f"model {path} could not be downloaded ({type(e).__name__}: {reason}): "
+                        "give a local directory with --model=DIR, or set HF_TOKEN if it is gated") from None
 
 
 # ---- weights
 
 def weight_files(folder):
-    """The safetensors files of a checkpoint. UserError where there are none, a shard is missing, or one is not in the index."""
+    """The safetensors files of a checkpoint. UserError where there are none, a shard is missing, or one is
+    not in the index."""
     folder = Path(folder)
     index, present = folder / "model.safetensors.index.json", sorted(folder.glob("*.safetensors"))
     if index.exists():
         named = read_json(index).get("weight_map")
-        if not isinstance(named, dict) or not named or not all(isinstance(n, str) and Path(n).name == n for n in named.values()):
+        if (not isinstance(named, dict) or not named
+            or not all(isinstance(n, str) and Path(n).name == n for n in named.values())):
             raise UserError(f"{index} has no weight_map from tensors to files beside it; download it again")
         names = set(named.values())
         for name in sorted(names):
             if not (folder / name).exists():
-                raise UserError(f"{folder}: shard {name} of model.safetensors.index.json is missing; download it again")
+                raise UserError(f"{folder}: shard {name} of model.safetensors.index.json is missing; "
+                                "download it again")
         extra = [p.name for p in present if p.name.startswith("model-") and p.name not in names]
         if extra:
-            raise UserError(f"{folder}: {extra[0]} is not in model.safetensors.index.json; remove it, or the index of another checkpoint")
+            raise UserError(f"{folder}: {extra[0]} is not in model.safetensors.index.json; remove it, "
+                            "or the index of another checkpoint")
         return [folder / n for n in sorted(names)]
     if (folder / "model.safetensors").exists():
         return [folder / "model.safetensors"]
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt*")):
-        raise UserError(f"{folder} has only pickled weights, which can execute code when they are opened; convert them to safetensors")
+        raise UserError(f"{folder} has only pickled weights, which can execute code when they are opened; "
+                        "convert them to safetensors")
     raise UserError(f"{folder} has no model.safetensors" + (f" (but {present[0].name})" if present else ""))
 
 
@@ -76,24 +85,28 @@ def load_weights(model, files):
                         load_tensor(f.get_slice(name), *sources[name], f"{path.name}: {name}")
                         seen.add(name)
                     elif not name.endswith(("rotary_emb.inv_freq", "lm_head.weight")):
-                        raise UserError(f"{path}: tensor {name} has no place in this architecture (config.json's model_type, layers, biases)")
+                        raise UserError(f"{path}: tensor {name} has no place in this architecture "
+                                        "(config.json's model_type, layers, biases)")
         except UserError:
             raise
         except Exception as e:  # safetensors has one error class for all that can be wrong with a file
             raise UserError(f"{path} is not a readable safetensors file ({e}); download it again") from None
     missing = sorted(sources.keys() - seen)
     if missing:
-        raise UserError(f"{files[0].parent}: {len(missing)} tensors are missing from the safetensors files, {missing[0]} first")
+        raise UserError(f"{files[0].parent}: {len(missing)} tensors are missing from the safetensors files, "
+                        f"{missing[0]} first")
 
 
 def load_tensor(source, p, first, rows, transposed, name):
-    """Copies a safetensors slice into rows first : first + rows of p, of which a sharded p holds only some."""
+    """Copies a safetensors slice into rows first : first + rows of p, of which a sharded p
+    holds only some."""
     shape = list(source.get_shape())
     want = [p.shape[1], rows] if transposed else [rows, *p.shape[1:]]
     if shape != want:
         raise UserError(f"{name} has shape {shape}, config.json says {want}")
     if source.get_dtype() not in ("F64", "F32", "F16", "BF16"):
-        raise UserError(f"{name} is of type {source.get_dtype()}: quantized weights cannot be read here, use the checkpoint they were made from")
+        raise UserError(f"{name} is of type {source.get_dtype()}: quantized weights cannot be read here, "
+                        "use the checkpoint they were made from")
     local, offset = (p.to_local(), row_offset(p)) if hasattr(p, "to_local") else (p, 0)
     lo, hi = max(first, offset), min(first + rows, offset + local.shape[0])
     if lo < hi:
@@ -109,29 +122,37 @@ def row_offset(p):
 
 # ---- adapters in PEFT's format
 
-VARIANTS = ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "layers_to_transform", "layer_replication", "lora_bias",
-            "fan_in_fan_out", "target_parameters", "trainable_token_indices", "alora_invocation_tokens", "use_qalora", "use_bdlora",
-            "arrow_config", "kasa_config", "monteclora_config", "velora_config")  # PEFT's options that plain LoRA does not have
-CHANGED_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga", "mica")  # initializations that also changed the base's weights
+# PEFT's options that plain LoRA does not have
+VARIANTS = ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "layers_to_transform",
+            "layer_replication", "lora_bias", "fan_in_fan_out", "target_parameters",
+            "trainable_token_indices", "alora_invocation_tokens", "use_qalora", "use_bdlora",
+            "arrow_config", "kasa_config", "monteclora_config", "velora_config")
+# initializations that also changed the base's weights
+CHANGED_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga", "mica")
 
 
 def read_adapter(path):
-    """Directory or hub id -> (adapter_config.json as a dict, {PEFT's name: tensor}). UserError for all that is not plain LoRA."""
+    """Directory or hub id -> (adapter_config.json as a dict, {PEFT's name: tensor}). UserError for all that
+    is not plain LoRA."""
     folder = resolve(path)
     if not (folder / "adapter_config.json").exists():
         raise UserError(f"{path} holds no adapter: adapter_config.json is missing")
     c = read_json(folder / "adapter_config.json")
     odd = [f"{k} = {c[k]!r}" for k in VARIANTS if c.get(k)]
-    odd += [f"{k} = {c[k]!r}" for k, plain in (("peft_type", "LORA"), ("bias", "none")) if c.get(k, plain) != plain]
+    odd += [f"{k} = {c[k]!r}" for k, plain in (("peft_type", "LORA"), ("bias", "none"))
+            if c.get(k, plain) != plain]
     if str(c.get("init_lora_weights")).lower().startswith(CHANGED_BASE):
         odd.append(f"init_lora_weights = {c['init_lora_weights']!r}")
     if odd:
-        raise UserError(f"{path}/adapter_config.json has {odd[0]}, and only plain LoRA can be read: merge that adapter with PEFT first")
+        raise UserError(f"{path}/adapter_config.json has {odd[0]}, and only plain LoRA can be read: "
+                        "merge that adapter with PEFT first")
     if not (isinstance(c.get("r"), int) and c["r"] > 0 and isinstance(c.get("lora_alpha"), (int, float))):
-        raise UserError(f"{path}/adapter_config.json needs a positive r and lora_alpha, not {c.get('r')!r} and {c.get('lora_alpha')!r}")
+        raise UserError(f"{path}/adapter_config.json needs a positive r and lora_alpha, "
+                        f"not {c.get('r')!r} and {c.get('lora_alpha')!r}")
     file = folder / "adapter_model.safetensors"
     if not file.exists():
-        raise UserError(f"{path} has no adapter_model.safetensors: save the adapter with PEFT >= 0.6, whose default it is")
+        raise UserError(f"{path} has no adapter_model.safetensors: save the adapter with PEFT >= 0.6, "
+                        "whose default it is")
     try:
         with safe_open(file, "pt") as f:
             return c, {k: f.get_tensor(k) for k in f.keys()}
