@@ -6,20 +6,24 @@ import torch
 
 
 def prompt_batch(prompts, device):
-    """B lists of ids -> a batch of all their tokens, the last of each first: the rows that the last block and the head go on with."""
+    """B lists of ids -> a batch of all their tokens, the last of each first: the rows that the last block and
+    the head go on with."""
     last = [(i, len(p) - 1) for i, p in enumerate(prompts)]
     at = last + [(i, j) for i, p in enumerate(prompts) for j in range(len(p) - 1)]
     lengths = [len(p) for p in prompts]
     B, S = len(prompts), max(lengths)
-    tensors = [torch.tensor(v, device=device) for v in ([prompts[i][j] for i, j in at], [j for _, j in at], [i * S + j for i, j in at])]
-    return SimpleNamespace(tokens=tensors[0], positions=tensors[1], rows=tensors[2], n_sparse=0, loss=slice(0, B), shape=(B, S), lengths=lengths)
+    tensors = [torch.tensor(v, device=device)
+               for v in ([prompts[i][j] for i, j in at], [j for _, j in at], [i * S + j for i, j in at])]
+    return SimpleNamespace(tokens=tensors[0], positions=tensors[1], rows=tensors[2], n_sparse=0,
+                           loss=slice(0, B), shape=(B, S), lengths=lengths)
 
 
 class KVCache:
     """Keys and values of B texts of different lengths, each text's at its own positions 0 .. length - 1."""
 
     def __init__(self, model, prompts, max_new_tokens):
-        self.lengths = torch.tensor([len(p) for p in prompts], device=model.device)  # (B,), also the next token's position
+        # (B,), also the next token's position
+        self.lengths = torch.tensor([len(p) for p in prompts], device=model.device)
         self.lanes = torch.arange(len(prompts), device=model.device)  # (B,)
         self.size = max(map(len, prompts))  # positions in use by the longest
         self.capacity = self.size + max_new_tokens
@@ -28,7 +32,9 @@ class KVCache:
     def advance(self):
         """Makes room for one more token of each text."""
         self.write, self.lengths, self.size = self.lengths, self.lengths + 1, self.size + 1
-        self.mask = (torch.arange(self.size, device=self.lengths.device) <= self.write[:, None])[:, None, None]  # (B, 1, 1, size)
+        # (B, 1, 1, size)
+        self.mask = (torch.arange(self.size, device=self.lengths.device)
+                     <= self.write[:, None])[:, None, None]
 
     def select(self, alive):
         """Goes on with these texts only. alive: their numbers among the present ones."""
@@ -47,7 +53,8 @@ class BlockCache:
     def fill(self, k, v):
         """k, v (B, K, S, hd) of the prompts."""
         B, K, S, hd = k.shape
-        self.k, self.v = k.new_zeros(B, K, self.owner.capacity, hd), v.new_zeros(B, K, self.owner.capacity, hd)
+        self.k, self.v = (k.new_zeros(B, K, self.owner.capacity, hd),
+                          v.new_zeros(B, K, self.owner.capacity, hd))
         self.k[:, :, :S], self.v[:, :, :S] = k, v
 
     def append(self, k, v):
@@ -66,7 +73,8 @@ class BlockCache:
 
 
 def sample(logits, temperature, top_p, rng):
-    """logits (B, V) -> ids (B,). temperature 0: the likeliest; else drawn from the smallest set of tokens that holds top_p."""
+    """logits (B, V) -> ids (B,). temperature 0: the likeliest; else drawn from the smallest set of tokens
+    that holds top_p."""
     if temperature == 0:
         return logits.argmax(-1)
     p, ids = (logits.float() / temperature).softmax(-1).sort(-1, descending=True)
