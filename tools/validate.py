@@ -1,5 +1,5 @@
-"""What a run looks at between its steps: loss and answers, both dense; what the selected channels are worth; what a step takes. `run` is
-described at train.main.
+"""What a run looks at between its steps: loss and answers, both dense; what the selected channels are worth;
+what a step takes. `run` is described at train.main.
 """
 import time
 
@@ -15,9 +15,12 @@ def make_batches(run, split, idx, seed=0):
     """The micro-batches of these examples that are this rank's, on the device. seed: of split = "random"."""
     cfg, share = run.cfg, idx[dist.rank()::dist.world()]
     size = min(cfg.micro_batch_size or cfg.batch_size, -(-cfg.batch_size // dist.world()))
-    micro = [data.collate([run.tokenized[split][j] for j in share[i:i + size]], cfg.split, seed=seed + i).to(run.device)
+    micro = [data.collate([run.tokenized[split][j] for j in share[i:i + size]], cfg.split,
+                          seed=seed + i).to(run.device)
              for i in range(0, len(share), size)]
-    return dist.even(micro, -(-len(idx) // dist.world()), size, lambda: data.collate([run.tokenized[split][idx[0]]]).to(run.device)) if cfg.fsdp else micro
+    return (dist.even(micro, -(-len(idx) // dist.world()), size,
+                      lambda: data.collate([run.tokenized[split][idx[0]]]).to(run.device))
+            if cfg.fsdp else micro)
 
 
 class Interrupted(Exception):
@@ -46,10 +49,12 @@ def mean_loss(run, split, n):
 
 
 def accuracy(run, split, n):
-    """(share that greedy generation gets right of the split's first n examples with an answer, their number); (None, 0) without any."""
+    """(share that greedy generation gets right of the split's first n examples with an answer, their number);
+    (None, 0) without any."""
     run.model.eval()
     examples = [e for e in run.examples[split] if e.answer][:n]
-    mine = examples if run.cfg.fsdp else examples[dist.rank()::dist.world()]  # FSDP: all ranks generate the same, in step
+    # FSDP: all ranks generate the same, in step
+    mine = examples if run.cfg.fsdp else examples[dist.rank()::dist.world()]
     prompts = [data.prompt_ids(e, run.tokenizer, run.cfg.prompt_format) for e in mine]
     order, right = sorted(range(len(mine)), key=lambda i: len(prompts[i])), 0
     for i in range(0, len(mine) if run.cfg.fsdp else -(-len(examples) // dist.world()), 128):
@@ -57,21 +62,23 @@ def accuracy(run, split, n):
         some = order[i:i + 128]
         outs = run.model.generate([prompts[j] for j in some], run.cfg.max_new_tokens, stop=run.tokenizer.stop)
         right += sum(data.is_correct(run.tokenizer.decode(o), mine[j].answer) for j, o in zip(some, outs))
-    total = torch.tensor([right, len(mine)], dtype=torch.float64, device=run.device) / (dist.world() if run.cfg.fsdp else 1)
+    total = (torch.tensor([right, len(mine)], dtype=torch.float64, device=run.device)
+             / (dist.world() if run.cfg.fsdp else 1))
     dist.all_reduce(total)
     right, n = total.tolist()
     return (right / n, int(n)) if n else (None, 0)
 
 
 def selection(run, scale):
-    """Prints, and returns, what share of the true energy the kept channels hold on one validation batch, and how far sparsity moves
-    its loss: a selection that fails shows here."""
+    """Prints, and returns, what share of the true energy the kept channels hold on one validation batch, and
+    how far sparsity moves its loss: a selection that fails shows here."""
     if not predictor.predictors(run.model):
         return {}
     sum_energies(run)
     run.model.eval()
     rng = run.model.selection_rng.get_state()  # looking must not change the training
-    batch = data.collate(run.tokenized["val"][:run.cfg.micro_batch_size or run.cfg.batch_size], run.cfg.split).to(run.device)
+    batch = data.collate(run.tokenized["val"][:run.cfg.micro_batch_size or run.cfg.batch_size],
+                         run.cfg.split).to(run.device)
     total = batch.weights.sum().item()
     with torch.no_grad():
         run.model.set_sparsity(0)
@@ -88,7 +95,8 @@ def selection(run, scale):
 
 
 def sum_energies(run):
-    """`measured`: adds up what the ranks have measured since channels were last fixed, so that all keep the same from now on."""
+    """`measured`: adds up what the ranks have measured since channels were last fixed, so that all keep the
+    same from now on."""
     for _, p in predictor.predictors(run.model):
         if run.unsummed and p.energies is not None:
             dist.all_reduce(p.energies)
@@ -97,7 +105,8 @@ def sum_energies(run):
 
 
 def time_ratio(run, batches):
-    """Seconds of forward and backward, sparse over dense, median over the same batches in turn. batches: lists of example numbers."""
+    """Seconds of forward and backward, sparse over dense, median over the same batches in turn. batches:
+    lists of example numbers."""
     run.model.eval()
     ratios = []
     for k, idx in enumerate(batches):
@@ -123,11 +132,13 @@ def synchronize(device):
 
 
 def evaluate(run, log, scale):
-    """Validation loss and answers, dense, and what the selection is worth at this scale (0: nothing to select)."""
+    """Validation loss and answers, dense, and what the selection is worth at this scale (0:
+    nothing to select)."""
     n, info = run.cfg.eval_examples, run.info
     loss = mean_loss(run, "val", n)
     right, answered = accuracy(run, "val", n)
-    say(f"step {info['step']}: validation loss {loss:.4f}" + (f", {right:.1%} of {answered} answers right" if answered else ""))
+    say(f"step {info['step']}: validation loss {loss:.4f}"
+        + (f", {right:.1%} of {answered} answers right" if answered else ""))
     seen = selection(run, scale) if scale else {}
     record(log, dict(step=info["step"], val_loss=loss, val_accuracy=right, **seen))
     return dict(val_loss=loss, val_accuracy=right, **seen)
