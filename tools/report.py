@@ -1,4 +1,5 @@
-"""What a run says: the plan, a line every log_interval steps, the result; and metrics.jsonl, one object a step.
+"""What a run says: the plan, a line every log_interval steps, the result; and metrics.jsonl, one
+object a step.
 """
 import json
 import math
@@ -12,7 +13,9 @@ from config import UserError
 from tools import dist
 from tools.checkpoint import write_text
 
-PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40": 181e12, "A6000": 155e12, "4090": 165e12, "3090": 71e12}  # dense bf16
+# dense bf16
+PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40": 181e12, "A6000": 155e12, "4090": 165e12,
+        "3090": 71e12}
 
 
 def say(*args):
@@ -24,13 +27,15 @@ def record(log, m):
     """One line of metrics.jsonl. A full disk does not end a training. (JSON has no NaN.)"""
     try:
         if log:
-            log.write(json.dumps({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in m.items()}) + "\n")
+            log.write(json.dumps({k: None if isinstance(v, float) and not math.isfinite(v) else v
+                                  for k, v in m.items()}) + "\n")
     except OSError as e:
         say(f"warning: metrics.jsonl could not be written ({e.strerror})")
 
 
 def report(run, log, pending):
-    """Reads a step's metrics from the device, writes them to metrics.jsonl, and every log_interval steps prints a line."""
+    """Reads a step's metrics from the device, writes them to metrics.jsonl, and every log_interval steps
+    prints a line."""
     if pending is None:
         return
     metrics, batch, m = pending
@@ -38,24 +43,31 @@ def report(run, log, pending):
     record(log, m)
     if skipped:
         run.info["skipped"] += 1
-        say(f"step {m['step']}: loss {m['loss']} or gradient norm {m['grad_norm']} is not finite; the step is skipped")
+        say(f"step {m['step']}: loss {m['loss']} or gradient norm {m['grad_norm']} is not finite; "
+            "the step is skipped")
         if skipped >= 3:
-            write_text(run.out / "bad_batch.jsonl", "".join(json.dumps(run.tokenizer.decode(run.tokenized["train"][j].tokens)) + "\n" for j in batch))
-            raise UserError(f"three steps in a row were not finite; the last batch is in {run.out}/bad_batch.jsonl: lower the learning rate "
+            write_text(run.out / "bad_batch.jsonl",
+                       "".join(json.dumps(run.tokenizer.decode(run.tokenized["train"][j].tokens)) + "\n"
+                               for j in batch))
+            raise UserError("three steps in a row were not finite; "
+                            f"the last batch is in {run.out}/bad_batch.jsonl: lower the learning rate "
                             f"({run.cfg.learning_rate}), or use bfloat16 or float32 where dtype is float16")
     if run.cfg.log_interval and (m["step"] % run.cfg.log_interval == 0 or m["step"] == run.max_steps - 1):
         left = run.info["seconds"] / run.info["step"] * (run.max_steps - m["step"] - 1)
         gpu = ""
         if run.device.type == "cuda":
             peak = next((v for k, v in PEAK.items() if k in torch.cuda.get_device_name()), None)
-            gpu = f" {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" + (f" mfu {m['flops'] / m['seconds'] / peak / dist.world():.0%}" if peak else "")
-        say(f"step {m['step']:4d}/{run.max_steps} {'sparse' if m['scale'] else 'dense '} loss {m['loss']:.4f} grad {m['grad_norm']:.2f} "
+            gpu = (f" {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
+                   + (f" mfu {m['flops'] / m['seconds'] / peak / dist.world():.0%}" if peak else ""))
+        say(f"step {m['step']:4d}/{run.max_steps} {'sparse' if m['scale'] else 'dense '} "
+            f"loss {m['loss']:.4f} grad {m['grad_norm']:.2f} "
             f"lr {m['lr']:.1e} | {m['tokens'] / m['seconds']:,.0f} tok/s {m['seconds'] * 1e3:.0f} ms, "
             f"{1 - m['flops'] / m['dense_flops']:.0%} FLOPs saved{gpu} | {clock(left)} left")
 
 
 def clock(seconds):
-    return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}" if seconds >= 3600 else f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+    return (f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}" if seconds >= 3600
+            else f"{int(seconds) // 60}:{int(seconds) % 60:02d}")
 
 
 def say_plan(run):
@@ -63,21 +75,25 @@ def say_plan(run):
     for key, value in config.differences(cfg).items():
         say(f"  {key} = {value!r}")
     frozen = sum(p.numel() for p in model.parameters()) - run.flat.numel()
-    say(f"{cfg.model}: {frozen / 1e6:,.1f} M frozen and {run.flat.numel() / 1e6:,.2f} M trained weights, {run.max_steps} steps of {cfg.batch_size} examples")
+    say(f"{cfg.model}: {frozen / 1e6:,.1f} M frozen and {run.flat.numel() / 1e6:,.2f} M trained weights, "
+        f"{run.max_steps} steps of {cfg.batch_size} examples")
     model.set_sparsity(1)
     sample = data.collate(run.tokenized["train"][:cfg.batch_size], cfg.split)
     dense, sparse = model.flops(sample)
     model.set_sparsity(0)
     first, end = math.ceil(cfg.sparse_start * run.max_steps), math.ceil(cfg.sparse_end * run.max_steps)
-    say(f"dense for {first} steps, then sparse ({cfg.predictor}; ratios: {cfg.ratio_source()}) until step {end}: a sparse step computes "
-        f"{sparse / dense:.0%} of a dense one's {dense / 1e9:,.1f} GFLOP" if predictor.predictors(model) else "dense throughout")
+    say(f"dense for {first} steps, then sparse ({cfg.predictor}; ratios: {cfg.ratio_source()}) until step "
+        f"{end}: a sparse step computes {sparse / dense:.0%} of a dense one's {dense / 1e9:,.1f} GFLOP"
+        if predictor.predictors(model) else "dense throughout")
 
 
 def say_result(run, r):
     say(f"\n{run.info['step']} steps in {clock(r['seconds'])}, {r['tokens']:,} tokens")
     if r.get("after") is not None:
-        say(f"accuracy      before {r['before']:.1%}, after {r['after']:.1%}, of {r['test_examples']} test problems")
+        say(f"accuracy      before {r['before']:.1%}, after {r['after']:.1%}, "
+            f"of {r['test_examples']} test problems")
     if "time_ratio" in r:
         say(f"FLOPs saved   {1 - r['flops'] / r['dense_flops']:.1%} of dense LoRA's over the whole run")
-        say(f"time saved    {1 - r['time_ratio']:.1%} of a dense step's forward and backward, timed in turn on the same batches")
+        say(f"time saved    {1 - r['time_ratio']:.1%} of a dense step's forward and backward, "
+            "timed in turn on the same batches")
     say(f"{'adapter' if run.cfg.lora_r else 'checkpoint'}       {run.out}")
