@@ -4,8 +4,9 @@
                          state.json           everything else, the config, and SHA-256 sums of both
     out_dir/state/000006/                     the one before
 
-A state is written under the name `tmp`, flushed to the disk, and begins to count with one rename. So a kill, a power cut or a full disk at
-any moment leaves the last state as it was. The one before it stays too, for the day when a disk damages the newest. No pickle anywhere.
+A state is written under the name `tmp`, flushed to the disk, and begins to count with one rename. So a kill,
+a power cut or a full disk at any moment leaves the last state as it was. The one before it stays too, for the
+day when a disk damages the newest. No pickle anywhere.
 """
 import fcntl
 import hashlib
@@ -28,10 +29,12 @@ from tools.validate import sum_energies
 from tools.report import say
 
 FORMAT = 1
-# Options that may be others on resume: they say where and how fast a run computes and how much it tells, not what it computes.
-# The contents of model and dataset are compared instead of their paths (fingerprint), `published` by the ratios that came of it.
-FREE = {"model", "dataset", "published", "out_dir", "resume", "debug", "threads", "device", "micro_batch_size", "recompute", "fsdp", "timeout",
-        "log_interval", "eval_interval", "eval_examples", "save_interval"}
+# Options that may be others on resume: they say where and how fast a run computes and how much it tells, not
+# what it computes. The contents of model and dataset are compared instead of their paths (fingerprint),
+# `published` by the ratios that came of it.
+FREE = {"model", "dataset", "published", "out_dir", "resume", "debug", "threads", "device",
+        "micro_batch_size", "recompute", "fsdp", "timeout", "log_interval", "eval_interval", "eval_examples",
+        "save_interval"}
 
 
 class Damaged(Exception):
@@ -39,39 +42,44 @@ class Damaged(Exception):
 
 
 def claim(out_dir, resume):
-    """Before anything is loaded: takes the lock of an out_dir that exists. None where it does not, and then nothing is written. UserError
-    when it is in use, or holds another run's work and resume is False."""
+    """Before anything is loaded: takes the lock of an out_dir that exists. None where it does not, and then
+    nothing is written. UserError when it is in use, or holds another run's work and resume is False."""
     out = Path(out_dir)
     if not out.exists():
         return None
     f = lock(out) if (out / ".lock").exists() else None
     if not resume and numbers(out / "state"):
-        raise UserError(f"out_dir = {out} holds another run: go on with it with --resume=True, or choose another --out_dir")
+        raise UserError(f"out_dir = {out} holds another run: go on with it with --resume=True, "
+                        "or choose another --out_dir")
     odd = [p.name for p in out.glob("*.safetensors")]
     if odd and not numbers(out / "state"):
-        raise UserError(f"out_dir = {out} holds weights that are not of a run of this program ({odd[0]}): choose another --out_dir")
+        raise UserError(f"out_dir = {out} holds weights that are not of a run of this program ({odd[0]}): "
+                        "choose another --out_dir")
     return f or lock(out)
 
 
 def lock(out_dir):
-    """Holds out_dir for this process until the file that is returned is closed, or the process ends, however it ends. UserError when
-    another process holds it, or when nothing can be written there."""
+    """Holds out_dir for this process until the file that is returned is closed, or the process ends, however
+    it ends. UserError when another process holds it, or when nothing can be written there."""
     try:
         Path(out_dir).mkdir(parents=True, exist_ok=True)
         f = open(Path(out_dir) / ".lock", "w")
     except OSError as e:
-        raise UserError(f"out_dir = {out_dir} cannot be written to ({e.strerror}): choose another --out_dir") from None
+        raise UserError(f"out_dir = {out_dir} cannot be written to ({e.strerror}): "
+                        "choose another --out_dir") from None
     try:
         fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise UserError(f"out_dir = {out_dir} is in use by another run: wait for it, or choose another --out_dir") from None
+        raise UserError(f"out_dir = {out_dir} is in use by another run: wait for it, "
+                        "or choose another --out_dir") from None
     return f
 
 
-# ---- writing ---------------------------------------------------------------------------------------------------------------------
+# ---- writing -----------------------------------------------------------------------------------------------
 
 def save(out_dir, tensors, info):
-    """tensors {name: tensor} and info (JSON) become the run's newest state. OSError (a full disk): there is no new one, the others stay."""
+    """tensors {name: tensor} and info (JSON) become the run's newest state. OSError (a full disk): there is
+    no new one, the others stay."""
     folder = Path(out_dir) / "state"
     tmp, have = folder / "tmp", numbers(folder)
     shutil.rmtree(tmp, ignore_errors=True)
@@ -114,24 +122,28 @@ def sync(folder):
 def sealed(info, tensors):
     """What state.json holds. tensors: SHA-256 of state.safetensors."""
     text = json.dumps(info, sort_keys=True)
-    return {"format": FORMAT, "info": info, "tensors": tensors, "checksum": hashlib.sha256(f"{FORMAT} {tensors} {text}".encode()).hexdigest()}
+    return {"format": FORMAT, "info": info, "tensors": tensors,
+            "checksum": hashlib.sha256(f"{FORMAT} {tensors} {text}".encode()).hexdigest()}
 
 
-# ---- reading ---------------------------------------------------------------------------------------------------------------------
+# ---- reading -----------------------------------------------------------------------------------------------
 
 def load(out_dir, identity):
-    """-> (tensors, info) of the newest good state, (None, None) when there is no state. A damaged one is named on stderr and the one before
-    it taken; UserError when all are damaged, or when it is of another run. identity: {"config": options, "prints": fingerprints}."""
+    """-> (tensors, info) of the newest good state, (None, None) when there is no state. A damaged one is
+    named on stderr and the one before it taken; UserError when all are damaged, or when it is of another run.
+    identity: {"config": options, "prints": fingerprints}."""
     folder = Path(out_dir) / "state"
     for n in reversed(numbers(folder)):
         try:
             tensors, info = read(folder / f"{n:06d}")
         except Damaged as e:
-            print(f"warning: {folder}/{n:06d} is damaged ({e}), trying the one before it", file=sys.stderr, flush=True)
+            print(f"warning: {folder}/{n:06d} is damaged ({e}), trying the one before it", file=sys.stderr,
+                  flush=True)
             continue
         odd = differences(info, identity)
         if odd:
-            raise UserError(f"the state in {folder} is of another run ({'; '.join(odd)}): set these back, or choose another --out_dir")
+            raise UserError(f"the state in {folder} is of another run ({'; '.join(odd)}): set these back, "
+                            "or choose another --out_dir")
         return tensors, info
     if numbers(folder):
         raise UserError(f"every state in {folder} is damaged: start again with another --out_dir")
@@ -152,18 +164,20 @@ def read(folder):
     return safetensors.torch.load(data), s["info"]
 
 
-# ---- does it belong to this run? -------------------------------------------------------------------------------------------------
+# ---- does it belong to this run? ---------------------------------------------------------------------------
 
 def differences(there, here):
-    """Of a state and of a run that wants to go on from it -> ["seed = 1 there, 2 here", ...]: what should be equal and is not."""
+    """Of a state and of a run that wants to go on from it -> ["seed = 1 there, 2 here", ...]: what should be
+    equal and is not."""
     old, new = {**vars(Config()), **there["config"]}, json.loads(json.dumps(here["config"]))
     odd = [f"{k} = {old[k]!r} there, {v!r} here" for k, v in new.items() if k not in FREE and old[k] != v]
-    return odd + [f"{k} = {old[k]!r} there, {new[k]!r} here, with other contents" for k, v in here["prints"].items() if there["prints"].get(k) != v]
+    return odd + [f"{k} = {old[k]!r} there, {new[k]!r} here, with other contents"
+                  for k, v in here["prints"].items() if there["prints"].get(k) != v]
 
 
 def fingerprint(folder):
-    """Of a model's safetensors files, in any directory: their sizes and 64 KB at 16 places of each. Another model of the same architecture
-    differs in nearly every weight, so the whole 16 GB need not be read."""
+    """Of a model's safetensors files, in any directory: their sizes and 64 KB at 16 places of each. Another
+    model of the same architecture differs in nearly every weight, so the whole 16 GB need not be read."""
     sha = hashlib.sha256()
     for path in sorted(Path(folder).glob("*.safetensors")):
         size = path.stat().st_size
@@ -179,11 +193,12 @@ def digest(tokenized):
     """Of all tokens and weights that a run trains on."""
     sha = hashlib.sha256()
     for t in tokenized:
-        sha.update(np.asarray(t.tokens, np.int32).tobytes() + np.asarray(t.weights, np.float32).tobytes() + b" ")
+        sha.update(np.asarray(t.tokens, np.int32).tobytes()
+                   + np.asarray(t.weights, np.float32).tobytes() + b" ")
     return sha.hexdigest()
 
 
-# ---- of a run: train.main's `run` ----------------------------------------------------------------------------------------------------
+# ---- of a run: train.main's `run` --------------------------------------------------------------------------
 
 def optimizer_tensors(run):
     out = {"flat": run.flat}
@@ -191,41 +206,50 @@ def optimizer_tensors(run):
         p = group["params"][0]
         s = run.optimizer.state[p]
         if not s:  # before the first step
-            s.update(step=torch.zeros((), device=p.device), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+            s.update(step=torch.zeros((), device=p.device), exp_avg=torch.zeros_like(p),
+                     exp_avg_sq=torch.zeros_like(p))
         out.update({f"{k}.{i}": v.detach() for k, v in s.items()})
     return out
 
 
 def run_tensors(run):
-    """{name: tensor} of all that a run is made of but its random number generators: weights, moments, measured energies."""
+    """{name: tensor} of all that a run is made of but its random number generators: weights,
+    moments, measured energies."""
     energies = {"energies." + k: v for k, v in predictor.energies(run.model).items()}
     return {**optimizer_tensors(run), "skipped": run.optimizer.skipped, **energies}
 
 
 def identity(run):
-    """What a state and a run have to agree on: the options, and the contents of what `model` and `dataset` name."""
-    return {"config": asdict(run.cfg), "prints": {"model": fingerprint(run.folder), "dataset": digest(run.tokenized["train"])}}
+    """What a state and a run have to agree on: the options, and the contents of what `model`
+    and `dataset` name."""
+    return {"config": asdict(run.cfg),
+            "prints": {"model": fingerprint(run.folder), "dataset": digest(run.tokenized["train"])}}
 
 
 def save_run(run):
-    """Called by all ranks, written by one. False, and said so, where it could not be: the last good state stays."""
+    """Called by all ranks, written by one. False, and said so, where it could not be: the last
+    good state stays."""
     tensors = run_tensors(run)
     if run.unsummed:  # each rank has measured its own share
-        tensors.update({k: dist.all_reduce(t.clone()) for k, t in tensors.items() if k.startswith("energies.")})
+        tensors.update({k: dist.all_reduce(t.clone()) for k, t in tensors.items()
+                        if k.startswith("energies.")})
     rng = {"cpu": [torch.get_rng_state()], "select": dist.gather(run.model.selection_rng.get_state())}
     if run.device.type == "cuda":
         rng["cuda"] = [torch.cuda.get_rng_state()]
     try:
         if dist.rank() == 0:
-            save(run.out, tensors, {**run.info, **identity(run), "rng": {k: [bytes(t.tolist()).hex() for t in v] for k, v in rng.items()}})
+            save(run.out, tensors, {**run.info, **identity(run),
+                                    "rng": {k: [bytes(t.tolist()).hex() for t in v] for k, v in rng.items()}})
         return True
     except OSError as e:
-        say(f"warning: the state after step {run.info['step']} could not be saved ({e.strerror}): the last good one stays, the run goes on")
+        say(f"warning: the state after step {run.info['step']} could not be saved ({e.strerror}): "
+            "the last good one stays, the run goes on")
         return False
 
 
 def resume_run(run):
-    """Goes on from out_dir's newest good state where cfg.resume asks for it and there is one; metrics of later steps are dropped."""
+    """Goes on from out_dir's newest good state where cfg.resume asks for it and there is one; metrics of
+    later steps are dropped."""
     tensors, info = load(run.out, identity(run)) if run.cfg.resume and dist.rank() == 0 else (None, None)
     info = dist.share(info)
     metrics = run.out / "metrics.jsonl"
@@ -236,7 +260,8 @@ def resume_run(run):
     run.info.update({k: info[k] for k in run.info})
     ours = run_tensors(run)
     if tensors and {k: t.shape for k, t in tensors.items()} != {k: t.shape for k, t in ours.items()}:
-        raise UserError(f"the state in {run.out} is of a model of other sizes or other trained parts: choose another --out_dir")
+        raise UserError(f"the state in {run.out} is of a model of other sizes or other trained parts: "
+                        "choose another --out_dir")
     for name, t in ours.items():
         dist.broadcast(t.copy_(tensors[name]) if tensors else t)
         if name.startswith("energies.") and dist.rank():
@@ -244,7 +269,8 @@ def resume_run(run):
     run.unsummed = True
     if info["sparse"]:
         sum_energies(run)
-    rng = {k: [torch.tensor(list(bytes.fromhex(s)), dtype=torch.uint8) for s in v] for k, v in info["rng"].items()}
+    rng = {k: [torch.tensor(list(bytes.fromhex(s)), dtype=torch.uint8) for s in v]
+           for k, v in info["rng"].items()}
     torch.set_rng_state(rng["cpu"][0])
     if dist.rank() < len(rng["select"]) and len(rng["select"][0]) == len(run.model.selection_rng.get_state()):
         run.model.selection_rng.set_state(rng["select"][dist.rank()])
