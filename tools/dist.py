@@ -1,14 +1,18 @@
-"""More than one GPU, in one place. A reader of the single-GPU path needs to know only: rank() is 0, world() is 1, and the functions that
-gather, add or send return what they were given.
+"""More than one GPU, in one place. A reader of the single-GPU path needs to know only: rank() is 0, world()
+is 1, and the functions that gather, add or send return what they were given.
 
     torchrun --nproc_per_node=8 train.py config/math.py                     one machine, data parallel
-    torchrun --nproc_per_node=8 train.py config/math.py --fsdp=True         the same, frozen weights sharded over the 8 GPUs
-    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train.py config/math.py     on each of 2 machines
+    torchrun --nproc_per_node=8 train.py config/math.py --fsdp=True         the same, frozen weights sharded
+                                                                            over the 8 GPUs
+    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500
+             train.py config/math.py                                        on each of 2 machines
 
-Data parallel: every rank has the whole model, computes every world-th example of a batch, and the flat LoRA gradient, with the loss and the
-sum of its weights appended, is summed in one all-reduce a step (27 M numbers for LLaMA-3-8B: 108 MB, about 1 ms over NVLink). Every rank
-then makes the same update. FSDP: LoRA is still replicated and reduced like that; only frozen weights are cut up, by rows, and a block's are
-gathered while it is computed, forward and backward, so a rank holds 1 / world of the blocks and two or three whole ones at a time.
+Data parallel: every rank has the whole model, computes every world-th example of a batch, and the flat LoRA
+gradient, with the loss and the sum of its weights appended, is summed in one all-reduce a step (27 M
+numbers for LLaMA-3-8B: 108 MB, about 1 ms over NVLink). Every rank then makes the same update. FSDP: LoRA
+is still replicated and reduced like that; only frozen weights are cut up, by rows, and a block's are
+gathered while it is computed, forward and backward, so a rank holds 1 / world of the blocks and two or
+three whole ones at a time.
 
 Numbers that the host needs go over gloo, on the CPU, so that no host waits for a device.
 """
@@ -32,26 +36,32 @@ def world():
 
 
 def setup(cfg):
-    """Joins the process group that torchrun announces, and returns this process's torch.device. UserError: a device that is not there."""
+    """Joins the process group that torchrun announces, and returns this process's torch.device. UserError: a
+    device that is not there."""
     name = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     device, launched = torch.device(name), "LOCAL_RANK" in os.environ
     if launched and device.type == "cuda":
         if device.index is not None:
-            raise UserError(f"device = {name!r} names one GPU, but under torchrun each process takes its own: use --device=cuda")
+            raise UserError(f"device = {name!r} names one GPU, but under torchrun each process takes its "
+                            "own: use --device=cuda")
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     check_device(name, device, cfg.dtype)
     if not launched:
         if cfg.fsdp:
-            raise UserError("fsdp = True shards the frozen weights over the processes of torchrun: start with torchrun --nproc_per_node=N train.py ...")
+            raise UserError("fsdp = True shards the frozen weights over the processes of torchrun: "
+                            "start with torchrun --nproc_per_node=N train.py ...")
         return device
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if not td.is_initialized():
-        td.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=cfg.timeout))
+        td.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+                              timeout=timedelta(seconds=cfg.timeout))
     if cfg.batch_size < world():
-        raise UserError(f"batch_size = {cfg.batch_size} is less than one example for each of {world()} processes: raise it, or start fewer")
+        raise UserError(f"batch_size = {cfg.batch_size} is less than one example for each of {world()} "
+                        "processes: raise it, or start fewer")
     if cfg.fsdp and cfg.lora_r == 0:
-        raise UserError("fsdp = True shards frozen weights, and with lora_r = 0 none is frozen: use LoRA, or --fsdp=False")
+        raise UserError("fsdp = True shards frozen weights, and with lora_r = 0 none is frozen: use LoRA, "
+                        "or --fsdp=False")
     return device
 
 
@@ -59,11 +69,14 @@ def check_device(name, device, dtype):
     if device.type != "cuda":
         return
     if not torch.cuda.is_available():
-        raise UserError(f"device = {name!r}, but torch sees no CUDA GPU here: use --device=cpu, or install a CUDA build of torch")
+        raise UserError(f"device = {name!r}, but torch sees no CUDA GPU here: use --device=cpu, "
+                        "or install a CUDA build of torch")
     if (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"there are {torch.cuda.device_count()} GPUs here, and {device} is not one of them: choose another, or lower --nproc_per_node")
+        raise UserError(f"there are {torch.cuda.device_count()} GPUs here, and {device} is not one of them: "
+                        "choose another, or lower --nproc_per_node")
     if dtype == "bfloat16" and torch.cuda.get_device_capability(device)[0] < 8:
-        raise UserError(f"dtype = 'bfloat16', but {torch.cuda.get_device_name(device)} has no bfloat16: use --dtype=float16")
+        raise UserError(f"dtype = 'bfloat16', but {torch.cuda.get_device_name(device)} has no bfloat16: "
+                        "use --dtype=float16")
 
 
 def close():
@@ -73,10 +86,11 @@ def close():
 
 def launcher():
     """How this process was started, for the message that says how to start it again."""
-    return f"torchrun --nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}" if "LOCAL_WORLD_SIZE" in os.environ else "python"
+    return (f"torchrun --nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}" if "LOCAL_WORLD_SIZE" in os.environ
+            else "python")
 
 
-# ---- between ranks ---------------------------------------------------------------------------------------------------------------
+# ---- between ranks -----------------------------------------------------------------------------------------
 
 @contextlib.contextmanager
 def lost():
@@ -88,13 +102,15 @@ def lost():
 
 
 def lost_message(e):
-    return (f"rank {rank()} of {world()} lost the others: one ended, or did not answer within the timeout; the cause is in its own message "
-            f"({str(e).splitlines()[0][:200]})")
+    return (f"rank {rank()} of {world()} lost the others: one ended, or did not answer within the timeout; "
+            f"the cause is in its own message ({str(e).splitlines()[0][:200]})")
 
 
 def is_loss(e):
     """Whether an error comes from a collective: FSDP's are inside of forward and backward."""
-    return "LOCAL_RANK" in os.environ and (isinstance(e, td.DistError) or any(word in str(e) for word in ("gloo", "Gloo", "NCCL", "closed by peer")))
+    return "LOCAL_RANK" in os.environ and (
+        isinstance(e, td.DistError)
+        or any(word in str(e) for word in ("gloo", "Gloo", "NCCL", "closed by peer")))
 
 
 def all_reduce(t):
@@ -139,14 +155,16 @@ def share(value):
         return value
     data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
     size = broadcast(torch.tensor(len(data)))
-    return json.loads(bytes(broadcast(data if rank() == 0 else torch.empty(int(size), dtype=torch.uint8)).tolist()))
+    return json.loads(
+        bytes(broadcast(data if rank() == 0 else torch.empty(int(size), dtype=torch.uint8)).tolist()))
 
 
-# ---- FSDP ------------------------------------------------------------------------------------------------------------------------
+# ---- FSDP --------------------------------------------------------------------------------------------------
 
 def fsdp(device):
-    """-> a function for LLaMA.from_pretrained(shard=...), which gets the model on the meta device. Adapters that are added later are not
-    FSDP's: they stay whole on every rank. So do the embedding and the head, which are read outside the blocks."""
+    """-> a function for LLaMA.from_pretrained(shard=...), which gets the model on the meta device. Adapters
+    that are added later are not FSDP's: they stay whole on every rank. So do the embedding and the head,
+    which are read outside the blocks."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
@@ -155,7 +173,8 @@ def fsdp(device):
         for block in model.blocks:
             fully_shard(block, mesh=mesh, reshard_after_forward=True)
             register_fsdp_forward_method(block, "decode")
-        fully_shard(model, mesh=mesh, ignored_params={p for n, p in model.named_parameters() if not n.startswith("blocks.")})
+        fully_shard(model, mesh=mesh,
+                    ignored_params={p for n, p in model.named_parameters() if not n.startswith("blocks.")})
         for method in ("hidden", "decode"):
             register_fsdp_forward_method(model, method)
 
@@ -163,8 +182,9 @@ def fsdp(device):
 
 
 def even(micro, share, size, example):
-    """Under FSDP all ranks have to run the same number of forward passes: those of the largest share, in micro-batches of this size. A rank
-    with fewer gets some of weight 0, made of example(). Their rows are all dense, so they have no say in which channels are kept."""
+    """Under FSDP all ranks have to run the same number of forward passes: those of the largest share, in
+    micro-batches of this size. A rank with fewer gets some of weight 0, made of example(). Their rows are all
+    dense, so they have no say in which channels are kept."""
     n = -(-share // size) - len(micro)
     if not n:
         return micro
