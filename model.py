@@ -278,8 +278,8 @@ class MLP(Part):
         self.down = weight(c.intermediate_size, c.hidden_size, **kw)
 
     def lora_six(self):
-        return [self.lora[f"{t}/{m}"] if f"{t}/{m}" in self.lora else None for t in ("gate", "up", "down")
-                for m in "AB"]
+        return [self.lora[f"{t}/{m}"] if f"{t}/{m}" in self.lora else None
+                for t in ("gate", "up", "down") for m in "AB"]
 
     def forward(self, x, n=0, keep=None, energies=None):
         """x (T, D) -> (T, D)."""
@@ -642,8 +642,8 @@ class LLaMA(nn.Module):
             # rows x channels of qkv
             cols = (n * pa.c * (G + 2) + (T - n) * (Nq + 2 * Nkv)) if pa else (t * Nq + T * 2 * Nkv)
             f = 2 * D * cols * (1 + need + full) + (pa.flops(n) if pa else 0)
-            f += sum(lora(t if x == "q" else T, D, m, need) for x, m in (("q", Nq), ("k", Nkv), ("v", Nkv))
-                     if x in self.lora_targets)
+            f += sum(lora(t if x == "q" else T, D, m, need)
+                     for x, m in (("q", Nq), ("k", Nkv), ("v", Nkv)) if x in self.lora_targets)
             inner_need = need or full or any(x in self.lora_targets for x in "qkv")
             f += 2 * pairs * Nq * (2 + 5 * inner_need)  # 2 products forward, 5 backward
             f += 2 * D * (n * pa.c * G + (T - n) * Nq if pa else t * Nq) * (1 + inner_need + full)

@@ -345,8 +345,8 @@ def load_factors(model, tensors, parts):
 
 def predictors(model):
     """[(name, Predictor)] of all parts that have one, in the order of the blocks."""
-    parts = [(f"{i}.{kind}", getattr(b, kind)) for i, b in enumerate(model.blocks)
-             for kind in ("attn", "mlp")]
+    parts = [(f"{i}.{kind}", getattr(b, kind))
+             for i, b in enumerate(model.blocks) for kind in ("attn", "mlp")]
     return [(name, part.predictor) for name, part in parts if part.predictor is not None]
 
 

@@ -365,8 +365,8 @@ class CausalAttention(Function):
     def ranges(lengths):
         """(example, first, end) of each block of queries; its keys are 0 .. end."""
         step = CausalAttention.BLOCK
-        return [(b, i, min(i + step, length)) for b, length in enumerate(lengths)
-                for i in range(0, length, step)]
+        return [(b, i, min(i + step, length))
+                for b, length in enumerate(lengths) for i in range(0, length, step)]
 
     @staticmethod
     def pairs(lengths):

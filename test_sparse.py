@@ -107,8 +107,8 @@ def masked_loss(m, batch, channels):
         s = torch.einsum("thd,shd->hts", q, k) / math.sqrt(hd)
         seen = (example[:, None] == example[None]) & (batch.positions[:, None] >= batch.positions[None])
         a = torch.einsum("hts,shd->thd", s.masked_fill(~seen, -math.inf).softmax(-1), v).flatten(1)
-        o_idx = None if ca is None else torch.tensor(sorted(int(h * hd + j % hd) for j in ca[2]
-                                                            for h in range(H) if h // (H // K) == j // hd))
+        o_idx = None if ca is None else torch.tensor(
+            sorted(int(h * hd + j % hd) for j in ca[2] for h in range(H) if h // (H // K) == j // hd))
         x = (x + (a * mask(o_idx, H * hd)) @ src[at + "self_attn.o_proj.weight"].T
              + lora(a, i, "self_attn.o_proj"))
         h = norm(x, src[at + "post_attention_layernorm.weight"])

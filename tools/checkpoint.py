@@ -139,8 +139,8 @@ def read_adapter(path):
         raise UserError(f"{path} holds no adapter: adapter_config.json is missing")
     c = read_json(folder / "adapter_config.json")
     odd = [f"{k} = {c[k]!r}" for k in VARIANTS if c.get(k)]
-    odd += [f"{k} = {c[k]!r}" for k, plain in (("peft_type", "LORA"), ("bias", "none"))
-            if c.get(k, plain) != plain]
+    odd += [f"{k} = {c[k]!r}"
+            for k, plain in (("peft_type", "LORA"), ("bias", "none")) if c.get(k, plain) != plain]
     if str(c.get("init_lora_weights")).lower().startswith(CHANGED_BASE):
         odd.append(f"init_lora_weights = {c['init_lora_weights']!r}")
     if odd:

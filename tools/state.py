@@ -231,8 +231,8 @@ def save_run(run):
     good state stays."""
     tensors = run_tensors(run)
     if run.unsummed:  # each rank has measured its own share
-        tensors.update({k: dist.all_reduce(t.clone()) for k, t in tensors.items()
-                        if k.startswith("energies.")})
+        tensors.update({k: dist.all_reduce(t.clone())
+                        for k, t in tensors.items() if k.startswith("energies.")})
     rng = {"cpu": [torch.get_rng_state()], "select": dist.gather(run.model.selection_rng.get_state())}
     if run.device.type == "cuda":
         rng["cuda"] = [torch.cuda.get_rng_state()]
