@@ -1,21 +1,27 @@
-"""The ablations: every run is a train.py command line that can be pasted; this script only runs them and collects what they wrote.
+"""The ablations: every run is a train.py command line that can be pasted; this script only runs them and
+collects what they wrote.
 
-    python -m results.ablations config/tiny.py                       all rows, five seeds for 1, 4 and 7, three for the others
+    python -m results.ablations config/tiny.py                       all rows, five seeds for 1, 4 and 7,
+                                                                     three for the others
     python -m results.ablations config/tiny.py --rows=1,4 --seeds=3 --name=lookup --dataset=tiny_lookup
-    python -m results.ablations config/smollm2.py --rows=1,4,7 --seeds=1 --name=smollm2 --mlp=.25,.5 --model=DIR
+    python -m results.ablations config/smollm2.py --rows=1,4,7 --seeds=1 --name=smollm2 --mlp=.25,.5
+                                       --model=DIR
 
-    --rows=1,2,...     1 selectors  2 MLP, attention, both  3 where the ratios come from  4 split  5 when it is sparse
-                       6 rank and refresh  7 budgets, and dense LoRA stopped early  8 long runs  9 who has a loss sooner
+    --rows=1,2,...     1 selectors  2 MLP, attention, both  3 where the ratios come from  4 split
+                       5 when it is sparse  6 rank and refresh  7 budgets, and dense LoRA stopped early
+                       8 long runs  9 who has a loss sooner
     --seeds=0          runs of each line; 0: as above
     --name=tiny        of this base, in the tables and under out/ablations
-    --mlp=, --attn=    ratios of rows 1, 2 and 9; --blocks=20-28: in these blocks, not in all but the first and the last
+    --mlp=, --attn=    ratios of rows 1, 2 and 9; --blocks=20-28: in these blocks, not in all but the first
+                       and the last
     --budgets=         of row 7 (FLOPs of a sparse step over a dense one's; the first one is row 3's)
     --jobs=2           runs at a time, one thread each
     --dry=True         only print the command lines;  --collect=True: only collect
     --option=value     everything else goes to every train.py
 
-Interrupted, it goes on: finished runs have a result.json, half-finished ones a state. Writes results/ablations.json (all numbers),
-results/ablations.md (mean, standard error and number of seeds, with the options of each) and the README's table.
+Interrupted, it goes on: finished runs have a result.json, half-finished ones a state. Writes
+results/ablations.json (all numbers), results/ablations.md (mean, standard error and number of seeds, with the
+options of each) and the README's table.
 """
 import json
 import math
@@ -34,95 +40,126 @@ from tools import run, split_options
 from tools.checkpoint import resolve, write_section, write_text
 
 ROOT = Path(__file__).resolve().parent.parent
-OWN = dict(rows="1,2,3,4,5,6,7,8,9", seeds=0, name="tiny", mlp=".9,.95,.97", attn=".25,.5", blocks="", budgets=".75,.9,.85,.8,.7,.65", jobs=2, dry=False, collect=False)
-TITLES = {1: "Which channels: five selectors", 2: "Which part", 3: "Where the ratios come from, at equal FLOPs", 4: "Which tokens are dense",
-          5: "When it is sparse", 6: "Rank of the SVD, refreshing of the measured channels", 7: "Budgets, against dense LoRA stopped early",
-          8: "Ten times as long", 9: "Who has a given validation loss sooner"}
+OWN = dict(rows="1,2,3,4,5,6,7,8,9", seeds=0, name="tiny", mlp=".9,.95,.97", attn=".25,.5", blocks="",
+           budgets=".75,.9,.85,.8,.7,.65", jobs=2, dry=False, collect=False)
+TITLES = {1: "Which channels: five selectors", 2: "Which part",
+          3: "Where the ratios come from, at equal FLOPs", 4: "Which tokens are dense",
+          5: "When it is sparse", 6: "Rank of the SVD, refreshing of the measured channels",
+          7: "Budgets, against dense LoRA stopped early", 8: "Ten times as long",
+          9: "Who has a given validation loss sooner"}
 SENSITIVITY = ["python", "-m", "tools.sensitivity"]
 SEEDS = {1: 5, 4: 5, 7: 5}  # three for the others
 
 
-# ---- the table of runs: row -> [(label, arguments of train.py)]. A label is one set of arguments; rows may share it. ---------------------
+# ---- the table of runs: row -> [(label, arguments of train.py)]. -------------------------------------------
+# A label is one set of arguments; rows may share it.
 
 def table(cfg, n_layers, folder, mlp, attn, budgets, blocks=""):
     """cfg: the base config with its flags; folder: where the chosen ratios are written."""
-    inner = blocks or ("1" if n_layers < 4 else f"1-{n_layers - 2}")  # block 0 costs everything, the last one is dense in any case
+    # block 0 costs everything, the last one is dense in any case
+    inner = blocks or ("1" if n_layers < 4 else f"1-{n_layers - 2}")
     steps = cfg.max_steps or 200
 
     def ratios(m=0, a=0):
-        return [f'--{k}_sparsity={{"{inner}": {r}}}' if r else f"--{k}_sparsity=0" for k, r in (("mlp", m), ("attn", a))]
+        return [f'--{k}_sparsity={{"{inner}": {r}}}' if r else f"--{k}_sparsity=0"
+                for k, r in (("mlp", m), ("attn", a))]
 
     where = f" in blocks {blocks}" if blocks else ""
-    dense, ours, measured = ("dense LoRA", ratios()), ("as configured", []), ("measured", ["--predictor=measured"])
+    dense, ours, measured = (("dense LoRA", ratios()), ("as configured", []),
+                             ("measured", ["--predictor=measured"]))
     rows = {1: [dense]}
-    rows[1] += [(f"{kind}, MLP {m:g}{where}", ratios(m) + [f"--predictor={kind}"]) for m in mlp for kind in KINDS]
-    rows[1] += [(f"{kind}, attention {a:g}{where}", ratios(0, a) + [f"--predictor={kind}"]) for a in attn for kind in KINDS]
+    rows[1] += [(f"{kind}, MLP {m:g}{where}", ratios(m) + [f"--predictor={kind}"])
+                for m in mlp for kind in KINDS]
+    rows[1] += [(f"{kind}, attention {a:g}{where}", ratios(0, a) + [f"--predictor={kind}"])
+                for a in attn for kind in KINDS]
     kind, m, a = f"--predictor={cfg.predictor}", mlp[0], (attn or [.25])[0]
-    rows[2] = [dense, (f"{cfg.predictor}, MLP {m:g}{where}", ratios(m) + [kind]), (f"{cfg.predictor}, attention {a:g}{where}", ratios(0, a) + [kind]),
+    rows[2] = [dense, (f"{cfg.predictor}, MLP {m:g}{where}", ratios(m) + [kind]),
+               (f"{cfg.predictor}, attention {a:g}{where}", ratios(0, a) + [kind]),
                (f"{cfg.predictor}, MLP {m:g} and attention {a:g}{where}", ratios(m, a) + [kind])]
-    rows[3] = [dense] + [(f"{cfg.predictor}, {what}, budget {budgets[0]:g}", [f"{folder}/{cfg.predictor}-{budgets[0]:g}{suffix}.py"])
-                         for what, suffix in (("uniform", "_uniform"), ("uniform in the MLPs", "_uniform_mlp"),
-                                              ("published pattern", "_published"), ("sensitivity", ""), ("sensitivity after fine-tuning", "_tuned"))]
+    rows[3] = [dense] + [(f"{cfg.predictor}, {what}, budget {budgets[0]:g}",
+                          [f"{folder}/{cfg.predictor}-{budgets[0]:g}{suffix}.py"])
+                         for what, suffix in (("uniform", "_uniform"),
+                                              ("uniform in the MLPs", "_uniform_mlp"),
+                                              ("published pattern", "_published"), ("sensitivity", ""),
+                                              ("sensitivity after fine-tuning", "_tuned"))]
     rows[4] = [dense, ours] + [(f"split {s}", [f"--split={s}"]) for s in ("rectangle", "none", "random")]
     rows[5] = [dense, ours, ("sparse from the start", ["--sparse_start=0"]),
-               ("dense for 20 %", ["--sparse_start=0.2"]), ("dense for 5 %, ramp over 20 %", ["--sparse_start=0.05", "--sparse_ramp=0.2"]),
+               ("dense for 20 %", ["--sparse_start=0.2"]),
+               ("dense for 5 %, ramp over 20 %", ["--sparse_start=0.05", "--sparse_ramp=0.2"]),
                ("dense for 5 % and the last 10 %", ["--sparse_start=0.05", "--sparse_end=0.9"])]
-    rows[6] = [dense, ours] + [(f"svd, rank {r}", ["--predictor=svd", f"--predictor_rank={r}"]) for r in (1, 2, 4, 8, 16, 64)]
-    rows[6] += [measured] + [(f"measured, refresh {n}", ["--predictor=measured", f"--predictor_refresh={n}"]) for n in (50, 10)]
-    rows[7] = [dense] + [(f"dense LoRA, {round(f * steps)} steps", ratios() + [f"--max_steps={round(f * steps)}"]) for f in (.9, .8, .7, .6, .5, .4)]
-    rows[7] += [(f"{k}, sensitivity, budget {b:g}", [f"{folder}/{k}-{b:g}.py"]) for k in dict.fromkeys(("svd", "measured", cfg.predictor))
+    rows[6] = [dense, ours] + [(f"svd, rank {r}", ["--predictor=svd", f"--predictor_rank={r}"])
+                               for r in (1, 2, 4, 8, 16, 64)]
+    rows[6] += [measured] + [(f"measured, refresh {n}", ["--predictor=measured", f"--predictor_refresh={n}"])
+                             for n in (50, 10)]
+    rows[7] = [dense] + [(f"dense LoRA, {round(f * steps)} steps",
+                          ratios() + [f"--max_steps={round(f * steps)}"]) for f in (.9, .8, .7, .6, .5, .4)]
+    rows[7] += [(f"{k}, sensitivity, budget {b:g}", [f"{folder}/{k}-{b:g}.py"])
+                for k in dict.fromkeys(("svd", "measured", cfg.predictor))
                 for b in sorted(budgets, reverse=True)]
     long = [f"--max_steps={10 * steps}"]
     rows[8] = [(f"{name}, {10 * steps} steps", args + long) for name, args in (dense, ours, measured)]
-    often = [f"--eval_interval={max(1, steps // 10)}", "--max_new_tokens=1", "--test_examples=0"]  # for the loss alone no answer is written
+    # for the loss alone no answer is written
+    often = [f"--eval_interval={max(1, steps // 10)}", "--max_new_tokens=1", "--test_examples=0"]
     some = [dense] + [(f"measured, MLP {m:g}{where}", ratios(m) + ["--predictor=measured"]) for m in mlp]
     rows[9] = [(f"{name}, often evaluated", args + often) for name, args in some]
     return merged(rows, cfg, n_layers)
 
 
 def merged(rows, cfg, n_layers):
-    """The same rows; runs that come out the same (rank 8 is the default, ...) get the label of the first of them and so are run once."""
+    """The same rows; runs that come out the same (rank 8 is the default, ...) get the label of the first of
+    them and so are run once."""
     first = {}
     for runs in rows.values():
         for k, (label, args) in enumerate(runs):
             if not any(a.endswith(".py") for a in args):
                 c = replace(cfg, **dict(config.parse_flag(a) for a in args))
-                parts = [config.ratios(r, n_layers, "sparsity")[:-1] for r in (c.mlp_sparsity, c.attn_sparsity)]  # the last block is dense
-                key = repr(replace(c, mlp_sparsity=parts[0], attn_sparsity=parts[1], predictor=c.predictor if any(sum(parts, [])) else ""))
+                # the last block is dense
+                parts = [config.ratios(r, n_layers, "sparsity")[:-1]
+                         for r in (c.mlp_sparsity, c.attn_sparsity)]
+                key = repr(replace(c, mlp_sparsity=parts[0], attn_sparsity=parts[1],
+                                   predictor=c.predictor if any(sum(parts, [])) else ""))
                 runs[k] = first.setdefault(key, (label, args))
     return rows
 
 
 def analyses(args, folder):
-    """The tools.sensitivity command line (as a list) that writes the config file in the arguments of a run; None where there is none."""
+    """The tools.sensitivity command line (as a list) that writes the config file in the arguments of a run;
+    None where there is none."""
     for path in (Path(a) for a in args if a.endswith(".py")):
         kind, _, budget = path.stem.partition("_")[0].partition("-")
         tuned = [f"--init_adapter={folder}/{short('dense LoRA')}/0"] if path.stem.endswith("_tuned") else []
-        return [f"--predictor={kind}", f"--budget={budget}", *tuned, f"--out={folder}/{kind}-{budget}{'_tuned' * bool(tuned)}.py"]
+        return [f"--predictor={kind}", f"--budget={budget}", *tuned,
+                f"--out={folder}/{kind}-{budget}{'_tuned' * bool(tuned)}.py"]
 
 
 def short(label):
-    return "".join(c if c.isalnum() or c in ".-" else "_" for c in label.replace(", ", "-").replace(" %", "pct"))
+    return "".join(c if c.isalnum() or c in ".-" else "_"
+                   for c in label.replace(", ", "-").replace(" %", "pct"))
 
 
-# ---- run -------------------------------------------------------------------------------------------------------------------------------
+# ---- run ---------------------------------------------------------------------------------------------------
 
 def execute(command, log):
-    """Runs a command line in the repository's root. Returns whether it succeeded; its output goes to the file log."""
+    """Runs a command line in the repository's root. Returns whether it succeeded; its output goes to
+    the file log."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "a") as f:
-        code = subprocess.run([sys.executable, *command[1:]], cwd=ROOT, stdout=f, stderr=subprocess.STDOUT).returncode
+        code = subprocess.run([sys.executable, *command[1:]], cwd=ROOT, stdout=f,
+                              stderr=subprocess.STDOUT).returncode
     if code:
-        print(f"failed ({code}): {shlex.join(command)}\n  " + (log.read_text().strip().splitlines() or [""])[-1], flush=True)
+        print(f"failed ({code}): {shlex.join(command)}\n  "
+              + (log.read_text().strip().splitlines() or [""])[-1], flush=True)
     return code == 0
 
 
 def run_all(commands, folder, base, jobs):
-    """commands: {(label, seed): (command line, arguments of the label)}. First the analyses that they need, one after the other (they
-    share one file), then the trainings, so many at a time; then the same for what needs the adapter of a run."""
+    """commands: {(label, seed): (command line, arguments of the label)}. First the analyses that they need,
+    one after the other (they share one file), then the trainings, so many at a time; then the same for what
+    needs the adapter of a run."""
     for tuned in (False, True):
         some = {k: c for k, c in commands.items() if any(a.endswith("_tuned.py") for a in c[1]) == tuned}
-        for need in dict.fromkeys(tuple(a) for a in (analyses(args, folder) for _, args in some.values()) if a):
+        for need in dict.fromkeys(tuple(a)
+                                  for a in (analyses(args, folder) for _, args in some.values()) if a):
             if not Path(ROOT, need[-1].partition("=")[2]).exists():
                 execute([*SENSITIVITY, *base, "--threads=1", *need], ROOT / folder / "sensitivity.log")
         train_all(some, jobs)
@@ -132,23 +169,27 @@ def train_all(commands, jobs):
     def one(key):
         command, args = commands[key]
         out = Path(ROOT, command[-1].partition("=")[2])
-        if not (out / "result.json").exists() and all(Path(ROOT, a).exists() for a in args if a.endswith(".py")):
+        if not (out / "result.json").exists() and all(Path(ROOT, a).exists()
+                                                      for a in args if a.endswith(".py")):
             if execute(command + ["--resume=True"], out / "log.txt"):
                 print(f"done: {key[0]}, seed {key[1]}", flush=True)
 
     with ThreadPoolExecutor(jobs) as pool:
-        list(pool.map(one, sorted(commands, key=lambda k: k[1])))  # all labels with the first seed, then with the second
+        # all labels with the first seed, then with the second
+        list(pool.map(one, sorted(commands, key=lambda k: k[1])))
 
 
-# ---- collect ---------------------------------------------------------------------------------------------------------------------------
+# ---- collect -----------------------------------------------------------------------------------------------
 
 def read(out):
-    """What one run wrote -> {quantity: number}, and "losses", its training losses. None if it has not finished."""
+    """What one run wrote -> {quantity: number}, and "losses", its training losses. None if it
+    has not finished."""
     if not (out / "result.json").exists():
         return None
     result = json.loads((out / "result.json").read_text())
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    r = {k: result.get(k) for k in ("after", "before", "test_loss", "val_loss", "seconds", "flops", "time_ratio")}
+    r = {k: result.get(k)
+         for k in ("after", "before", "test_loss", "val_loss", "seconds", "flops", "time_ratio")}
     seen = [m for m in lines if m.get("sparse_loss") is not None]
     if seen:
         r["rise_at_switch"] = seen[0]["sparse_loss"] - seen[0]["dense_loss"]
@@ -159,16 +200,18 @@ def read(out):
     scales = [m["scale"] for m in lines if "loss" in m]
     r["switch"] = next((i for i, scale in enumerate(scales) if scale), None)
     r["steps"] = len(scales)
-    r["times"] = list(accumulate((r["time_ratio"] if scale else 1.0 for scale in scales), initial=0.0))  # up to each step, a dense one's is 1
+    # up to each step, a dense one's is 1
+    r["times"] = list(accumulate((r["time_ratio"] if scale else 1.0 for scale in scales), initial=0.0))
     if result.get("val_loss") is not None:
         r["evaluations"].append((r["steps"], result["val_loss"]))
     return {k: v for k, v in r.items() if v is not None}
 
 
 def compare(r, dense):
-    """Adds what needs the dense run of the same seed: its difference in accuracy, share of FLOPs and of time, and the spike: by how much
-    the training loss of the first five sparse steps lies over that of the dense run on the same batches. A sparse step's time is counted
-    as time_ratio dense ones: the two were timed in turn, so what else the machine did meanwhile hit both."""
+    """Adds what needs the dense run of the same seed: its difference in accuracy, share of FLOPs and of time,
+    and the spike: by how much the training loss of the first five sparse steps lies over that of the dense
+    run on the same batches. A sparse step's time is counted as time_ratio dense ones: the two were timed in
+    turn, so what else the machine did meanwhile hit both."""
     if "after" in r and "after" in dense:
         r["vs_dense"] = r["after"] - dense["after"]
     r["flops_share"], r["time_share"] = r["flops"] / dense["flops"], r["times"][-1] / dense["times"][-1]
@@ -195,14 +238,17 @@ def reach(r, target):
 def summary(values):
     """-> mean, standard error (None for one value), n."""
     n, mean = len(values), sum(values) / len(values)
-    return dict(mean=mean, error=math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1) / n) if n > 1 else None, n=n)
+    return dict(mean=mean,
+                error=math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1) / n) if n > 1 else None, n=n)
 
 
 def collect(commands, rows, folder, base):
-    """-> {label: {"command", "rows", "seeds": {seed: {quantity: number}}, "summary": {quantity: {mean, error, n}}}}"""
+    """-> {label: {"command", "rows", "seeds": {seed: {quantity: number}},
+    "summary": {quantity: {mean, error, n}}}}"""
     runs = {key: read(Path(ROOT, command[-1].partition("=")[2])) for key, (command, _) in commands.items()}
     out = {}
-    reference = {label: rows[n][0][0] for n in (8, 9) for label, _ in rows[n]}  # else the dense run of usual length
+    # else the dense run of usual length
+    reference = {label: rows[n][0][0] for n in (8, 9) for label, _ in rows[n]}
     for (label, seed), r in runs.items():
         if r is None:
             continue
@@ -212,8 +258,10 @@ def collect(commands, rows, folder, base):
         if label not in out:
             command, args = commands[label, seed]
             need = analyses(args, folder)
-            text = (shlex.join([*SENSITIVITY, *base, *need]) + " && " if need else "") + shlex.join(command[:-2])
-            out[label] = dict(command=text, base=shlex.join(command[:2] + base), args=shlex.join(args), rows=[n for n in rows if label in dict(rows[n])], seeds={})
+            text = ((shlex.join([*SENSITIVITY, *base, *need]) + " && " if need else "")
+                    + shlex.join(command[:-2]))
+            out[label] = dict(command=text, base=shlex.join(command[:2] + base), args=shlex.join(args),
+                              rows=[n for n in rows if label in dict(rows[n])], seeds={})
         out[label]["seeds"][seed] = r
     for entry in out.values():
         some = entry["seeds"].values()
@@ -225,9 +273,10 @@ def collect(commands, rows, folder, base):
     return out
 
 
-COLUMNS = (("after", "accuracy", "{:.1%}"), ("vs_dense", "against dense", "{:+.1%}"), ("test_loss", "test loss", "{:.4f}"),
-           ("val_loss", "validation loss", "{:.4f}"), ("sooner", "time to a loss", "{:.0%}"),
-           ("rise_at_switch", "rise at switch", "{:+.3f}"), ("rise_at_end", "rise at end", "{:+.3f}"), ("spike", "spike", "{:+.3f}"),
+COLUMNS = (("after", "accuracy", "{:.1%}"), ("vs_dense", "against dense", "{:+.1%}"),
+           ("test_loss", "test loss", "{:.4f}"), ("val_loss", "validation loss", "{:.4f}"),
+           ("sooner", "time to a loss", "{:.0%}"), ("rise_at_switch", "rise at switch", "{:+.3f}"),
+           ("rise_at_end", "rise at end", "{:+.3f}"), ("spike", "spike", "{:+.3f}"),
            ("flops_share", "FLOPs", "{:.0%}"), ("time_share", "time", "{:.0%}"))
 
 
@@ -239,36 +288,48 @@ def cell(s, form):
 
 
 def markdown(everything):
-    lines = ["# Ablations", "", "Made by results/ablations.py; all numbers are in ablations.json. Mean ± standard error over n seeds. accuracy: greedy "
-             "answers to test problems, after training, dense. against dense: the paired difference to dense LoRA with the same seed. rise: of "
-             "one validation batch's loss when its context runs sparse. spike: training loss of the first five sparse steps over the dense "
-             "run's. time to a loss: until the validation loss is what both runs reach, over dense LoRA's time to it (under 100%: sooner). FLOPs, time (forward and backward, sparse and dense steps timed in turn): of the whole run over full-length dense LoRA's.", ""]
+    lines = ["# Ablations", "",
+             "Made by results/ablations.py; all numbers are in ablations.json. Mean ± standard error over n "
+             "seeds. accuracy: greedy answers to test problems, after training, dense. against dense: "
+             "the paired difference to dense LoRA with the same seed. rise: of one validation batch's loss "
+             "when its context runs sparse. spike: training loss of the first five sparse steps over the "
+             "dense run's. time to a loss: until the validation loss is what both runs reach, "
+             "over dense LoRA's time to it (under 100%: sooner). FLOPs, time (forward and backward, "
+             "sparse and dense steps timed in turn): of the whole run over full-length dense LoRA's.", ""]
     for name, entries in everything.items():
         before = [r["before"] for e in entries.values() for r in e["seeds"].values() if "before" in r]
         base = next(iter(entries.values()))["base"]
-        lines += [f"## {name}", "", f"`{base} OPTIONS --threads=1 --seed=N`. A file of ratios is what `python -m tools.sensitivity "
-                  f"{base.partition('train.py ')[2]} --predictor=KIND --budget=B --out=FILE` writes."
+        lines += [f"## {name}", "",
+                  f"`{base} OPTIONS --threads=1 --seed=N`. A file of ratios is what "
+                  f"`python -m tools.sensitivity {base.partition('train.py ')[2]} --predictor=KIND "
+                  "--budget=B --out=FILE` writes."
                   + (f" Before training: {before[0]:.1%}." if before else ""), ""]
         for n, title in TITLES.items():
             some = {label: e for label, e in entries.items() if n in e["rows"]}
             if not some:
                 continue
             shown = [c for c in COLUMNS if any(c[0] in e["summary"] for e in some.values())]
-            lines += [f"### {n}. {title}", "", "| | n | " + " | ".join(c[1] for c in shown) + " | options |", "|---" * (len(shown) + 3) + "|"]
+            lines += [f"### {n}. {title}", "", "| | n | " + " | ".join(c[1] for c in shown) + " | options |",
+                      "|---" * (len(shown) + 3) + "|"]
             for label, e in some.items():
-                row = [label, str(len(e["seeds"])), *(cell(e["summary"].get(k), form) for k, _, form in shown), f"`{e['args']}`" if e["args"] else ""]
+                row = [label, str(len(e["seeds"])),
+                       *(cell(e["summary"].get(k), form) for k, _, form in shown),
+                       f"`{e['args']}`" if e["args"] else ""]
                 lines.append("| " + " | ".join(row) + " |")
             lines.append("")
     return "\n".join(lines)
 
 
 def readme_table(everything, fewest=2):
-    """What the README shows: the runs of the first base with at least so many seeds. The rest is in ablations.md."""
+    """What the README shows: the runs of the first base with at least so many seeds. The rest
+    is in ablations.md."""
     name, entries = next(iter(everything.items()))
     some = {label: e for label, e in entries.items() if len(e["seeds"]) >= fewest}
     shown = [c for c in COLUMNS if c[0] in ("after", "test_loss", "flops_share", "time_share")]
     lines = [f"| {name} | seeds | " + " | ".join(c[1] for c in shown) + " |", "|---" * (len(shown) + 2) + "|"]
-    lines += [f"| {label} | {len(e['seeds'])} | " + " | ".join(cell(e["summary"].get(k), form) for k, _, form in shown) + " |" for label, e in some.items()]
+    lines += [f"| {label} | {len(e['seeds'])} | "
+              + " | ".join(cell(e["summary"].get(k), form) for k, _, form in shown) + " |"
+              for label, e in some.items()]
     return "\n".join(lines) + "\n"
 
 
@@ -280,10 +341,12 @@ def draw_budgets(entries, path):
         return
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    some = {label: e["summary"] for label, e in entries.items() if 7 in e["rows"] and {"after", "flops_share"} <= e["summary"].keys()}
+    some = {label: e["summary"] for label, e in entries.items()
+            if 7 in e["rows"] and {"after", "flops_share"} <= e["summary"].keys()}
     fig, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
     for line in dict.fromkeys(label.split(",")[0] for label in some):
-        points = sorted((s for label, s in some.items() if label.split(",")[0] == line), key=lambda s: s["flops_share"]["mean"])
+        points = sorted((s for label, s in some.items() if label.split(",")[0] == line),
+                        key=lambda s: s["flops_share"]["mean"])
         for ax, key in zip(axes, ("flops_share", "time_share")):
             ax.errorbar([s[key]["mean"] for s in points], [s["after"]["mean"] for s in points],
                         [s["after"]["error"] or 0 for s in points], marker="o", label=line, capsize=2)
@@ -302,19 +365,24 @@ def numbers(own, key, kind=float):
 
 
 def command_lines(base, own):
-    """-> (rows, {(label, seed): (command line as a list, arguments of the label)} of all rows, the keys of those to run, folder)."""
+    """-> (rows, {(label, seed): (command line as a list, arguments of the label)} of all rows, the keys of
+    those to run, folder)."""
     cfg = config.load(base)
     layers = json.loads((resolve(cfg.model) / "config.json").read_text())["num_hidden_layers"]
     folder = f"out/ablations/{own['name']}"
-    rows = table(cfg, layers, folder, numbers(own, "mlp"), numbers(own, "attn"), numbers(own, "budgets"), own["blocks"])
+    rows = table(cfg, layers, folder, numbers(own, "mlp"), numbers(own, "attn"), numbers(own, "budgets"),
+                 own["blocks"])
     wanted, commands, keys = numbers(own, "rows", int), {}, []
     if not set(wanted) <= set(rows):
         raise UserError(f"--rows={own['rows']} has to be some of {','.join(map(str, rows))}")
-    for n, (label, args) in ((n, run) for n in [*wanted, *(n for n in rows if n not in wanted)] for run in rows[n]):
+    for n, (label, args) in ((n, run) for n in [*wanted, *(n for n in rows if n not in wanted)]
+                             for run in rows[n]):
         seeds = own["seeds"] or SEEDS.get(n, 3)
         for seed in range(max(10, seeds)):
-            command = ["python", "train.py", *base, *args, "--threads=1", f"--seed={seed}", f"--out_dir={folder}/{short(label)}/{seed}"]
-            assert commands.get((label, seed), (command, args)) == (command, args), f"two runs are called {label}"
+            command = ["python", "train.py", *base, *args, "--threads=1", f"--seed={seed}",
+                       f"--out_dir={folder}/{short(label)}/{seed}"]
+            assert (commands.get((label, seed), (command, args))
+                    == (command, args)), f"two runs are called {label}"
             commands[label, seed] = command, args
             if n in wanted and seed < seeds and (label, seed) not in keys:
                 keys.append((label, seed))
