@@ -30,7 +30,8 @@ def theirs(model, prompts, n, static):
     ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=model.device)
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=model.device)
     cache = {"cache_implementation": "static"} if static else {}
-    out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=n, do_sample=False, pad_token_id=0, **cache)
+    out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=n, do_sample=False,
+                         pad_token_id=0, **cache)
     return out[:, longest:].tolist()
 
 
@@ -55,7 +56,8 @@ def main(argv):
     a = LLaMA.from_pretrained(o["model"], dtype, o["device"])
     b = AutoModelForCausalLM.from_pretrained(o["model"], dtype=dtype).to(o["device"]).eval()
     b.generation_config.eos_token_id = None
-    runs = {"ours": lambda n: ours(a, prompts, n), "transformers": lambda n: theirs(b, prompts, n, o["static"])}
+    runs = {"ours": lambda n: ours(a, prompts, n),
+            "transformers": lambda n: theirs(b, prompts, n, o["static"])}
     times = {name: [] for name in runs}
     for i in range(o["rounds"] + 1):  # the first warms up
         out = {}
@@ -65,7 +67,8 @@ def main(argv):
                 times[name].append((wall, cpu))
                 print(f"round {i}, {name:12}: {wall:.2f} s, {cpu:.2f} s of processor", flush=True)
     same = sum(x == y for x, y in zip(out["ours"], out["transformers"]))
-    result = dict(options=o, same=f"{same} of {len(prompts)} texts equal", prompt_tokens=sum(map(len, prompts)))
+    result = dict(options=o, same=f"{same} of {len(prompts)} texts equal",
+                  prompt_tokens=sum(map(len, prompts)))
     for k, what in enumerate(("wall", "processor")):
         m = {name: statistics.median(t[k] for t in ts) for name, ts in times.items()}
         result[what] = {name: round(s, 3) for name, s in m.items()} | {"ratio": m["ours"] / m["transformers"]}
