@@ -1,12 +1,16 @@
-"""How near is the sparse gradient to the dense one, along a training: cosine and ratio of norms on the same batches, per block.
+"""How near is the sparse gradient to the dense one, along a training: cosine and ratio of norms on the same
+batches, per block.
 
     python -m results.gradient_quality config/tiny.py --every=40
-    python -m results.gradient_quality config/tiny.py --every=40 --mlp_sparsity=0 --probe=.9    along a dense training
+    python -m results.gradient_quality config/tiny.py --every=40 --mlp_sparsity=0 --probe=.9
+                                                      along a dense training
 
     --every=40         steps between two looks          --batches=4   validation batches that are looked at
-    --kinds=svd,...    predictors that are compared     --probe=      MLP ratio of blocks 1 to L - 2 at a look; "": the configured ratios
+    --kinds=svd,...    predictors that are compared
+    --probe=           MLP ratio of blocks 1 to L - 2 at a look; "": the configured ratios
     --name=tiny        of this run in results/gradient_quality.json and .md
-    --option=value     everything else is train.py's: the run itself goes as configured (same data order, schedule and optimizer)
+    --option=value     everything else is train.py's: the run itself goes as configured (same data order,
+                       schedule and optimizer)
 """
 import json
 import math
@@ -58,7 +62,8 @@ def gradients(model, batches):
 
 
 def look(r, ratios, kinds, batches, warm):
-    """{kind: {block: [cosine, ratio of norms]}}. The run's own predictors come back afterwards, with all that they have measured."""
+    """{kind: {block: [cosine, ratio of norms]}}. The run's own predictors come back afterwards, with all that
+    they have measured."""
     model, out = r.model, {}
     own = [(part, part.predictor) for b in model.blocks for part in (b.attn, b.mlp)]
     rng = model.selection_rng
@@ -72,7 +77,8 @@ def look(r, ratios, kinds, batches, warm):
         dense = gradients(model, batches)
         model.set_sparsity(1)
         sparse = gradients(model, batches)
-        out[kind] = {i: [torch.cosine_similarity(dense[i], sparse[i], 0).item(), (sparse[i].norm() / dense[i].norm()).item()] for i in dense}
+        out[kind] = {i: [torch.cosine_similarity(dense[i], sparse[i], 0).item(),
+                         (sparse[i].norm() / dense[i].norm()).item()] for i in dense}
     for part, p in own:
         part.predictor = p
     model.selection_rng = rng
@@ -85,12 +91,15 @@ def train_and_look(r, ratios, kinds, every, n):
     lengths = [len(t.tokens) for t in r.tokenized["train"]]
     order = data.batches(lengths, cfg.batch_size, cfg.seed, 0, cfg.length_window)
     steps, per_epoch = cfg.max_steps or math.ceil(cfg.epochs * len(order)), len(order)
-    batches = [b for i in range(n) for b in train.make_batches(r, "val", range(i * cfg.batch_size, (i + 1) * cfg.batch_size))]
-    warm = [b for i in range(n) for b in train.make_batches(r, "train", range(i * cfg.batch_size, (i + 1) * cfg.batch_size))]
+    batches = [b for i in range(n)
+               for b in train.make_batches(r, "val", range(i * cfg.batch_size, (i + 1) * cfg.batch_size))]
+    warm = [b for i in range(n)
+            for b in train.make_batches(r, "train", range(i * cfg.batch_size, (i + 1) * cfg.batch_size))]
     for step in range(steps + 1):
         if step % every == 0 or step == steps:
             looks.append(dict(step=step, kinds=look(r, ratios, kinds, batches, warm)))
-            print(f"step {step}: cosine of the whole gradient " + ", ".join(f"{k} {v['all'][0]:.3f}" for k, v in looks[-1]["kinds"].items()), flush=True)
+            print(f"step {step}: cosine of the whole gradient "
+                  + ", ".join(f"{k} {v['all'][0]:.3f}" for k, v in looks[-1]["kinds"].items()), flush=True)
         epoch, i = divmod(step, per_epoch)
         if i == 0:
             order = data.batches(lengths, cfg.batch_size, cfg.seed, epoch, cfg.length_window)
@@ -100,7 +109,8 @@ def train_and_look(r, ratios, kinds, every, n):
 
 
 def one_step(r, idx, step, steps):
-    micro, scale = train.make_batches(r, "train", idx, seed=step * r.cfg.batch_size), train.sparsity(r.cfg, step, steps)
+    micro, scale = (train.make_batches(r, "train", idx, seed=step * r.cfg.batch_size),
+                    train.sparsity(r.cfg, step, steps))
     r.model.train()
     r.model.set_sparsity(scale if predictor.predictors(r.model) else 0)
     train.forward_backward(r, micro)
@@ -108,15 +118,19 @@ def one_step(r, idx, step, steps):
 
 
 def markdown(everything):
-    lines = ["# Gradient quality", "", "Made by results/gradient_quality.py. Cosine between the sparse and the dense gradient of the LoRA weights on the same "
-             "batches (in brackets: norm of the sparse one over the dense one's): the whole gradient, then by block.", ""]
+    lines = ["# Gradient quality", "",
+             "Made by results/gradient_quality.py. Cosine between the sparse and the dense gradient of the "
+             "LoRA weights on the same batches (in brackets: norm of the sparse one over the dense one's): "
+             "the whole gradient, then by block.", ""]
     for name, looks in everything.items():
         blocks = list(next(iter(looks[0]["kinds"].values())))
         blocks = ["all"] + [b for b in blocks if b != "all"]
-        lines += [f"## {name}", "", "| step | predictor | " + " | ".join(blocks) + " |", "|---" * (len(blocks) + 2) + "|"]
+        lines += [f"## {name}", "", "| step | predictor | " + " | ".join(blocks) + " |",
+                  "|---" * (len(blocks) + 2) + "|"]
         for look in looks:
             for kind, v in look["kinds"].items():
-                lines.append(f"| {look['step']} | {kind} | " + " | ".join(f"{v[b][0]:.3f} ({v[b][1]:.2f})" for b in blocks) + " |")
+                lines.append(f"| {look['step']} | {kind} | "
+                             + " | ".join(f"{v[b][0]:.3f} ({v[b][1]:.2f})" for b in blocks) + " |")
         lines.append("")
     return "\n".join(lines)
 
@@ -125,7 +139,8 @@ def main(argv):
     own, args = split_options(argv, __doc__, **OWN)
     r = setup(config.load(args))
     L, cfg = len(r.model.blocks), r.cfg
-    ratios = [config.ratios(cfg.mlp_sparsity, L, "mlp_sparsity"), config.ratios(cfg.attn_sparsity, L, "attn_sparsity")]
+    ratios = [config.ratios(cfg.mlp_sparsity, L, "mlp_sparsity"),
+              config.ratios(cfg.attn_sparsity, L, "attn_sparsity")]
     if own["probe"]:
         ratios = [[float(own["probe"]) * (0 < i < L - 1) for i in range(L)], [0.0] * L]
     looks = train_and_look(r, ratios, own["kinds"].split(","), own["every"], own["batches"])
