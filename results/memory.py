@@ -2,11 +2,13 @@
 
     python -m results.memory            writes results/memory.md (about two minutes on one core)
 
-The step is run for real, on the meta device: every tensor that model.py and sparse.py make is there, with its shape and type but without
-storage, and a dispatch mode follows how many bytes are alive at once, in forward and backward. Three things that PyTorch or Triton compute
-in one kernel on a GPU, but from parts on other devices, are replaced by functions that keep and return what those kernels do: attention
-(flash), RMSNorm and SwiGLU. Counted beside that: weights, LoRA with its gradient and AdamW's two moments (16 bytes a weight), one chunk of
-the loss's logits, and 1.2 GB for the CUDA context and the allocator's gaps. Nothing of this was measured on a GPU.
+The step is run for real, on the meta device: every tensor that model.py and sparse.py make is there, with its
+shape and type but without storage, and a dispatch mode follows how many bytes are alive at once, in forward
+and backward. Three things that PyTorch or Triton compute in one kernel on a GPU, but from parts on other
+devices, are replaced by functions that keep and return what those kernels do: attention (flash), RMSNorm and
+SwiGLU. Counted beside that: weights, LoRA with its gradient and AdamW's two moments (16 bytes a weight), one
+chunk of the loss's logits, and 1.2 GB for the CUDA context and the allocator's gaps. Nothing of this was
+measured on a GPU.
 """
 import weakref
 from pathlib import Path
@@ -23,9 +25,12 @@ import model as llama
 import predictor
 
 BASE = dict(model_type="llama", rms_norm_eps=1e-5, tie_word_embeddings=False)
-MODELS = {"8B": dict(BASE, vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8),
-          "13B": dict(BASE, vocab_size=32000, hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40, num_key_value_heads=40),
-          "70B": dict(BASE, vocab_size=128256, hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64, num_key_value_heads=8)}
+MODELS = {"8B": dict(BASE, vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+                     num_attention_heads=32, num_key_value_heads=8),
+          "13B": dict(BASE, vocab_size=32000, hidden_size=5120, intermediate_size=13824, num_hidden_layers=40,
+                      num_attention_heads=40, num_key_value_heads=40),
+          "70B": dict(BASE, vocab_size=128256, hidden_size=8192, intermediate_size=28672,
+                      num_hidden_layers=80, num_attention_heads=64, num_key_value_heads=8)}
 CARDS = 24, 48, 80, 141  # GB of 10^9 bytes
 RESERVE = 1.2e9
 
@@ -39,9 +44,11 @@ class Alive(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        inputs = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        inputs = {t.untyped_storage()._cdata
+                  for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
         for t in tree_leaves(out):
-            if isinstance(t, torch.Tensor) and t.untyped_storage()._cdata not in inputs:  # not a view, nor written in place
+            # not a view, nor written in place
+            if isinstance(t, torch.Tensor) and t.untyped_storage()._cdata not in inputs:
                 n = t.untyped_storage().nbytes()
                 self.now += n
                 self.peak = max(self.peak, self.now)
@@ -81,8 +88,9 @@ class Norm(Function):
 def keep_channels(model, mlp, attn):
     """Fixed channels at these ratios, as predictor svd has them: numbers, no copies of rows."""
     for i, (b, m, a) in enumerate(zip(model.blocks[:-1], mlp, attn)):
-        for part, ratio, n, energies, keep in ((b.attn, a, b.attn.n_kv_heads * b.attn.head_dim, len(b.attn.qkv), predictor.keep_attention),
-                                               (b.mlp, m, len(b.mlp.down), len(b.mlp.down), predictor.keep_mlp)):
+        for part, ratio, n, energies, keep in (
+                (b.attn, a, b.attn.n_kv_heads * b.attn.head_dim, len(b.attn.qkv), predictor.keep_attention),
+                (b.mlp, m, len(b.mlp.down), len(b.mlp.down), predictor.keep_mlp)):
             if ratio:
                 p = part.predictor = predictor.Predictor(part, ratio, "measured", None, keep, n, energies)
                 p.c = predictor.count(n, ratio)
@@ -97,7 +105,8 @@ def make_model(shape, r=32):
 
 
 def step_bytes(model, examples, recompute, length=512, scored=128):
-    """The most bytes that a step of so many examples has alive besides weights and what belongs to LoRA's weights."""
+    """The most bytes that a step of so many examples has alive besides weights and what belongs
+    to LoRA's weights."""
     tokens = data.Tokenized([0] * (length + 1), [0.0] * (length + 1 - scored) + [1.0] * scored)
     batch = data.collate([tokens] * examples).to("meta")
     for p in model.lora_parameters().values():
@@ -111,14 +120,16 @@ def step_bytes(model, examples, recompute, length=512, scored=128):
         with Alive() as alive:
             model.loss(batch).backward()
     finally:
-        llama.attend, llama.Block.norm, kernels.swiglu, kernels.swiglu_backward = attend, norm, swiglu, backward
+        llama.attend, llama.Block.norm, kernels.swiglu, kernels.swiglu_backward = (
+            attend, norm, swiglu, backward)
     chunk = 2 ** 26 // model.config.vocab_size  # rows of logits, in bf16, fp32 and bf16 again
     return alive.peak + min(chunk, examples * scored) * model.config.vocab_size * 8
 
 
 def weight_bytes(model, ranks):
-    """(frozen, LoRA): bytes on each of so many ranks, with FSDP where there are several: its share of the blocks, three of them whole (the
-    one that is computed, and the next one twice while it is gathered), and all of the embedding and the head."""
+    """(frozen, LoRA): bytes on each of so many ranks, with FSDP where there are several: its share of the
+    blocks, three of them whole (the one that is computed, and the next one twice while it is gathered), and
+    all of the embedding and the head."""
     lora = sum(p.numel() for p in model.lora_parameters().values())
     block = 2 * sum(p.numel() for p in model.blocks[0].parameters()) - 2 * lora // len(model.blocks)
     rest = 2 * (model.embed.numel() + model.head.numel() * (model.head is not model.embed))
@@ -127,13 +138,15 @@ def weight_bytes(model, ranks):
 
 
 def fits(card, fixed, one, ten):
-    """The largest number of examples at once: bytes grow evenly with it. one, ten: bytes of a step of 1 and of 10 examples."""
+    """The largest number of examples at once: bytes grow evenly with it. one, ten: bytes of a step of 1 and
+    of 10 examples."""
     slope = (ten - one) / 9
     return int((card * 1e9 - RESERVE - fixed - (one - slope)) // slope)
 
 
 def table():
-    lines = ["| model | GPUs | weights, LoRA (GB a GPU) | " + " | ".join(f"{c} GB" for c in CARDS) + " |", "|---" * (3 + len(CARDS)) + "|"]
+    lines = ["| model | GPUs | weights, LoRA (GB a GPU) | " + " | ".join(f"{c} GB" for c in CARDS) + " |",
+             "|---" * (3 + len(CARDS)) + "|"]
     math_ratios = config.load(["config/math.py", "--model=x/Meta-Llama-3-8B-Instruct"])
     for name, shape in MODELS.items():
         n = shape["num_hidden_layers"]
@@ -141,23 +154,30 @@ def table():
         steps = {"dense": {k: [step_bytes(model, b, k) for b in (1, 10)] for k in (False, True)}}
         mlp = config.ratios(math_ratios.mlp_sparsity, 32, "mlp")
         attn = config.ratios(math_ratios.attn_sparsity, 32, "attn")
-        keep_channels(model, *([r[i * 32 // n] for i in range(n)] for r in (mlp, attn)))  # the same depth, the same ratio
+        # the same depth, the same ratio
+        keep_channels(model, *([r[i * 32 // n] for i in range(n)] for r in (mlp, attn)))
         steps["sparse"] = {k: [step_bytes(model, b, k) for b in (1, 10)] for k in (False, True)}
         for gpus, ranks in (("1, or each of 8", 1), ("8, fsdp", 8)):
             frozen, lora = weight_bytes(model, ranks)
             cells = []
             for card in CARDS:
-                found = {(kind, k): fits(card, frozen + lora, *steps[kind][k]) for kind in steps for k in (False, True)}
-                best = [" / ".join(str(min(64, found[kind, k])) if found[kind, k] > 0 else "-" for kind in ("dense", "sparse")) for k in (False, True)]
+                found = {(kind, k): fits(card, frozen + lora, *steps[kind][k])
+                         for kind in steps for k in (False, True)}
+                best = [" / ".join(str(min(64, found[kind, k])) if found[kind, k] > 0 else "-"
+                                   for kind in ("dense", "sparse")) for k in (False, True)]
                 cells.append("-" if max(found.values()) < 1 else f"{best[0]}; {best[1]}")
-            lines.append(f"| {name} | {gpus} | {frozen / 1e9:.1f} + {lora / 1e9:.1f} | " + " | ".join(cells) + " |")
+            lines.append(f"| {name} | {gpus} | {frozen / 1e9:.1f} + {lora / 1e9:.1f} | "
+                         + " | ".join(cells) + " |")
         if name == "8B":
             frozen, lora = weight_bytes(model, 1)
             dense, sparse = (step_bytes_8(shape, kind, mlp, attn) for kind in ("dense", "sparse"))
-            parts = [("weights, bf16", frozen), ("LoRA r 32 on q, k, v, o: weights, gradient, two moments in fp32", lora),
-                     ("a step of 8 x 512 tokens with recompute, dense", dense), ("(the same step, sparse)", sparse), ("CUDA context and gaps", RESERVE)]
+            parts = [("weights, bf16", frozen),
+                     ("LoRA r 32 on q, k, v, o: weights, gradient, two moments in fp32", lora),
+                     ("a step of 8 x 512 tokens with recompute, dense", dense),
+                     ("(the same step, sparse)", sparse), ("CUDA context and gaps", RESERVE)]
             total = frozen + lora + dense + RESERVE
-            eight = [f"| {what} | {n / 1e9:.2f} GB |" for what, n in parts] + [f"| all, dense | {total / 1e9:.2f} GB |"]
+            eight = ([f"| {what} | {n / 1e9:.2f} GB |" for what, n in parts]
+                     + [f"| all, dense | {total / 1e9:.2f} GB |"])
     return lines, eight
 
 
@@ -170,19 +190,16 @@ def step_bytes_8(shape, kind, mlp, attn):
 
 if __name__ == "__main__":
     lines, eight = table()
-    text = f"""# What fits where (counted, not measured: `python -m results.memory`)
-
-bf16 weights, LoRA of rank 32 on q, k, v, o, examples of 512 tokens of which 128 are scored. A cell is the largest `micro_batch_size`,
-dense / sparse (the ratios of config/math.py; a sparse run starts with dense steps, so its dense number holds unless `sparse_start = 0`);
-after the semicolon with `--recompute=True`. "-" does not fit, 64 is where the table ends. A `batch_size` above it is accumulated.
-
-{chr(10).join(lines)}
-
-LLaMA-3-8B on a 24 GB card:
-
-| what | bytes |
-|---|---|
-{chr(10).join(eight)}
-"""
+    text = ("# What fits where (counted, not measured: `python -m results.memory`)\n\n"
+            "bf16 weights, LoRA of rank 32 on q, k, v, o, examples of 512 tokens of which 128 are scored. "
+            "A cell is the largest `micro_batch_size`,\n"
+            "dense / sparse (the ratios of config/math.py; a sparse run starts with dense steps, so its "
+            "dense number holds unless `sparse_start = 0`);\n"
+            'after the semicolon with `--recompute=True`. "-" does not fit, 64 is where the table ends. '
+            "A `batch_size` above it is accumulated.\n\n"
+            f"{chr(10).join(lines)}\n\n"
+            "LLaMA-3-8B on a 24 GB card:\n\n"
+            "| what | bytes |\n|---|---|\n"
+            f"{chr(10).join(eight)}\n")
     (Path(__file__).parent / "memory.md").write_text(text)
     print(text)
