@@ -2,7 +2,8 @@
 
     python -m results.patterns config/smollm2.py --model=DIR --mlp=20-28:.9,1-28:.5
 
-    --mlp=BLOCKS:RATIO,...   patterns to try, one after the other      --batches=4   to measure on, and as many before them to measure channels
+    --mlp=BLOCKS:RATIO,...   patterns to try, one after the other
+    --batches=4              to measure on, and as many before them to measure channels
     --files=a.py,b.py        also the ratios in these config files (tools.sensitivity wrote them)
     --option=value           everything else is train.py's (its predictor is used)
 
@@ -29,7 +30,8 @@ def patterns(own, args, n_layers):
     for file in filter(None, own["files"].split(",")):
         cfg = config.load([*args, file])
         out[file] = {k: config.ratios(getattr(cfg, f"{k}_sparsity"), n_layers, k) for k in ("mlp", "attn")}
-    return {name: {f"{i}.{k}": r for k, rs in p.items() for i, r in enumerate(rs[:-1]) if r} for name, p in out.items()}
+    return {name: {f"{i}.{k}": r for k, rs in p.items() for i, r in enumerate(rs[:-1]) if r}
+            for name, p in out.items()}
 
 
 def main(argv):
@@ -40,7 +42,8 @@ def main(argv):
     for name, ratios in patterns(own, args, len(model.blocks)).items():
         rise, error = mean_and_error([x - d for x, d in zip(losses(model, batches, ratios), dense)])
         flops = [sum(f) for f in zip(*map(model.flops, batches))]
-        print(f"{name:24s} loss {rise:+.4f} ± {error:.4f}, {flops[1] / flops[0]:.1%} of the FLOPs", flush=True)
+        print(f"{name:24s} loss {rise:+.4f} ± {error:.4f}, {flops[1] / flops[0]:.1%} of the FLOPs",
+              flush=True)
 
 
 if __name__ == "__main__":
