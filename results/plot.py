@@ -4,8 +4,8 @@
     --out=PATH       the picture     --smooth=20      steps that a point of the training loss is the mean of
     --target=        a validation loss, "": the highest of the runs' lowest, which all of them reach
 
-Thin: the training loss, smoothed. Dots: the validation loss. Printed: when each run first has the target, between two evaluations on a line.
-The finer eval_interval, the better it is known.
+Thin: the training loss, smoothed. Dots: the validation loss. Printed: when each run first has the target,
+between two evaluations on a line. The finer eval_interval, the better it is known.
 """
 import json
 from pathlib import Path
@@ -15,7 +15,8 @@ from tools import options, run
 
 
 def read(out_dir):
-    """-> (steps: [{"loss", and summed up to then "seconds", "flops"}], evaluations: the same with "val_loss"), in order."""
+    """-> (steps: [{"loss", and summed up to then "seconds", "flops"}], evaluations: the same with
+    "val_loss"), in order."""
     path = Path(out_dir) / "metrics.jsonl"
     if not path.is_file():
         raise UserError(f"{path} does not exist: give the out_dir of a run of train.py")
@@ -29,7 +30,8 @@ def read(out_dir):
                 where.append({key: m[key], "seconds": seconds, "flops": flops})
     result = path.with_name("result.json")  # has the last evaluation
     if result.is_file() and json.loads(result.read_text()).get("val_loss") is not None:
-        evaluations.append({"val_loss": json.loads(result.read_text())["val_loss"], "seconds": seconds, "flops": flops})
+        evaluations.append({"val_loss": json.loads(result.read_text())["val_loss"], "seconds": seconds,
+                            "flops": flops})
     if not steps:
         raise UserError(f"{path} holds no step yet: let the run make some first")
     return steps, evaluations
@@ -58,11 +60,13 @@ def draw(runs, path, n):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     fig, axes = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True, layout="constrained")
-    for ax, key, unit, what in zip(axes, ("seconds", "flops"), (1, 1e12), ("seconds of training", "TFLOP of training")):
+    for ax, key, unit, what in zip(axes, ("seconds", "flops"), (1, 1e12),
+                                   ("seconds of training", "TFLOP of training")):
         for i, (name, (steps, evaluations)) in enumerate(runs.items()):
             losses = smooth([s["loss"] for s in steps], n)
             ax.plot([s[key] / unit for s in steps], losses, color=f"C{i % 10}", lw=1, alpha=.6)
-            ax.plot([e[key] / unit for e in evaluations], [e["val_loss"] for e in evaluations], "o--", color=f"C{i % 10}", label=name, ms=4)
+            ax.plot([e[key] / unit for e in evaluations], [e["val_loss"] for e in evaluations], "o--",
+                    color=f"C{i % 10}", label=name, ms=4)
         ax.set(xlabel=what, yscale="log")
         ax.grid(alpha=.3, which="both")
     axes[0].set_ylabel(f"loss (line: training, mean of {n} steps; dots: validation)")
@@ -85,7 +89,8 @@ def main(argv):
         raise UserError(f"--target={o['target']} has to be a validation loss") from None
     for name, (_, evaluations) in runs.items():
         at = reach(evaluations, target)
-        print(f"{name}: " + (f"validation loss {target:.4f} after {at[0]:.0f} s and {at[1] / 1e12:.2f} TFLOP" if at else f"never at {target:.4f}"))
+        print(f"{name}: " + (f"validation loss {target:.4f} after {at[0]:.0f} s and {at[1] / 1e12:.2f} TFLOP"
+                             if at else f"never at {target:.4f}"))
     draw(runs, path, o["smooth"])
     print(path)
 
