@@ -1,4 +1,5 @@
-"""How good is a predictor: which share of the best channels it finds, and which share of the true energy those hold.
+"""How good is a predictor: which share of the best channels it finds, and which share of the true
+energy those hold.
 
     python -m results.predictor_quality config/tiny.py --name=tiny
     python -m results.predictor_quality config/smollm2.py --model=DIR --name=smollm2 --batches=2
@@ -8,8 +9,9 @@
     --name=                 of this base in results/predictor_quality.json and .md
     --option=value          everything else is train.py's (--init_adapter=out/tiny: on fine-tuned weights)
 
-recall: the share of the oracle's channels (the most energy on this very batch) that were chosen. held: the share of the batch's true
-energy that the chosen ones hold, next to the oracle's, which no choice can exceed. Chance: both are 1 - ratio on average.
+recall: the share of the oracle's channels (the most energy on this very batch) that were chosen. held: the
+share of the batch's true energy that the chosen ones hold, next to the oracle's, which no choice can exceed.
+Chance: both are 1 - ratio on average.
 """
 import json
 from dataclasses import replace
@@ -36,7 +38,8 @@ def load(cfg):
         torch.set_num_threads(cfg.threads)
     device, folder = train.dist.setup(cfg), resolve(cfg.model)
     tokenizer = data.tokenizer.load(folder)
-    model = train.load_model(replace(cfg, mlp_sparsity=0.0, attn_sparsity=0.0, fsdp=False), folder, device, tokenizer)
+    model = train.load_model(replace(cfg, mlp_sparsity=0.0, attn_sparsity=0.0, fsdp=False), folder, device,
+                             tokenizer)
     return model.eval(), tokenizer, device
 
 
@@ -71,7 +74,8 @@ def recall(kept, best):
 @torch.no_grad()
 def quality(model, before, batches, ranks, ratios):
     """-> [{"part", "method", "ratio", "recall", "held"}], means over the batches."""
-    names = [f"{i}.{kind}" for i in range(len(model.blocks) - 1) for kind in (("mlp",) if model.config.qk_norm else ("attn", "mlp"))]
+    names = [f"{i}.{kind}" for i in range(len(model.blocks) - 1)
+             for kind in (("mlp",) if model.config.qk_norm else ("attn", "mlp"))]
     parts = {name: getattr(model.blocks[int(name.split(".")[0])], name.split(".")[1]) for name in names}
     measured, sums = {}, {}
     for b in before:
@@ -98,16 +102,20 @@ def quality(model, before, batches, ranks, ratios):
 
 
 def markdown(everything):
-    lines = ["# Predictor quality", "", "Made by results/predictor_quality.py; by block in predictor_quality.json. Means over all blocks but the last "
-             "(in brackets the worst block): recall of the oracle's channels / share of the true energy held. Chance is the share of channels kept, for both.", ""]
+    lines = ["# Predictor quality", "",
+             "Made by results/predictor_quality.py; by block in predictor_quality.json. "
+             "Means over all blocks but the last (in brackets the worst block): recall of the oracle's "
+             "channels / share of the true energy held. Chance is the share of channels kept, for both.", ""]
     for name, rows in everything.items():
         for kind, title in (("mlp", "MLP"), ("attn", "attention")):
             some = [r for r in rows if r["part"].endswith(kind)]
             ratios = list(dict.fromkeys(r["ratio"] for r in some))
             if not some:
                 continue
-            lines += [f"## {name}, {title}", "", "| | " + " | ".join(map(str, ratios)) + " |", "|---" * (len(ratios) + 1) + "|"]
-            for method in sorted(dict.fromkeys(r["method"] for r in some), key=lambda m: ("measured", "oracle").count(m)):
+            lines += [f"## {name}, {title}", "", "| | " + " | ".join(map(str, ratios)) + " |",
+                      "|---" * (len(ratios) + 1) + "|"]
+            for method in sorted(dict.fromkeys(r["method"] for r in some),
+                                 key=lambda m: ("measured", "oracle").count(m)):
                 cells = []
                 for ratio in ratios:
                     pair = []
@@ -125,10 +133,12 @@ def main(argv):
     cfg = config.load(args)
     model, tokenizer, device = load(cfg)
     batches, n = calibration(cfg, tokenizer, 2 * own["batches"], device), own["batches"]
-    rows = quality(model, batches[:n], batches[n:], [int(r) for r in own["ranks"].split(",")], [float(r) for r in own["ratios"].split(",")])
+    rows = quality(model, batches[:n], batches[n:], [int(r) for r in own["ranks"].split(",")],
+                   [float(r) for r in own["ratios"].split(",")])
     path = HERE / "predictor_quality.json"
     everything = json.loads(path.read_text()) if path.exists() else {}
-    everything[own["name"]] = [{k: round(v, 4) if isinstance(v, float) else v for k, v in r.items()} for r in rows]
+    everything[own["name"]] = [{k: round(v, 4) if isinstance(v, float) else v for k, v in r.items()}
+                               for r in rows]
     write_text(path, json.dumps(everything).replace("}, ", "},\n") + "\n")
     write_text(path.with_suffix(".md"), markdown(everything))
     print(markdown({own["name"]: rows}))
