@@ -242,8 +242,8 @@ def test_attention_in_blocks_equals_torch(heads, dtype, tol):
     (H, K), lengths, S = heads, [150, 64, 1, 65], 150
     real = torch.arange(S) < torch.tensor(lengths)[:, None]  # (B, S)
     shapes = [(len(lengths), h, S, 8) for h in (H, K, K)]
-    exact = [(torch.randn(s, dtype=torch.float64).to(dtype).double()
-              * real[:, None, :, None]).requires_grad_() for s in shapes]
+    exact = [(torch.randn(s, dtype=torch.float64).to(dtype).double() * real[:, None, :, None])
+             .requires_grad_() for s in shapes]
     qkv = [t.detach().to(dtype).requires_grad_() for t in exact]
     mine = sparse.CausalAttention.apply(*qkv, lengths)
     ref = F.scaled_dot_product_attention(*exact, is_causal=True, enable_gqa=True) * real[:, None, :, None]
