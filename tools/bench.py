@@ -1,10 +1,13 @@
-"""How fast, how much memory, against what: one command, one process, the same batches for every row, random weights, no download.
+"""How fast, how much memory, against what: one command, one process, the same batches for every row, random
+weights, no download.
 
     python -m tools.bench config/bench_cpu.py                                   a laptop, about 10 minutes
     python -m tools.bench config/math.py --shape=8x512/128 --arch=llama3-8b     one H100 or H200
-    python -m tools.bench --report                                              the README's section, from results/bench/*.json
+    python -m tools.bench --report                                              the README's section, from
+                                                                                results/bench/*.json
 
-    --shape=BxS/N     B examples of S tokens, the last N of them scored (default: batch_size x max_seq_len / a quarter)
+    --shape=BxS/N     B examples of S tokens, the last N of them scored (default: batch_size x max_seq_len
+                      / a quarter)
     --arch=NAME       config/models/NAME.json instead of the config's model
     --steps=20        timed steps of each row
     --kernels=False   without the table of single products (tools/bench_kernels.py)
@@ -14,18 +17,24 @@
 
 Rows, one step of each in turn, round by round; medians and quartiles over the rounds:
 
-    HF + PEFT     transformers + peft: sdpa, the batch padded to its longest text (or to S), labels -100 outside the answer.
-                  The same weights (views of ours), r, targets and AdamW (fused); adapters in the model's dtype and no
-                  autocast: as fast as it goes.
-    dense LoRA    ours: no padding, rows that nothing reads any more are skipped. The baseline of every claim about sparsity.
-    + MLP, + attention   ours, sparse, channels chosen by svd (as published) or measured. The last of them is SparseLoRA.
+    HF + PEFT     transformers + peft: sdpa, the batch padded to its longest text (or to S), labels -100
+                  outside the answer. The same weights (views of ours), r, targets and AdamW (fused); adapters
+                  in the model's dtype and no autocast: as fast as it goes.
+    dense LoRA    ours: no padding, rows that nothing reads any more are skipped. The baseline of every
+                  claim about sparsity.
+    + MLP, + attention   ours, sparse, channels chosen by svd (as published) or measured. The last of
+                         them is SparseLoRA.
 
-    time ratio    dense LoRA's median total / the row's          FLOP ratio   the same of the counted FLOPs (model.flops)
-    share         time ratio / FLOP ratio: how much of what sparsity saves arrives; 100 % is a perfect implementation
-    peak          weights, adapter, optimizer state, copies of kept rows, and what a step allocates at most beyond them; on a
-                  CPU from the profiler's record of the allocator, the counterpart of torch.cuda.max_memory_allocated
-    roofline      FLOPs at the GEMM rate + elementwise bytes at the copy bandwidth. Both rates are measured between the rounds,
-                  under the same load; MFU is relative to that GEMM rate, not to a data sheet.
+    time ratio    dense LoRA's median total / the row's
+    FLOP ratio    the same of the counted FLOPs (model.flops)
+    share         time ratio / FLOP ratio: how much of what sparsity saves arrives; 100 % is a perfect
+                  implementation
+    peak          weights, adapter, optimizer state, copies of kept rows, and what a step allocates at
+                  most beyond them; on a CPU from the profiler's record of the allocator, the
+                  counterpart of torch.cuda.max_memory_allocated
+    roofline      FLOPs at the GEMM rate + elementwise bytes at the copy bandwidth. Both rates are
+                  measured between the rounds, under the same load; MFU is relative to that GEMM rate, not
+                  to a data sheet.
 
 A row that cannot run says why. Nothing is filled in.
 """
@@ -45,13 +54,14 @@ from config import UserError
 from model import TARGETS, LLaMA, ModelConfig
 from tools import bench_kernels, bench_report, dist, run, split_options
 from tools.checkpoint import read_json, write_text
-from tools.bench_measure import grid_times, load_average, machine, measure, predictor_times, traffic, unique_bytes
+from tools.bench_measure import (grid_times, load_average, machine, measure, predictor_times, traffic,
+                                 unique_bytes)
 
 ROOT = Path(config.ROOT)
 OWN = dict(shape="", arch="", steps=20, kernels=True, real=True, report=False, out="")
 
-# GSM8K's training set under the Alpaca template in LLaMA-3 tokens: prompt+answer of 96 of its 7,473 examples, evenly spaced in
-# order of length. Mean prompt 83, answer 101 (of all: 82, 101).
+# GSM8K's training set under the Alpaca template in LLaMA-3 tokens: prompt+answer of 96 of its 7,473 examples,
+# evenly spaced in order of length. Mean prompt 83, answer 101 (of all: 82, 101).
 GSM8K = """
 50+45 76+23 58+45 58+48 60+49 62+49 61+52 63+52 65+52 64+55 58+63 68+54 69+55 55+71 65+62 77+51 61+69 83+48
 67+66 80+54 86+49 65+72 72+66 78+61 62+79 74+68 61+83 69+76 75+71 87+60 61+88 78+72 102+49 70+83 79+75 90+65
@@ -62,11 +72,11 @@ GSM8K = """
 """
 
 
-# ---- what to measure -----------------------------------------------------------------------------------------
+# ---- what to measure ---------------------------------------------------------------------------------------
 
 def architecture(cfg, name):
-    """(name, config.json as a dict) of --arch, of a JSON file or directory, or of the file in config/models whose name is
-    part of the model's id. UserError: there is none."""
+    """(name, config.json as a dict) of --arch, of a JSON file or directory, or of the file in config/models
+    whose name is part of the model's id. UserError: there is none."""
     def bare(s):
         return re.sub(r"[^a-z0-9]", "", s.lower())
 
@@ -90,23 +100,27 @@ def parse_shape(text, cfg):
     found = re.fullmatch(r"(\d+)x(\d+)/(\d+)", text)
     B, S, N = map(int, found.groups()) if found else (0, 0, 0)
     if not (B > 0 and 0 < N < S):
-        raise UserError(f"--shape={text} has to be EXAMPLESxTOKENS/SCORED, like 8x512/128, with fewer scored tokens than tokens")
+        raise UserError(f"--shape={text} has to be EXAMPLESxTOKENS/SCORED, like 8x512/128, "
+                        "with fewer scored tokens than tokens")
     return B, S, N
 
 
 def make_batches(shape, vocab, n, real):
-    """n lists of B data.Tokenized of random ids: all S long with N scored, or with lengths drawn from GSM8K (cut at S)."""
+    """n lists of B data.Tokenized of random ids: all S long with N scored, or with lengths drawn from GSM8K
+    (cut at S)."""
     (B, S, N), rng = shape, random.Random(0)
     pairs, out = [tuple(map(int, p.split("+"))) for p in GSM8K.split()], []
     for _ in range(n):
         lengths = [rng.choice(pairs) if real else (S - N, N) for _ in range(B)]
         lengths = [(p, min(a, S - p)) if p < S else (S // 2, S - S // 2) for p, a in lengths]
-        out.append([data.Tokenized([rng.randrange(vocab) for _ in range(p + a)], [0.0] * p + [1.0] * a) for p, a in lengths])
+        out.append([data.Tokenized([rng.randrange(vocab) for _ in range(p + a)], [0.0] * p + [1.0] * a)
+                    for p, a in lengths])
     return out
 
 
 def padded(tokenized, length, device):
-    """What most people train on: input_ids, attention_mask, labels (B, length), right-padded; HF shifts the labels itself."""
+    """What most people train on: input_ids, attention_mask, labels (B, length), right-padded; HF shifts
+    the labels itself."""
     ids = torch.zeros(len(tokenized), length, dtype=torch.long)
     mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
     for i, t in enumerate(tokenized):
@@ -116,10 +130,11 @@ def padded(tokenized, length, device):
     return {k: v.to(device) for k, v in dict(input_ids=ids, attention_mask=mask, labels=labels).items()}
 
 
-# ---- rows ----------------------------------------------------------------------------------------------------
+# ---- rows --------------------------------------------------------------------------------------------------
 
 class Ours:
-    """A row of ours: the one model that all of them share, under its own set of predictors; train.py's optimizer step."""
+    """A row of ours: the one model that all of them share, under its own set of predictors;
+    train.py's optimizer step."""
     ours = True
 
     def __init__(self, name, run, mlp, attn, kind, warm):
@@ -155,7 +170,8 @@ class Ours:
         return traffic(self.model, batch)
 
     def resident(self):
-        """Bytes that lie there between steps. Copies of kept rows and SVD factors are this row's, not the others'."""
+        """Bytes that lie there between steps. Copies of kept rows and SVD factors are this row's,
+        not the others'."""
         held = [*self.model.parameters(), self.run.grad, *states(self.run.optimizer)]
         for p in filter(None, self.own.values()):
             held += [k.rows for k in p.fixed or () if isinstance(k, predictor.Keep) and k.rows is not None]
@@ -190,10 +206,11 @@ class HuggingFace:
         return loss.detach()
 
     def rows(self, batch):
-        """The grid as our counters would see it if every row of it were real and read by the loss, with a fused attention (no lengths). Its
-        cost is HF's (tested)."""
+        """The grid as our counters would see it if every row of it were real and read by the loss, with a
+        fused attention (no lengths). Its cost is HF's (tested)."""
         B, S = batch["input_ids"].shape
-        return SimpleNamespace(tokens=range(B * S), loss=slice(0, B * S), shape=(B, S), lengths=None, n_sparse=0)
+        return SimpleNamespace(tokens=range(B * S), loss=slice(0, B * S), shape=(B, S), lengths=None,
+                               n_sparse=0)
 
     def flops(self, batch):
         return self.run.model.flops(self.rows(batch))[0]
@@ -210,7 +227,8 @@ def states(optimizer):
 
 
 def hugging_face(run, raw):
-    """The HF + PEFT model on the weights of run.model, as views where the layout allows; or a string: why there is none."""
+    """The HF + PEFT model on the weights of run.model, as views where the layout allows; or a string: why
+    there is none."""
     try:
         import peft
         import transformers
@@ -218,16 +236,19 @@ def hugging_face(run, raw):
         return f"not installed ({e.name})"
     cfg, c = run.cfg, transformers.AutoConfig.for_model(**raw)
     with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(c, dtype=run.model.dtype, attn_implementation="sdpa")
+        model = transformers.AutoModelForCausalLM.from_config(c, dtype=run.model.dtype,
+                                                              attn_implementation="sdpa")
     state = {}
     for name, (p, lo, rows, transposed) in run.model.named_sources().items():
         w = p.detach()[lo:lo + rows]
         state[name] = w.T.contiguous() if transposed else w
     model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
-    model.model.rotary_emb = type(model.model.rotary_emb)(c).to(run.device)  # its buffers are in no checkpoint
+    # its buffers are in no checkpoint
+    model.model.rotary_emb = type(model.model.rotary_emb)(c).to(run.device)
     names = [TARGETS[t].split(".")[1] for t in cfg.lora_targets.split(",")]
-    lora = peft.LoraConfig(r=cfg.lora_r, lora_alpha=cfg.lora_alpha, target_modules=names, task_type="CAUSAL_LM")
+    lora = peft.LoraConfig(r=cfg.lora_r, lora_alpha=cfg.lora_alpha, target_modules=names,
+                           task_type="CAUSAL_LM")
     model = peft.get_peft_model(model, lora, autocast_adapter_dtype=False).to(run.device).train()
     if cfg.recompute:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -251,7 +272,7 @@ def make_rows(run, raw, shape, warm):
     return [*others[:1], dense, *sparse], [*others, dense, *sparse[-2:]], missing
 
 
-# ---- one run -------------------------------------------------------------------------------------------------
+# ---- one run -----------------------------------------------------------------------------------------------
 
 def setup(cfg, raw):
     device = dist.setup(cfg)
@@ -283,9 +304,10 @@ def main(argv):
     full, real = make_batches(shape, vocab, 2, False), make_batches(shape, vocab, own.steps, True)
     warm = data.collate(full[0], cfg.split).to(device)
     rows, real_rows, missing = make_rows(r, raw, shape, warm)
-    out = dict(command="python -m tools.bench " + " ".join(argv), shape="{}x{}/{}".format(*shape), arch=name, dtype=cfg.dtype,
-               lora=f"r {cfg.lora_r} on {cfg.lora_targets}", mlp_sparsity=cfg.mlp_sparsity, attn_sparsity=cfg.attn_sparsity,
-               recompute=cfg.recompute, steps=own.steps, **machine(device), load_before=load, missing=missing)
+    out = dict(command="python -m tools.bench " + " ".join(argv), shape="{}x{}/{}".format(*shape), arch=name,
+               dtype=cfg.dtype, lora=f"r {cfg.lora_r} on {cfg.lora_targets}", mlp_sparsity=cfg.mlp_sparsity,
+               attn_sparsity=cfg.attn_sparsity, recompute=cfg.recompute, steps=own.steps, **machine(device),
+               load_before=load, missing=missing)
     print(f"{name} {out['shape']} on {out['device']}, {out['threads']} threads, load {load}", flush=True)
     for key, some, batches in [("full", rows, full)] + [("real", real_rows, real)] * own.real:
         measured, rates = measure(r, some, batches, own.steps, missing)
