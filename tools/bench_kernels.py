@@ -4,11 +4,12 @@
     library   index_select + the library's matmul (kernels.*_ref)   what runs on a CPU
     dense     the same product with all channels
 
-    nt   y = x W[idx].T, compact, or scattered into columns idx        nn   y = x W[idx], x compact, or its columns idx gathered
+    nt   y = x W[idx].T, compact, or scattered into columns idx
+    nn   y = x W[idx], x compact, or its columns idx gathered
 
-Calls of the three take turns; medians. share = (dense ms / best ms) / (N / C): how much of the FLOPs saved arrives.
-GB/s counts every operand once (kernels.py's table), TFLOP/s 2 T C D. Where `library` wins on a GPU by more than noise,
-the rule belongs into kernels.use_library, with these numbers.
+Calls of the three take turns; medians. share = (dense ms / best ms) / (N / C): how much of the FLOPs saved
+arrives. GB/s counts every operand once (kernels.py's table), TFLOP/s 2 T C D. Where `library` wins on a GPU
+by more than noise, the rule belongs into kernels.use_library, with these numbers.
 """
 import torch
 
@@ -31,20 +32,24 @@ def products(c):
 
 
 def calls(kind, x, xc, w, idx, out):
-    """{ours, library, dense: a function} of one product. x (T, D) for nt, (T, N) for nn; xc (T, C): nn's compact operand."""
+    """{ours, library, dense: a function} of one product. x (T, D) for nt, (T, N) for nn; xc (T, C):
+    nn's compact operand."""
     if kind in ("nt", "nt_scatter"):
         to = out if kind == "nt_scatter" else None
-        fs = dict(ours=lambda: kernels.nt_triton(x, w, idx, to), library=lambda: kernels.gather_matmul_nt_ref(x, w, idx, to),
+        fs = dict(ours=lambda: kernels.nt_triton(x, w, idx, to),
+                  library=lambda: kernels.gather_matmul_nt_ref(x, w, idx, to),
                   dense=lambda: x @ w.T)
     else:
         gather, a = kind == "nn_gather", x if kind == "nn_gather" else xc
-        fs = dict(ours=lambda: kernels.nn_triton(a, w, idx, gather), library=lambda: kernels.gather_matmul_nn_ref(a, w, idx, gather),
+        fs = dict(ours=lambda: kernels.nn_triton(a, w, idx, gather),
+                  library=lambda: kernels.gather_matmul_nn_ref(a, w, idx, gather),
                   dense=lambda: x @ w)
     return fs if x.is_cuda and kernels.triton is not None else {k: f for k, f in fs.items() if k != "ours"}
 
 
 def table(c, dtype, device, rows=ROWS, repeats=0):
-    """[{op, kind, ratio, T, C, ours_ms, library_ms, dense_ms, ...}] of model config c; ours_ms is None without a GPU."""
+    """[{op, kind, ratio, T, C, ours_ms, library_ms, dense_ms, ...}] of model config c; ours_ms is None
+    without a GPU."""
     D, e, out = c.hidden_size, torch.finfo(dtype).bits // 8, []
     repeats = repeats or (20 if device.type == "cuda" else 3)
     for T in rows:
@@ -60,7 +65,8 @@ def table(c, dtype, device, rows=ROWS, repeats=0):
                     times[k].append(milliseconds(f, device))
             ms = {k: quantile(t[1:]) for k, t in times.items()}
             best = ms.get("ours", ms["library"])
-            out.append(dict(op=name, kind=kind, ratio=s, T=T, C=C, N=N, ours_ms=ms.get("ours"), library_ms=ms["library"],
-                            dense_ms=ms["dense"], share=ms["dense"] / best * C / N,
-                            gb_s=e * (T * D + C * D + T * C) / best / 1e6, tflop_s=2 * T * C * D / best / 1e9))
+            out.append(dict(op=name, kind=kind, ratio=s, T=T, C=C, N=N, ours_ms=ms.get("ours"),
+                            library_ms=ms["library"], dense_ms=ms["dense"], share=ms["dense"] / best * C / N,
+                            gb_s=e * (T * D + C * D + T * C) / best / 1e6,
+                            tflop_s=2 * T * C * D / best / 1e9))
     return out
