@@ -1,6 +1,8 @@
-"""What tools.bench reads off the machine: milliseconds, peak memory, the rates that a roofline needs, host waits, chip and versions.
+"""What tools.bench reads off the machine: milliseconds, peak memory, the rates that a roofline needs, host
+waits, chip and versions.
 
-A row here is anything with name, select(), batch(tokenized), step(batch, mark), flops(batch), traffic(batch) and resident().
+A row here is anything with name, select(), batch(tokenized), step(batch, mark), flops(batch),
+traffic(batch) and resident().
 """
 import contextlib
 import os
@@ -58,12 +60,12 @@ def quantile(xs, q=.5):
     return xs[int(i)] + part * (xs[min(int(i) + 1, len(xs) - 1)] - xs[int(i)])
 
 
-# ---- rows side by side ---------------------------------------------------------------------------------------
+# ---- rows side by side -------------------------------------------------------------------------------------
 
 def measure(run, rows, batches, steps, missing):
-    """One step of each row in turn, the first row another one every round, so that a load that comes and goes hits all alike.
-    Returns ({row name: what summary() reads}, (FLOP/s, bytes/s) of the machine, medians between the rounds).
-    A row that does not fit into memory is put into missing."""
+    """One step of each row in turn, the first row another one every round, so that a load that comes and goes
+    hits all alike. Returns ({row name: what summary() reads}, (FLOP/s, bytes/s) of the machine, medians
+    between the rounds). A row that does not fit into memory is put into missing."""
     c, out = run.model.config, {}
     for r in rows:
         try:
@@ -89,13 +91,16 @@ def measure(run, rows, batches, steps, missing):
 def warm_up(run, row, batches):
     """Steps before the timed ones, and what need not be timed."""
     row.select()
-    some = batches if run.device.type == "cuda" else batches[:2]  # on a GPU kernels are tuned for every bucket of lengths
+    # on a GPU kernels are tuned for every bucket of lengths
+    some = batches if run.device.type == "cuda" else batches[:2]
     losses = [row.step(row.batch(t)).item() for t in some]
     print(f"  {row.name}: warm, loss {losses[0]:.4f}", flush=True)
     return dict(times=[], loss=losses[0], flops=mean(row.flops(row.batch(t)) for t in batches),
-                traffic=mean(row.traffic(row.batch(t)) for t in batches), peak=peak_bytes(run, row, batches[0]),
+                traffic=mean(row.traffic(row.batch(t)) for t in batches),
+                peak=peak_bytes(run, row, batches[0]),
                 tokens=mean(sum(len(x.tokens) - 1 for x in t) for t in batches),
-                host_sync=host_sync(row, row.batch(batches[0])) if row.ours and run.device.type == "cuda" else None)
+                host_sync=(host_sync(row, row.batch(batches[0]))
+                           if row.ours and run.device.type == "cuda" else None))
 
 
 def host_sync(row, batch):
@@ -120,7 +125,8 @@ def peak_bytes(run, row, tokenized):
         row.step(batch)
         return before + torch.cuda.max_memory_allocated() - start
     from torch.profiler import ProfilerActivity, profile
-    with quiet_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as p:
+    with quiet_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True,
+                                 acc_events=True) as p:
         row.step(batch)
     now = most = 0
     for e in p.profiler.kineto_results.events():
@@ -148,7 +154,7 @@ def unique_bytes(tensors):
     return sum({(t.data_ptr(), t.shape): t.numel() * t.element_size() for t in tensors}.values())
 
 
-# ---- rooflines -----------------------------------------------------------------------------------------------
+# ---- rooflines ---------------------------------------------------------------------------------------------
 
 def machine_rates(device, dtype, c):
     """(FLOP/s of the MLP's matmul over 2048 rows, bytes/s of a copy), now."""
@@ -163,9 +169,10 @@ def machine_rates(device, dtype, c):
 
 
 def traffic(model, batch):
-    """Bytes that a step moves outside its matmuls and attention, each operand of each elementwise pass once: per row and block 2
-    norms (forward 2 D, backward 3 D each), 2 residual adds (3 D, and 3 D backward), RoPE and the way into the grid and back
-    (4 N + 4 Nq), swiglu (3 C forward, 5 C backward); the loss (5 V); AdamW (7 fp32 numbers for each of LoRA's)."""
+    """Bytes that a step moves outside its matmuls and attention, each operand of each elementwise pass once:
+    per row and block 2 norms (forward 2 D, backward 3 D each), 2 residual adds (3 D, and 3 D backward), RoPE
+    and the way into the grid and back (4 N + 4 Nq), swiglu (3 C forward, 5 C backward); the loss (5 V); AdamW
+    (7 fp32 numbers for each of LoRA's)."""
     c, e = model.config, model.embed.element_size()
     Nq, Nkv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
     T, T_loss, total = len(batch.tokens), batch.loss.stop - batch.loss.start, 0
@@ -179,11 +186,12 @@ def traffic(model, batch):
     return total + 5 * e * T_loss * c.vocab_size + 28 * trained
 
 
-# ---- parts of a step -----------------------------------------------------------------------------------------
+# ---- parts of a step ---------------------------------------------------------------------------------------
 
 @torch.no_grad()
 def predictor_times(run, row, batch):
-    """Milliseconds of choosing channels in all layers, medians of 5: {estimate, topk, sort_and_index, total}."""
+    """Milliseconds of choosing channels in all layers, medians of 5: {estimate, topk, sort_and_index,
+    total}."""
     row.select()
     x = torch.randn(batch.n_sparse, run.model.config.hidden_size, device=run.device).to(run.model.dtype)
     sums = dict.fromkeys(("estimate", "topk", "keep", "total"), 0.0)
@@ -207,7 +215,8 @@ def predictor_times(run, row, batch):
 
 @torch.no_grad()
 def grid_times(run, batch):
-    """Milliseconds of all moves between rows and grid in one step: RoPE with its scatter, the gather back, both backward."""
+    """Milliseconds of all moves between rows and grid in one step: RoPE with its scatter, the gather
+    back, both backward."""
     c, (B, S), rows = run.model.config, batch.shape, batch.rows
     hd, H, K = c.head_dim, c.num_attention_heads, c.num_key_value_heads
     cos, sin = run.model.rope(batch.positions)
@@ -222,7 +231,7 @@ def grid_times(run, batch):
     return c.num_hidden_layers * once
 
 
-# ---- the machine ---------------------------------------------------------------------------------------------
+# ---- the machine -------------------------------------------------------------------------------------------
 
 def ask(*command):
     try:
@@ -242,7 +251,8 @@ def machine(device):
         with contextlib.suppress(ImportError):
             versions[name] = __import__(name).__version__
     dirty = ask("git", "status", "--porcelain", "-uno", "--", "*.py")
-    out = dict(date=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()), versions=versions, threads=torch.get_num_threads(),
+    out = dict(date=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()), versions=versions,
+               threads=torch.get_num_threads(),
                commit=ask("git", "rev-parse", "--short", "HEAD") + ("+changes" if dirty else ""))
     if device.type == "cuda":
         driver = ask("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").partition("\n")[0]
