@@ -1,4 +1,5 @@
-"""What tools.bench shows of its measurements: the tables of a run, a bar chart, the README's section from results/bench/*.json."""
+"""What tools.bench shows of its measurements: the tables of a run, a bar chart, the README's
+section from results/bench/*.json."""
 from pathlib import Path
 
 import config
@@ -13,15 +14,17 @@ GPU = "python -m tools.bench config/math.py --shape=8x512/128 --arch=llama3-8b"
 
 
 def summary(name, v, measured, rates):
-    """One row's raw times -> what the tables show. Ratios are of medians; their quartiles are of the rounds, side by side."""
+    """One row's raw times -> what the tables show. Ratios are of medians; their quartiles are of the rounds,
+    side by side."""
     totals = {k: [sum(t) for t in m["times"]] for k, m in measured.items()}
     mine, ms = totals[name], quantile(totals[name])
     roofline = 1e3 * (v["flops"] / rates[0] + v["traffic"] / rates[1])
     phases = {f"{p}_ms": quantile([t[i] for t in v["times"]]) for i, p in enumerate(PHASES)}
     out = dict(row=name, **phases, total_ms=ms, quartiles_ms=[quantile(mine, .25), quantile(mine, .75)],
-               tokens=v["tokens"], tokens_s=v["tokens"] / ms * 1e3, flops=v["flops"], mfu=v["flops"] / ms * 1e3 / rates[0],
-               roofline_ms=roofline, of_roofline=roofline / ms, peak_gib=v["peak"] / 2 ** 30, loss=v["loss"],
-               host_sync=v.get("host_sync"), times_ms=v["times"])
+               tokens=v["tokens"], tokens_s=v["tokens"] / ms * 1e3, flops=v["flops"],
+               mfu=v["flops"] / ms * 1e3 / rates[0], roofline_ms=roofline, of_roofline=roofline / ms,
+               peak_gib=v["peak"] / 2 ** 30, loss=v["loss"], host_sync=v.get("host_sync"),
+               times_ms=v["times"])
     for key, base in (("dense", "dense LoRA"), ("hf", "HF + PEFT")):
         if base in totals:
             per_round = [b / t for b, t in zip(totals[base], mine)]
@@ -33,21 +36,23 @@ def summary(name, v, measured, rates):
 
 
 def title(out):
-    return f"{out['arch']} {out['shape']}, {out['lora']}, {out['dtype']}, {out.get('cpu', out['device'])}, {out['threads']} threads"
+    return (f"{out['arch']} {out['shape']}, {out['lora']}, {out['dtype']}, {out.get('cpu', out['device'])}, "
+            f"{out['threads']} threads")
 
 
-# ---- text ------------------------------------------------------------------------------------------------------------------------
+# ---- text --------------------------------------------------------------------------------------------------
 
-HEAD = ("row", "forward", "backward", "optimizer", "total ms", "quartiles", "tokens/s", "MFU", "TFLOPs", "over dense",
-        "FLOP ratio", "share", "over HF", "peak GiB", "roofline ms", "of it")
+HEAD = ("row", "forward", "backward", "optimizer", "total ms", "quartiles", "tokens/s", "MFU", "TFLOPs",
+        "over dense", "FLOP ratio", "share", "over HF", "peak GiB", "roofline ms", "of it")
 
 
 def cells(r):
     hf = f"{r['over_hf']:.2f}x" if "over_hf" in r else "-"
     return (r["row"], *(f"{r[p + '_ms']:.0f}" for p in PHASES), f"{r['total_ms']:.0f}",
-            "{:.0f}-{:.0f}".format(*r["quartiles_ms"]), f"{r['tokens_s']:,.0f}", f"{r['mfu']:.0%}", f"{r['flops'] / 1e12:.3g}",
-            f"{r['over_dense']:.2f}x", f"{r['flop_ratio']:.2f}x", f"{r['share']:.0%}", hf, f"{r['peak_gib']:.2f}",
-            f"{r['roofline_ms']:.0f}", f"{r['of_roofline']:.0%}")
+            "{:.0f}-{:.0f}".format(*r["quartiles_ms"]), f"{r['tokens_s']:,.0f}", f"{r['mfu']:.0%}",
+            f"{r['flops'] / 1e12:.3g}", f"{r['over_dense']:.2f}x", f"{r['flop_ratio']:.2f}x",
+            f"{r['share']:.0%}", hf, f"{r['peak_gib']:.2f}", f"{r['roofline_ms']:.0f}",
+            f"{r['of_roofline']:.0%}")
 
 
 def aligned(rows):
@@ -62,13 +67,15 @@ def text(out):
     for key, name in GROUPS.items():
         if key in out:
             g = out[key]
-            parts.append(f"\n{name} ({g['gemm_flops'] / 1e12:.3g} TFLOP/s, {g['copy_bytes'] / 1e9:.3g} GB/s between the rounds)")
+            parts.append(f"\n{name} ({g['gemm_flops'] / 1e12:.3g} TFLOP/s, {g['copy_bytes'] / 1e9:.3g} GB/s "
+                         "between the rounds)")
             parts.append(aligned([HEAD, *map(cells, g["rows"])]))
     parts += [f"{name}: {why}" for name, why in out["missing"].items()]
     steps = {r["row"]: r["total_ms"] for r in out["full"]["rows"]}
     for name, ms in out.get("predictor_ms", {}).items():
-        parts.append(f"predictor of {name}: {ms['total']:.2f} ms, {ms['total'] / steps[name]:.1%} of the step (estimate "
-                     f"{ms['estimate']:.2f}, top-k {ms['topk']:.2f}, sort and index {ms['sort_and_index']:.2f})")
+        parts.append(f"predictor of {name}: {ms['total']:.2f} ms, {ms['total'] / steps[name]:.1%} of the "
+                     f"step (estimate {ms['estimate']:.2f}, top-k {ms['topk']:.2f}, "
+                     f"sort and index {ms['sort_and_index']:.2f})")
     parts.append(f"between rows and grid (RoPE, scatter, gather, and back): {out['grid_ms']:.2f} ms, "
                  f"{out['grid_ms'] / steps['dense LoRA']:.1%} of the dense step")
     syncs = {r["row"]: r["host_sync"] for r in out["full"]["rows"] if r.get("host_sync")}
@@ -79,11 +86,13 @@ def text(out):
 
 
 def kernel_table(rows):
-    lines = [("product", "kind", "ratio", "rows", "C", "ours ms", "library ms", "dense ms", "share", "GB/s", "TFLOP/s")]
+    lines = [("product", "kind", "ratio", "rows", "C", "ours ms", "library ms", "dense ms", "share", "GB/s",
+              "TFLOP/s")]
     for r in rows:
         ours = f"{r['ours_ms']:.3f}" if r["ours_ms"] else "no GPU"
-        lines.append((r["op"], r["kind"], f"{r['ratio']}", f"{r['T']}", f"{r['C']}", ours, f"{r['library_ms']:.3f}",
-                      f"{r['dense_ms']:.3f}", f"{r['share']:.0%}", f"{r['gb_s']:.0f}", f"{r['tflop_s']:.3g}"))
+        lines.append((r["op"], r["kind"], f"{r['ratio']}", f"{r['T']}", f"{r['C']}", ours,
+                      f"{r['library_ms']:.3f}", f"{r['dense_ms']:.3f}", f"{r['share']:.0%}",
+                      f"{r['gb_s']:.0f}", f"{r['tflop_s']:.3g}"))
     return aligned(lines)
 
 
@@ -115,17 +124,20 @@ def draw(out, path):
     plt.close(fig)
 
 
-# ---- the README's section --------------------------------------------------------------------------------------------------------
+# ---- the README's section ----------------------------------------------------------------------------------
 
 def section(runs):
     """Markdown of all stored runs. What no run has measured is named so, with its command."""
-    head = ("ms a step (quartiles)", "over dense LoRA", "FLOP ratio", "share that arrives", "over HF + PEFT", "peak GiB")
+    head = ("ms a step (quartiles)", "over dense LoRA", "FLOP ratio", "share that arrives", "over HF + PEFT",
+            "peak GiB")
     lines = []
     for out in runs:
-        lines += [f"**{title(out)}**, {out['steps']} rounds, commit {out['commit']}:", "", f"    {out['command'].strip()}", ""]
+        lines += [f"**{title(out)}**, {out['steps']} rounds, commit {out['commit']}:", "",
+                  f"    {out['command'].strip()}", ""]
         for key, name in GROUPS.items():
             if key in out:
-                lines += [f"| {name} | {' | '.join(head)} |", "|---" * (len(head) + 1) + "|", *map(markdown, out[key]["rows"])]
+                lines += [f"| {name} | {' | '.join(head)} |", "|---" * (len(head) + 1) + "|",
+                          *map(markdown, out[key]["rows"])]
                 lines += [f"| {row} | {why} | | | | | |" for row, why in out["missing"].items()] + [""]
     if not any("driver" in out for out in runs):
         lines += [f"**On a GPU: unmeasured**, for lack of one. The command: `{GPU}`", ""]
@@ -135,7 +147,8 @@ def section(runs):
 def markdown(r):
     low, high = r["quartiles_ms"]
     share = f"{r['share']:.0%}" if r["row"].startswith("+") else ""
-    return (f"| {r['row']} | {r['total_ms']:,.0f} ({low:,.0f}-{high:,.0f}) | {r['over_dense']:.2f}x | {r['flop_ratio']:.2f}x | {share} | "
+    return (f"| {r['row']} | {r['total_ms']:,.0f} ({low:,.0f}-{high:,.0f}) | {r['over_dense']:.2f}x | "
+            f"{r['flop_ratio']:.2f}x | {share} | "
             + (f"{r['over_hf']:.2f}x" if "over_hf" in r else "") + f" | {r['peak_gib']:.2f} |")
 
 
@@ -144,6 +157,7 @@ def readme(folder=None, path=None):
     folder, path = Path(folder or ROOT / "results" / "bench"), Path(path or ROOT / "README.md")
     runs = [read_json(p) for p in sorted(folder.glob("*.json"))]
     if not runs:
-        raise UserError(f"{folder} holds no measurement yet: run python -m tools.bench config/bench_cpu.py first")
+        raise UserError(f"{folder} holds no measurement yet: run python -m tools.bench "
+                        "config/bench_cpu.py first")
     write_section(path, "bench", section(runs))
     print(f"{path}: {len(runs)} runs")
