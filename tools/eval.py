@@ -5,15 +5,15 @@
     python -m tools.eval out/mine --tasks=my_test.jsonl        {"prompt", "response", "answer"} a line
     python -m tools.eval out/tiny --prompt="Question: Eva has 3 ...\\nAnswer:"    one answer, as it is written
 
---tasks        names (gsm8k, svamp, mawps, aqua, boolq, piqa, ..., humaneval, a folder of data/) or files; default:
-               the run's own test set
+--tasks        names (gsm8k, svamp, mawps, aqua, boolq, piqa, ..., humaneval, a folder of data/) or files;
+               default: the run's own test set
 --limit=N      only the first N problems of each task
 --batch_size   problems at a time, 32
 --max_new_tokens, --prompt_format, --dtype, --device: the run's; else by task, plain, by device
 --model=DIR    the adapter's base, if it is no longer where the adapter says
 --output=DIR   where predictions go, one file a task; default: eval/ in the run's directory
---overwrite=True   drops predictions of another adapter, task file or setting. Those of this very one are kept: an
-               interrupted evaluation goes on where it stopped, a finished one only prints its result
+--overwrite=True   drops predictions of another adapter, task file or setting. Those of this very one are
+               kept: an interrupted evaluation goes on where it stopped, a finished one only prints its result
 --execute=True runs the programs that the model wrote for HumanEval here, with limits (see tools/sandbox.py)
 --threads=N     CPU threads; --debug=True: traceback after an error
 --temperature, --top_p, --seed: of --prompt; tasks are answered greedily. torchrun shares the problems out.
@@ -73,7 +73,8 @@ def load(path, base, dtype, device):
 
 
 def find_task(name, dataset=""):
-    """The file of a task: a path, a data set's test.jsonl or test_NAME.jsonl (the run's own set comes first)."""
+    """The file of a task: a path, a data set's test.jsonl or test_NAME.jsonl (the run's own set comes
+    first)."""
     if os.path.isfile(name):
         return Path(name)
     task = ALIASES.get(name.lower(), name.lower())
@@ -92,8 +93,9 @@ def find_task(name, dataset=""):
     try:
         return Path(examples.locate(name, "test"))
     except UserError:
-        raise UserError(f"there is no task {name!r}: give a file of JSON lines, a folder of data/ with a test "
-                        "set, or one of " + ", ".join(t for tasks in SETS.values() for t in tasks)) from None
+        raise UserError(f"there is no task {name!r}: give a file of JSON lines, "
+                        "a folder of data/ with a test set, "
+                        "or one of " + ", ".join(t for tasks in SETS.values() for t in tasks)) from None
 
 
 def problems(path, limit):
@@ -143,7 +145,8 @@ def fingerprint(weights, task_file, settings):
 # ---- predictions on disk: TASK.jsonl when all are there, TASK.partRANK.jsonl until then --------------------
 
 def read_predictions(path, mark, overwrite):
-    """{id: prediction} of a file, but for a line that was cut off. UserError if they are of another evaluation."""
+    """{id: prediction} of a file, but for a line that was cut off. UserError if they are of another
+    evaluation."""
     out = {}
     for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else []:
         try:
@@ -172,7 +175,8 @@ def lines(predictions):
 # ---- generating --------------------------------------------------------------------------------------------
 
 class Progress:
-    """A bar with the share that is right, tokens a second and time left; without a terminal, a line a minute."""
+    """A bar with the share that is right, tokens a second and time left; without a terminal, a
+    line a minute."""
 
     def __init__(self, task, done, total, show):
         self.task, self.done, self.total, self.show = task, done, total, show
@@ -199,7 +203,8 @@ class Progress:
 def answer(model, tokenizer, task, name, todo, total, o, part, mark):
     """Generates for the problems `todo` and appends each prediction to the file `part`, a batch at a time."""
     ids = {i: prompt_ids(*task[i], tokenizer, o["prompt_format"]) for i in todo}
-    order = sorted(todo, key=lambda i: -len(ids[i]))  # alike in length; the longest first, where memory may fail
+    # alike in length; the longest first, where memory may fail
+    order = sorted(todo, key=lambda i: -len(ids[i]))
     bar, judged, right = Progress(name, total - len(todo), total, o["rank"] == 0), 0, 0
     with open(part, "a", encoding="utf-8") as f:
         for at in range(0, len(order), o["batch_size"]):
@@ -278,7 +283,8 @@ def result(name, chosen, file):
 
 def say(r):
     if r["accuracy"] is None:
-        print(f"{r['task']:14} {r['n']} programs, not run: look at them in {r['file']}, then add --execute=True")
+        print(f"{r['task']:14} {r['n']} programs, not run: look at them in {r['file']}, "
+              "then add --execute=True")
         return
     low, high = r["interval"]
     share = f"{r['accuracy']:6.1%} of {r['n']}, 95 % interval {low:.1%} to {high:.1%}"
@@ -290,7 +296,8 @@ def say(r):
 # ---- one prompt --------------------------------------------------------------------------------------------
 
 def stream(model, tokenizer, o):
-    """Prints the answer to --prompt as it is generated. A character whose bytes are not all there yet waits."""
+    """Prints the answer to --prompt as it is generated. A character whose bytes are not all
+    there yet waits."""
     ids = data.prompt_ids(data.Example(o["prompt"].replace("\\n", "\n"), ""), tokenizer, o["prompt_format"])
     out, shown = [], ""
 
@@ -336,16 +343,16 @@ def complete(path, o):
 
 def main(argv):
     (path,), o = tools.options(
-        argv, __doc__, (1, 1), tasks="", prompt="", limit=0, batch_size=32, max_new_tokens=0, prompt_format="",
-        dtype="", device="auto", model="", output="", overwrite=False, execute=False, temperature=0.0, top_p=1.0,
-        seed=0, threads=0)
+        argv, __doc__, (1, 1), tasks="", prompt="", limit=0, batch_size=32, max_new_tokens=0,
+        prompt_format="", dtype="", device="auto", model="", output="", overwrite=False, execute=False,
+        temperature=0.0, top_p=1.0, seed=0, threads=0)
     o = complete(path, o)
     if o["threads"]:
         torch.set_num_threads(o["threads"])
     names = [t.strip() for t in (o["tasks"] or o["own_tests"]).split(",") if t.strip()]
     if not names and not o["prompt"]:
-        raise UserError(f"{path} has no test set of its own: name tasks or a file, --tasks=gsm8k,svamp, or ask it "
-                        "something, --prompt=...")
+        raise UserError(f"{path} has no test set of its own: name tasks or a file, --tasks=gsm8k,svamp, "
+                        "or ask it something, --prompt=...")
     for name in () if o["prompt"] else names:  # before minutes of loading
         problems(find_task(name, o["dataset"]), o["limit"])
     model, tokenizer, weights = load(path, o["model"], getattr(torch, o["dtype"]), o["device"])
