@@ -1,8 +1,11 @@
-"""Merges an adapter into its base: a whole Hugging Face directory, for transformers, vLLM, lm-eval and llama.cpp.
+"""Merges an adapter into its base: a whole Hugging Face directory, for transformers, vLLM,
+lm-eval and llama.cpp.
 
-    python -m tools.export out/math merged/ [--model=DIR]    DIR: the base, if it is not where the adapter says
+    python -m tools.export out/math merged/ [--model=DIR]    DIR: the base, if it is not where
+                                                             the adapter says
 
-    W' = W + s B A     s = alpha / r, or alpha / sqrt(r) with rslora; in fp32, rounded once to the base's dtype
+    W' = W + s B A     s = alpha / r, or alpha / sqrt(r) with rslora; in fp32, rounded once to
+                       the base's dtype
 
 Works on the files alone, tensor by tensor, and writes shards of at most --shard_gb: an 8B merge holds one
 shard (5 GB by default) in memory, whatever the base's files look like. The result is complete or absent: it
@@ -21,8 +24,9 @@ import tools
 from config import UserError
 from tools.checkpoint import read_adapter, resolve, weight_files, write_safetensors
 
-COPIED = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json",
-          "vocab.json", "merges.txt", "chat_template*", "LICENSE*", "USE_POLICY*", "NOTICE*")
+COPIED = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json",
+          "added_tokens.json", "vocab.json", "merges.txt", "chat_template*", "LICENSE*", "USE_POLICY*",
+          "NOTICE*")
 
 
 def plan(files, limit):
@@ -76,14 +80,16 @@ def merged(w, name, update):
     if not w.is_floating_point() or w.element_size() < 2:
         raise UserError(f"the base's {name} is quantized ({w.dtype}): merge into the full model, --model=DIR")
     if w.shape != (B.shape[0], A.shape[1]):
-        raise UserError(f"the adapter is for another base: its {name} is {(B.shape[0], A.shape[1])}, this base's "
+        raise UserError(f"the adapter is for another base: its {name} is {(B.shape[0], A.shape[1])}, "
+                        "this base's "
                         f"{tuple(w.shape)}; give the right one with --model=DIR")
     high = torch.promote_types(w.dtype, torch.float32)
     return torch.addmm(w.to(high), B.to(high), A.to(high)).to(w.dtype)
 
 
 def write_shards(shards, changes, target):
-    """Writes the shards into target, one in memory at a time, and an index of several. `changes` is used up."""
+    """Writes the shards into target, one in memory at a time, and an index of several. `changes`
+    is used up."""
     index, n = {}, len(shards)
     for i, shard in enumerate(shards):
         file = "model.safetensors" if n == 1 else f"model-{i + 1:05d}-of-{n:05d}.safetensors"
@@ -102,13 +108,14 @@ def write_shards(shards, changes, target):
 
 
 def export(adapter, target, model="", shard_gb=5.0):
-    """Merges an adapter into its base (or into `model`): the new directory `target`, which may exist if empty."""
+    """Merges an adapter into its base (or into `model`): the new directory `target`, which may
+    exist if empty."""
     target = Path(target)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target} exists and is not empty: remove it, or give another name")
     if Path(adapter, "config.json").exists() and not Path(adapter, "adapter_config.json").exists():
-        raise UserError(f"{adapter} has no adapter_config.json: it holds no adapter (a training with lora_r = 0 "
-                        "makes a whole model, with nothing to merge)")
+        raise UserError(f"{adapter} has no adapter_config.json: it holds no adapter (a training with "
+                        "lora_r = 0 makes a whole model, with nothing to merge)")
     settings, state = read_adapter(adapter)
     base = model or settings.get("base_model_name_or_path")
     if not base:
