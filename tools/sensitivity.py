@@ -1,25 +1,32 @@
-"""Where the sparsity levels come from: which blocks can skip how much, and the ratios that meet a compute budget.
+"""Where the sparsity levels come from: which blocks can skip how much, and the ratios that meet
+a compute budget.
 
     python -m tools.sensitivity config/tiny.py --budget=0.75
     python train.py config/tiny.py out/tiny/ratios.py
 
     --budget=0.75          FLOPs of a sparse training step over those of dense LoRA's
     --ratios=.5,.75,.9,.97 the ratios that are tried
-    --batches=8            batches to measure on, and as many others to check the result on; all from the training set
-    --out=PATH             the config file to write; "" is out_dir/ratios.py. Beside it: a heat map (PNG), the patterns it was checked
-                           against, and sensitivity.json, from which an interrupted analysis goes on (a second budget is then free)
+    --batches=8            batches to measure on, and as many others to check the result on; all from
+                           the training set
+    --out=PATH             the config file to write; "" is out_dir/ratios.py. Beside it: a heat map (PNG), the
+                           patterns it was checked against, and sensitivity.json, from which an interrupted
+                           analysis goes on (a second budget is then free)
     --option=value         everything else is train.py's: --model=DIR, --predictor=measured, --threads=1, ...
 
-One part (the MLP or the attention of one block) at a time is made sparse, all else stays dense, and the loss rises by so much, on the
-very same batch. Then
+One part (the MLP or the attention of one block) at a time is made sparse, all else stays dense, and the loss
+rises by so much, on the very same batch. Then
 
-    curve of a part    points (saved FLOPs, rise in loss), one a ratio, from (0, 0); only its lower convex hull counts
-    choice             the hulls' edges in order of their slope (rise per saved FLOP), taken until the budget is met, the last one in part
+    curve of a part    points (saved FLOPs, rise in loss), one a ratio, from (0, 0); only its lower
+                       convex hull counts
+    choice             the hulls' edges in order of their slope (rise per saved FLOP), taken until the budget
+                       is met, the last one in part
 
-If changes add up, this choice is the best. They do not quite (errors of one block meet those of another), so it is checked: its true rise
-on other batches, beside that of uniform ratios and of the published middle-to-late pattern at the same FLOPs. A fall counts like a rise:
-before fine-tuning, breaking a block may lower the loss (block 0's attention of the embedded base, -.16), and yet the part is not free.
-Cost: 2 (L - 1) parts * ratios * batches forward passes, each from its own block on (half of the model on average); no gradient.
+If changes add up, this choice is the best. They do not quite (errors of one block meet those of another),
+so it is checked: its true rise on other batches, beside that of uniform ratios and of the published
+middle-to-late pattern at the same FLOPs. A fall counts like a rise: before fine-tuning, breaking a block
+may lower the loss (block 0's attention of the embedded base, -.16), and yet the part is not free. Cost: 2
+(L - 1) parts * ratios * batches forward passes, each from its own block on (half of the model on
+average); no gradient.
 """
 import bisect
 import hashlib
@@ -43,26 +50,32 @@ from tools.checkpoint import resolve, write_text
 from tools.report import clock
 
 OWN = dict(budget=0.75, ratios=".5,.75,.9,.97", batches=8, out="")
-SHADES = ((.003, " "), (.01, "░"), (.03, "▒"), (.1, "▓"), (float("inf"), "█"))  # change of the loss below which the shade is used
-PUBLISHED = ([(3, 30)], [(14, 19), (21, 23), (25, 29)])  # LLaMA-3-8B's blocks: MLP at .99, attention at .75, of 32
+# change of the loss below which the shade is used
+SHADES = ((.003, " "), (.01, "░"), (.03, "▒"), (.1, "▓"), (float("inf"), "█"))
+# LLaMA-3-8B's blocks: MLP at .99, attention at .75, of 32
+PUBLISHED = ([(3, 30)], [(14, 19), (21, 23), (25, 29)])
 
 
-# ---- set up ----------------------------------------------------------------------------------------------------------------------
+# ---- set up ------------------------------------------------------------------------------------------------
 
 def setup(cfg, n):
-    """-> (model with a predictor on every part, three lists of batches: to measure channels, n to analyse, n to check)."""
+    """-> (model with a predictor on every part, three lists of batches: to measure channels, n to analyse,
+    n to check)."""
     torch.manual_seed(cfg.seed)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     if not cfg.lora_r:
-        raise UserError("lora_r = 0 trains all weights, and weights that are trained run dense: there is nothing to analyse")
+        raise UserError("lora_r = 0 trains all weights, and weights that are trained run dense: "
+                        "there is nothing to analyse")
     device = train.dist.setup(cfg)
     folder = resolve(cfg.model)
     tokenizer = data.tokenizer.load(folder)
-    model = train.load_model(replace(cfg, mlp_sparsity=0.0, attn_sparsity=0.0, fsdp=False), folder, device, tokenizer)
+    model = train.load_model(replace(cfg, mlp_sparsity=0.0, attn_sparsity=0.0, fsdp=False), folder, device,
+                             tokenizer)
     warm = n if cfg.predictor == "measured" else 0
     batches = calibration(cfg, tokenizer, warm + 2 * n, device)
-    predictor.attach(model, .5, 0.0 if model.config.qk_norm else .5, cfg.predictor_rank, cfg.predictor, seed=cfg.seed)
+    predictor.attach(model, .5, 0.0 if model.config.qk_norm else .5, cfg.predictor_rank, cfg.predictor,
+                     seed=cfg.seed)
     if warm:
         predictor.measure(model, batches[:warm])
     model.eval()
@@ -70,20 +83,23 @@ def setup(cfg, n):
 
 
 def calibration(cfg, tokenizer, n, device):
-    """n whole batches of the training set, drawn with cfg.seed. Only as many examples are tokenized as may be needed."""
+    """n whole batches of the training set, drawn with cfg.seed. Only as many examples are tokenized as
+    may be needed."""
     examples = data.load_split(cfg, "train")
     examples = random.Random(cfg.seed).sample(examples, min(len(examples), 2 * n * cfg.batch_size))
     tokenized = data.tokenize(examples, tokenizer, cfg.max_seq_len, cfg.prompt_format, cfg.prompt_weight)
     drawn = data.batches([len(t.tokens) for t in tokenized], cfg.batch_size, cfg.seed, 0)
     whole = [idx for idx in drawn if len(idx) == cfg.batch_size][:n]
     if len(whole) < n:
-        raise UserError(f"{n} batches of {cfg.batch_size} are needed and {cfg.dataset} makes {len(whole)}: lower --batches or --batch_size")
+        raise UserError(f"{n} batches of {cfg.batch_size} are needed and {cfg.dataset} makes {len(whole)}: "
+                        "lower --batches or --batch_size")
     return [data.collate([tokenized[j] for j in idx], cfg.split).to(device) for idx in whole]
 
 
 def fingerprint(model, cfg, warm):
     """A hash of all that a measurement depends on but the batch: the weights and the predictor."""
-    key = hashlib.sha256(f"2 {cfg.predictor} {cfg.predictor_rank} {cfg.seed} {cfg.dtype} {list(map(digest, warm))}".encode())
+    key = hashlib.sha256(f"2 {cfg.predictor} {cfg.predictor_rank} {cfg.seed} {cfg.dtype} "
+                         f"{list(map(digest, warm))}".encode())
     for name, p in model.named_parameters():
         if not name.endswith("/A"):  # with B = 0 an adapter changes nothing; with a trained B, B differs too
             key.update(f"{name} {predictor.checksum(p if p.dim() == 2 else p[None])}".encode())
@@ -97,11 +113,12 @@ def digest(batch):
     return key.hexdigest()[:16]
 
 
-# ---- measure ---------------------------------------------------------------------------------------------------------------------
+# ---- measure -----------------------------------------------------------------------------------------------
 
 @torch.no_grad()
 def analyse(model, batches, ratios, done, save):
-    """Fills done, {batch: {"dense": loss, "3.mlp 0.9": loss, ...}}, losses per scored token; what is there is not measured again."""
+    """Fills done, {batch: {"dense": loss, "3.mlp 0.9": loss, ...}}, losses per scored token; what is there is
+    not measured again."""
     jobs = [(name, r) for name, _ in predictor.predictors(model) for r in ratios]
     bar = Progress(sum(f"{name} {r}" not in done.get(digest(b), {}) for b in batches for name, r in jobs))
     for b in batches:
@@ -109,7 +126,8 @@ def analyse(model, batches, ratios, done, save):
         if all(f"{name} {r}" in seen for name, r in jobs):
             continue
         inputs = []  # of every block, dense
-        hooks = [block.register_forward_pre_hook(lambda _, args: inputs.append(args[0])) for block in model.blocks]
+        hooks = [block.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+                 for block in model.blocks]
         predictor.set_ratios(model, {})
         seen["dense"] = model.loss(b).item() / total
         for h in hooks:
@@ -126,7 +144,8 @@ def analyse(model, batches, ratios, done, save):
 
 
 def rises(done, batches):
-    """-> {"3.mlp 0.9": (mean rise in loss, its standard error)} over the batches, each against its own dense loss."""
+    """-> {"3.mlp 0.9": (mean rise in loss, its standard error)} over the batches, each against its
+    own dense loss."""
     rows = [done[digest(b)] for b in batches]
     return {k: mean_and_error([row[k] - row["dense"] for row in rows]) for k in rows[0] if k != "dense"}
 
@@ -169,10 +188,11 @@ class Progress:
             print(file=sys.stderr)
 
 
-# ---- choose: plain numbers, no model -----------------------------------------------------------------------------------------------
+# ---- choose: plain numbers, no model -----------------------------------------------------------------------
 
 def hull(points):
-    """[(ratio, saved, rise)] -> the lower convex hull of (saved, |rise|) from (0, 0, 0) on: slopes grow along it."""
+    """[(ratio, saved, rise)] -> the lower convex hull of (saved, |rise|) from (0, 0, 0) on: slopes
+    grow along it."""
     points = sorted(((r, s, abs(d)) for r, s, d in points if s > 0), key=lambda p: (p[1], p[2], p[0]))
     out = [(0.0, 0.0, 0.0)]
     for p in points:
@@ -189,8 +209,9 @@ def slope(a, b):
 
 
 def choose(curves, need, saved_at):
-    """curves: {part: [(ratio, saved FLOPs, rise)]}; need: FLOPs to save; saved_at(part, ratio) -> FLOPs.
-    -> ({part: ratio}, predicted rise). Edges of all hulls in order of slope; of the last, the smallest hundredth that is enough."""
+    """curves: {part: [(ratio, saved FLOPs, rise)]}; need: FLOPs to save; saved_at(part, ratio) -> FLOPs. ->
+    ({part: ratio}, predicted rise). Edges of all hulls in order of slope; of the last, the smallest hundredth
+    that is enough."""
     hulls = {k: hull(v) for k, v in curves.items()}
     edges = sorted((slope(a, b), k, a, b) for k, h in hulls.items() for a, b in zip(h, h[1:]))
     chosen, saved, rise = {}, 0.0, 0.0
@@ -208,7 +229,8 @@ def choose(curves, need, saved_at):
 
 
 def published(L):
-    """The published pattern for LLaMA-3-8B at the same relative depths of L blocks: ({block: .99}, {block: .75})."""
+    """The published pattern for LLaMA-3-8B at the same relative depths of L blocks: ({block:
+    .99}, {block: .75})."""
     def at(ranges, ratio):
         return {i: ratio for i in range(L - 1) if any(a <= round(i * 31 / (L - 1)) <= b for a, b in ranges)}
     return at(PUBLISHED[0], .99), at(PUBLISHED[1], .75)
@@ -219,32 +241,38 @@ def patterns(model):
     names = [name for name, _ in predictor.predictors(model)]
     mlp, attn = published(len(model.blocks))
     late = {**{f"{i}.mlp": r for i, r in mlp.items()}, **{f"{i}.attn": r for i, r in attn.items()}}
-    return {"uniform": dict.fromkeys(names, 1.0), "uniform, MLP only": {n: 1.0 for n in names if n.endswith("mlp")},
+    return {"uniform": dict.fromkeys(names, 1.0),
+            "uniform, MLP only": {n: 1.0 for n in names if n.endswith("mlp")},
             "published pattern": {n: r for n, r in late.items() if n in names}}
 
 
 def same_flops(model, batches, pattern, wanted):
-    """The pattern, all ratios times one factor and at most .99, where its FLOPs are nearest to those wanted."""
+    """The pattern, all ratios times one factor and at most .99, where its FLOPs are nearest to those
+    wanted."""
     def scaled(percent):
         return {k: round(min(.99, r * percent / 100), 4) for k, r in pattern.items()}
 
     def excess(percent):
         return sum(flops(model, batches, scaled(percent)).values()) - wanted
 
-    first = bisect.bisect_left(range(1, 200), 0, key=lambda p: -excess(p)) + 1  # the smallest factor that is enough
+    # the smallest factor that is enough
+    first = bisect.bisect_left(range(1, 200), 0, key=lambda p: -excess(p)) + 1
     return scaled(min((first - 1, first), key=lambda p: abs(excess(p)) if p else abs(wanted)))
 
 
-# ---- show and write ----------------------------------------------------------------------------------------------------------------
+# ---- show and write ----------------------------------------------------------------------------------------
 
 def show(rise, ratios, L):
     """The heat map: a row a block, a column a part and ratio."""
     kinds = [k for k in ("mlp", "attn") if any(f".{k} " in key for key in rise)]
-    print("\nrise in loss, one part sparse (mean ± standard error):  " + "  ".join(f"{s or ' '} < {t:g}" for t, s in SHADES[:-1]) + "  █ more")
+    print("\nrise in loss, one part sparse (mean ± standard error):  "
+          + "  ".join(f"{s or ' '} < {t:g}" for t, s in SHADES[:-1]) + "  █ more")
     print("block " + " | ".join("  ".join(f"{kind:>5s} {r:<8g}" for r in ratios) for kind in kinds))
     for i in range(L - 1):
         cells = [[rise[f"{i}.{kind} {r}"] for r in ratios] for kind in kinds]
-        print(f"{i:5d} " + " | ".join("  ".join(f"{next(s for t, s in SHADES if abs(m) < t)}{m:+.3f}±{e:.3f} " for m, e in row) for row in cells))
+        print(f"{i:5d} "
+              + " | ".join("  ".join(f"{next(s for t, s in SHADES if abs(m) < t)}{m:+.3f}±{e:.3f} "
+                                     for m, e in row) for row in cells))
 
 
 def draw(path, rise, ratios, chosen, L):
@@ -257,14 +285,16 @@ def draw(path, rise, ratios, chosen, L):
     import matplotlib.pyplot as plt
     from matplotlib.colors import LogNorm
     kinds = [k for k in ("mlp", "attn") if any(f".{k} " in key for key in rise)]
-    fig, axes = plt.subplots(len(kinds) + 1, 1, figsize=(max(6, L * .32), 2 + 1.6 * len(kinds)), sharex=True, layout="constrained")
+    fig, axes = plt.subplots(len(kinds) + 1, 1, figsize=(max(6, L * .32), 2 + 1.6 * len(kinds)), sharex=True,
+                             layout="constrained")
     for ax, kind in zip(axes, kinds):
         z = [[max(1e-4, abs(rise[f"{i}.{kind} {r}"][0])) for i in range(L - 1)] for r in ratios]
         im = ax.imshow(z, aspect="auto", origin="lower", cmap="magma_r", norm=LogNorm(1e-3, 1))
         ax.set_yticks(range(len(ratios)), ratios)
         ax.set_ylabel({"mlp": "MLP", "attn": "attention"}[kind] + " ratio")
     for j, kind in enumerate(kinds):
-        axes[-1].bar([i + .4 * j - .2 for i in range(L - 1)], [chosen.get(f"{i}.{kind}", 0) for i in range(L - 1)], .4, label=kind)
+        axes[-1].bar([i + .4 * j - .2 for i in range(L - 1)],
+                     [chosen.get(f"{i}.{kind}", 0) for i in range(L - 1)], .4, label=kind)
     axes[-1].set(ylabel="chosen", xlabel="block", ylim=(0, 1))
     axes[-1].legend(fontsize=7)
     fig.colorbar(im, ax=list(axes[:-1]), label="change of the loss")
@@ -294,24 +324,29 @@ def parse(own):
     except ValueError:
         ratios = []
     if not ratios or not all(0 < r < 1 for r in ratios):
-        raise UserError(f"--ratios={own['ratios']} has to be numbers between 0 and 1 with commas between, such as .5,.75,.9")
+        raise UserError(f"--ratios={own['ratios']} has to be numbers between 0 and 1 with commas between, "
+                        "such as .5,.75,.9")
     if not 0 < own["budget"] < 1:
-        raise UserError(f"--budget={own['budget']} has to be above 0 and below 1: FLOPs of a sparse step over a dense one's")
+        raise UserError(f"--budget={own['budget']} has to be above 0 and below 1: "
+                        "FLOPs of a sparse step over a dense one's")
     if own["batches"] < 1:
         raise UserError(f"--batches={own['batches']} has to be at least 1")
     return ratios
 
 
 def plan(model, batches, ratios, budget):
-    """Before anything is measured: FLOPs of all parts, dense and at every ratio. UserError: the budget cannot be met."""
+    """Before anything is measured: FLOPs of all parts, dense and at every ratio. UserError: the budget
+    cannot be met."""
     names = [name for name, _ in predictor.predictors(model)]
     at = {r: flops(model, batches, dict.fromkeys(names, r)) for r in (0.0, *ratios)}
     total = sum(at[0.0].values())
     lowest = (total - sum(max(0, *(at[0.0][k] - at[r][k] for r in ratios)) for k in names)) / total
-    print(f"a sparse step computes {lowest:.1%} of a dense one's FLOPs at least, with every part at its cheapest ratio of {ratios}")
+    print(f"a sparse step computes {lowest:.1%} of a dense one's FLOPs at least, "
+          f"with every part at its cheapest ratio of {ratios}")
     if budget < lowest:
-        raise UserError(f"--budget={budget} cannot be met: with every part at its cheapest ratio of {ratios} a step still computes "
-                        f"{lowest:.4f} of dense LoRA's FLOPs; give --budget={lowest + .005:.2f} or more")
+        raise UserError(f"--budget={budget} cannot be met: with every part at its cheapest ratio of {ratios} "
+                        f"a step still computes {lowest:.4f} of dense LoRA's FLOPs; "
+                        f"give --budget={lowest + .005:.2f} or more")
     return names, at, total
 
 
@@ -332,22 +367,27 @@ def main(argv):
     show(rise, ratios, L)
 
     curves = {k: [(r, at[0.0][k] - at[r][k], rise[f"{k} {r}"][0]) for r in ratios] for k in names}
-    chosen, predicted = choose(curves, total * (1 - own["budget"]), lambda k, r: at[0.0][k] - flops(model, batches, {k: r})[k])
+    chosen, predicted = choose(curves, total * (1 - own["budget"]),
+                               lambda k, r: at[0.0][k] - flops(model, batches, {k: r})[k])
     draw(out.with_suffix(".png"), rise, ratios, chosen, L)
 
     # the check, on batches that had no part in the choice
     wanted = sum(flops(model, fresh[:1], chosen).values())
-    rows = {"chosen": chosen, **{k: same_flops(model, fresh[:1], p, wanted) for k, p in patterns(model).items() if p}}
+    rows = {"chosen": chosen,
+            **{k: same_flops(model, fresh[:1], p, wanted) for k, p in patterns(model).items() if p}}
     dense, base = losses(model, fresh, {}), sum(flops(model, fresh, {}).values())
-    print(f"\nchecked on {len(fresh)} other batches (dense loss {sum(dense) / len(dense):.4f}); predicted rise {predicted:+.4f}")
+    print(f"\nchecked on {len(fresh)} other batches (dense loss {sum(dense) / len(dense):.4f}); "
+          f"predicted rise {predicted:+.4f}")
     command, first = "python -m tools.sensitivity " + " ".join(argv), 0.0
     for name, pattern in rows.items():
         mean, error = mean_and_error([s - d for s, d in zip(losses(model, fresh, pattern), dense)])
         share = sum(flops(model, fresh, pattern).values()) / base
         first = share if name == "chosen" else first
-        line = f"{name:18s} {share:6.1%} of the FLOPs, loss {mean:+.4f} ± {error:.4f}" + " (cannot come nearer)" * (abs(share - first) > .02)
+        line = (f"{name:18s} {share:6.1%} of the FLOPs, loss {mean:+.4f} ± {error:.4f}"
+                + " (cannot come nearer)" * (abs(share - first) > .02))
         print("  " + line)
-        where = out if name == "chosen" else out.with_name(f"{out.stem}_{name.split()[0].strip(',')}{'_mlp' * ('MLP' in name)}.py")
+        where = out if name == "chosen" else out.with_name(
+            f"{out.stem}_{name.split()[0].strip(',')}{'_mlp' * ('MLP' in name)}.py")
         write_text(where, config_file(pattern, L, cfg, command, line))
     files = [a for a in args if a.endswith(".py")]
     print(f"\nuse it:\n  python train.py {' '.join(files or ['config/tiny.py'])} {out}")
