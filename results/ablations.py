@@ -320,16 +320,19 @@ def markdown(everything):
     return "\n".join(lines)
 
 
-def readme_table(everything, fewest=2):
-    """What the README shows: the runs of the first base with at least so many seeds. The rest
-    is in ablations.md."""
+def readme_table(everything, fewest=3):
+    """What the README shows: the runs of the first base with at least so many seeds. The rest is in
+    ablations.md."""
     name, entries = next(iter(everything.items()))
     some = {label: e for label, e in entries.items() if len(e["seeds"]) >= fewest}
-    shown = [c for c in COLUMNS if c[0] in ("after", "test_loss", "flops_share", "time_share")]
+    shown = [c for c in COLUMNS if c[0] in ("after", "vs_dense", "test_loss", "flops_share", "time_share")]
     lines = [f"| {name} | seeds | " + " | ".join(c[1] for c in shown) + " |", "|---" * (len(shown) + 2) + "|"]
-    lines += [f"| {label} | {len(e['seeds'])} | "
-              + " | ".join(cell(e["summary"].get(k), form) for k, _, form in shown) + " |"
-              for label, e in some.items()]
+    for label, e in some.items():
+        cells = []
+        for key, _, form in shown:
+            s = e["summary"].get(key)
+            cells.append(cell(s and (dict(s, error=None) if key.endswith("share") else s), form))
+        lines.append(f"| {label} | {len(e['seeds'])} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
