@@ -306,7 +306,7 @@ def markdown(everything):
                   + (f" Before training: {before[0]:.1%}." if before else ""), ""]
         for n, title in TITLES.items():
             some = {label: e for label, e in entries.items() if n in e["rows"]}
-            if not some:
+            if len(some) < 2:  # dense LoRA alone says nothing
                 continue
             shown = [c for c in COLUMNS if any(c[0] in e["summary"] for e in some.values())]
             lines += [f"### {n}. {title}", "", "| | n | " + " | ".join(c[1] for c in shown) + " | options |",
@@ -346,6 +346,8 @@ def draw_budgets(entries, path):
     import matplotlib.pyplot as plt
     some = {label: e["summary"] for label, e in entries.items()
             if 7 in e["rows"] and {"after", "flops_share"} <= e["summary"].keys()}
+    if len(some) < 3:
+        return
     fig, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
     for line in dict.fromkeys(label.split(",")[0] for label in some):
         points = sorted((s for label, s in some.items() if label.split(",")[0] == line),
