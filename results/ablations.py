@@ -36,6 +36,7 @@ from pathlib import Path
 import config
 from config import UserError
 from predictor import KINDS
+from results import plot
 from tools import run, split_options
 from tools.checkpoint import resolve, write_section, write_text
 
@@ -67,15 +68,15 @@ def table(cfg, n_layers, folder, mlp, attn, budgets, blocks=""):
     where = f" in blocks {blocks}" if blocks else ""
     dense, ours, measured = (("dense LoRA", ratios()), ("as configured", []),
                              ("measured", ["--predictor=measured"]))
-    rows = {1: [dense]}
-    rows[1] += [(f"{kind}, MLP {m:g}{where}", ratios(m) + [f"--predictor={kind}"])
-                for m in mlp for kind in KINDS]
-    rows[1] += [(f"{kind}, attention {a:g}{where}", ratios(0, a) + [f"--predictor={kind}"])
-                for a in attn for kind in KINDS]
-    kind, m, a = f"--predictor={cfg.predictor}", mlp[0], (attn or [.25])[0]
-    rows[2] = [dense, (f"{cfg.predictor}, MLP {m:g}{where}", ratios(m) + [kind]),
-               (f"{cfg.predictor}, attention {a:g}{where}", ratios(0, a) + [kind]),
-               (f"{cfg.predictor}, MLP {m:g} and attention {a:g}{where}", ratios(m, a) + [kind])]
+
+    def sparse(kind, m=0, a=0):
+        parts = [f"MLP {m:g}"] * bool(m) + [f"attention {a:g}"] * bool(a)
+        return f"{kind}, {' and '.join(parts)}{where}", ratios(m, a) + [f"--predictor={kind}"]
+
+    rows = {1: [dense, *(sparse(kind, m) for m in mlp for kind in KINDS),
+                *(sparse(kind, 0, a) for a in attn for kind in KINDS)]}
+    m, a = mlp[0], (attn or [.25])[0]
+    rows[2] = [dense, *(sparse(cfg.predictor, *some) for some in ((m, 0), (0, a), (m, a)))]
     rows[3] = [dense] + [(f"{cfg.predictor}, {what}, budget {budgets[0]:g}",
                           [f"{folder}/{cfg.predictor}-{budgets[0]:g}{suffix}.py"])
                          for what, suffix in (("uniform", "_uniform"),
@@ -100,8 +101,8 @@ def table(cfg, n_layers, folder, mlp, attn, budgets, blocks=""):
     rows[8] = [(f"{name}, {10 * steps} steps", args + long) for name, args in (dense, ours, measured)]
     # for the loss alone no answer is written
     often = [f"--eval_interval={max(1, steps // 10)}", "--max_new_tokens=1", "--test_examples=0"]
-    some = [dense] + [(f"measured, MLP {m:g}{where}", ratios(m) + ["--predictor=measured"]) for m in mlp]
-    rows[9] = [(f"{name}, often evaluated", args + often) for name, args in some]
+    rows[9] = [(f"{name}, often evaluated", args + often)
+               for name, args in (dense, *(sparse("measured", m) for m in mlp))]
     return merged(rows, cfg, n_layers)
 
 
@@ -225,14 +226,8 @@ def compare(r, dense):
 
 def reach(r, target):
     """When the validation loss first is at the target, between two evaluations on a line."""
-    before = None
-    for step, value in r["evaluations"]:
-        if value <= target:
-            if before is None:
-                return r["times"][step]
-            f = (before[1] - target) / (before[1] - value)
-            return r["times"][before[0]] + f * (r["times"][step] - r["times"][before[0]])
-        before = step, value
+    points = [dict(val_loss=value, time=r["times"][step]) for step, value in r["evaluations"]]
+    return plot.reach(points, target)[0]
 
 
 def summary(values):

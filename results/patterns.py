@@ -12,7 +12,7 @@ Prints the rise in loss (mean and standard error over the batches) and the FLOPs
 import config
 from config import UserError
 from tools import run, split_options
-from tools.sensitivity import losses, mean_and_error, setup
+from tools.sensitivity import flops, losses, mean_and_error, setup
 
 OWN = dict(mlp="20-28:.9", files="", batches=4)
 
@@ -21,7 +21,7 @@ def patterns(own, args, n_layers):
     """-> {name: {"3.mlp": ratio, ...}}"""
     out = {}
     for item in filter(None, own["mlp"].split(",")):
-        blocks, colon, ratio = item.partition(":")
+        blocks, _, ratio = item.partition(":")
         try:
             ratios = dict(mlp=config.ratios({blocks: float(ratio)}, n_layers, "mlp"))
         except ValueError:
@@ -37,13 +37,12 @@ def patterns(own, args, n_layers):
 def main(argv):
     own, args = split_options(argv, __doc__, **OWN)
     model, _, batches, _ = setup(config.load(args), own["batches"])
-    dense = losses(model, batches, {})
+    dense, dense_flops = losses(model, batches, {}), sum(flops(model, batches, {}).values())
     print(f"dense loss {sum(dense) / len(dense):.4f}", flush=True)
     for name, ratios in patterns(own, args, len(model.blocks)).items():
         rise, error = mean_and_error([x - d for x, d in zip(losses(model, batches, ratios), dense)])
-        flops = [sum(f) for f in zip(*map(model.flops, batches))]
-        print(f"{name:24s} loss {rise:+.4f} ± {error:.4f}, {flops[1] / flops[0]:.1%} of the FLOPs",
-              flush=True)
+        share = sum(flops(model, batches, ratios).values()) / dense_flops
+        print(f"{name:24s} loss {rise:+.4f} ± {error:.4f}, {share:.1%} of the FLOPs", flush=True)
 
 
 if __name__ == "__main__":

@@ -43,11 +43,12 @@ def smooth(values, n):
 
 
 def reach(evaluations, target):
-    """-> (seconds, FLOPs) at which the validation loss first is at the target, or None."""
+    """evaluations: dicts of "val_loss" and what has been spent by then -> the latter, a tuple (seconds,
+    FLOPs), when the validation loss first is at the target, between two evaluations on a line; or None."""
     for a, b in zip([None, *evaluations], evaluations):
         if b["val_loss"] <= target:
             f = 1.0 if a is None else (a["val_loss"] - target) / (a["val_loss"] - b["val_loss"])
-            return tuple(b[k] if a is None else a[k] + f * (b[k] - a[k]) for k in ("seconds", "flops"))
+            return tuple(b[k] if a is None else a[k] + f * (b[k] - a[k]) for k in b if k != "val_loss")
     return None
 
 
