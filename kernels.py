@@ -107,6 +107,18 @@ def tile(pid, n_m, n_n, GROUP: tl.constexpr):
     return group * GROUP + (pid % (GROUP * n_n)) % size, (pid % (GROUP * n_n)) // size
 
 
+def matmul_nt(x, w):
+    """x (T, D), w (N, D) -> x w.T (T, N), dense. On a CPU in fp32 2048 columns at a time: two threads of MKL
+    make 8192 columns of 787 rows at 193 GFLOP/s, so at 202; 49,152 of 170 rows at 190 and 207. bf16 gains
+    nothing."""
+    if x.is_cuda or x.dtype != torch.float32 or len(w) <= 4096:
+        return x @ w.T
+    y = x.new_empty(len(x), len(w))  # (T, N)
+    for w, out in zip(w.split(2048), y.split(2048, 1)):
+        torch.mm(x, w.T, out=out)
+    return y
+
+
 # ------------------------------------------------------------------------------------------------------------
 # y = x w[idx].T (+ bias[idx]), compact (T, C), or written to columns idx of out (T, N)
 

@@ -52,7 +52,7 @@ class Keep(NamedTuple):
 def matmul_nt(x, w, keep):
     """x (T, D), w (N, D) -> x w.T (T, N), or compact x w[idx].T (T, C)."""
     if keep is None or keep.rows is not None:
-        return x @ (w if keep is None else keep.rows).T
+        return kernels.matmul_nt(x, w if keep is None else keep.rows)
     return kernels.gather_matmul_nt(x, w, keep.idx)
 
 
@@ -437,7 +437,7 @@ class CrossEntropy(Function):
         chunk = max(64, (2 ** 26 if x.is_cuda else 2 ** 23) // w.shape[0])
         for i in range(0, x.shape[0], chunk):
             xc, t, wt = x[i:i + chunk], targets[i:i + chunk, None], weights[i:i + chunk, None].to(high)
-            logits = (xc @ w.T).to(high)  # (chunk, V)
+            logits = kernels.matmul_nt(xc, w).to(high)  # (chunk, V)
             lse = logits.logsumexp(1, keepdim=True)  # (chunk, 1)
             total += ((lse - logits.gather(1, t)) * wt).sum()
             if want_dx or want_dw:

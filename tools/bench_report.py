@@ -15,7 +15,8 @@ GPU = "python -m tools.bench config/math.py --shape=8x512/128 --arch=llama3-8b"
 
 def summary(name, v, measured, rates):
     """One row's raw times -> what the tables show. Ratios are of medians; their quartiles are of the rounds,
-    side by side."""
+    side by side; "sums" are of all rounds' time, which on real lengths, where each round is another batch, is
+    what a run takes."""
     totals = {k: [sum(t) for t in m["times"]] for k, m in measured.items()}
     mine, ms = totals[name], quantile(totals[name])
     roofline = 1e3 * (v["flops"] / rates[0] + v["traffic"] / rates[1])
@@ -30,6 +31,7 @@ def summary(name, v, measured, rates):
             per_round = [b / t for b, t in zip(totals[base], mine)]
             out[f"over_{key}"] = quantile(totals[base]) / ms
             out[f"over_{key}_quartiles"] = [quantile(per_round, .25), quantile(per_round, .75)]
+            out[f"over_{key}_sums"] = sum(totals[base]) / sum(mine)
     out["flop_ratio"] = measured["dense LoRA"]["flops"] / v["flops"]
     out["share"] = out["over_dense"] / out["flop_ratio"]
     return out
@@ -43,15 +45,15 @@ def title(out):
 # ---- text --------------------------------------------------------------------------------------------------
 
 HEAD = ("row", "forward", "backward", "optimizer", "total ms", "quartiles", "tokens/s", "MFU", "TFLOPs",
-        "over dense", "FLOP ratio", "share", "over HF", "peak GiB", "roofline ms", "of it")
+        "over dense", "FLOP ratio", "share", "over HF", "by sums", "peak GiB", "roofline ms", "of it")
 
 
 def cells(r):
-    hf = f"{r['over_hf']:.2f}x" if "over_hf" in r else "-"
+    hf, sums = (f"{r[k]:.2f}x" if k in r else "-" for k in ("over_hf", "over_hf_sums"))
     return (r["row"], *(f"{r[p + '_ms']:.0f}" for p in PHASES), f"{r['total_ms']:.0f}",
             "{:.0f}-{:.0f}".format(*r["quartiles_ms"]), f"{r['tokens_s']:,.0f}", f"{r['mfu']:.0%}",
             f"{r['flops'] / 1e12:.3g}", f"{r['over_dense']:.2f}x", f"{r['flop_ratio']:.2f}x",
-            f"{r['share']:.0%}", hf, f"{r['peak_gib']:.2f}", f"{r['roofline_ms']:.0f}",
+            f"{r['share']:.0%}", hf, sums, f"{r['peak_gib']:.2f}", f"{r['roofline_ms']:.0f}",
             f"{r['of_roofline']:.0%}")
 
 
@@ -129,7 +131,7 @@ def draw(out, path):
 def section(runs):
     """Markdown of all stored runs. What no run has measured is named so, with its command."""
     head = ("ms a step (quartiles)", "over dense LoRA", "FLOP ratio", "share that arrives", "over HF + PEFT",
-            "peak GiB")
+            "by sums", "peak GiB")
     lines = []
     for out in runs:
         lines += [f"**{title(out)}**, {out['steps']} rounds, commit {out['commit']}:", "",
@@ -138,7 +140,7 @@ def section(runs):
             if key in out:
                 lines += [f"| {name} | {' | '.join(head)} |", "|---" * (len(head) + 1) + "|",
                           *map(markdown, out[key]["rows"])]
-                lines += [f"| {row} | {why} | | | | | |" for row, why in out["missing"].items()] + [""]
+                lines += [f"| {row} | {why} | | | | | | |" for row, why in out["missing"].items()] + [""]
     if not any("driver" in out for out in runs):
         lines += [f"**On a GPU: unmeasured**, for lack of one. The command: `{GPU}`", ""]
     return "\n".join(lines)
@@ -147,9 +149,9 @@ def section(runs):
 def markdown(r):
     low, high = r["quartiles_ms"]
     share = f"{r['share']:.0%}" if r["row"].startswith("+") else ""
+    hf, sums = (f"{r[k]:.2f}x" if k in r else "" for k in ("over_hf", "over_hf_sums"))
     return (f"| {r['row']} | {r['total_ms']:,.0f} ({low:,.0f}-{high:,.0f}) | {r['over_dense']:.2f}x | "
-            f"{r['flop_ratio']:.2f}x | {share} | "
-            + (f"{r['over_hf']:.2f}x" if "over_hf" in r else "") + f" | {r['peak_gib']:.2f} |")
+            f"{r['flop_ratio']:.2f}x | {share} | {hf} | {sums} | {r['peak_gib']:.2f} |")
 
 
 def readme(folder=None, path=None):

@@ -164,6 +164,13 @@ def test_in_the_interpreter():
 # ------------------------------------------------------------------------------------------------------------
 # the references themselves: the CPU path, in fp64, against autograd and plain indexing
 
+def test_dense_product_in_blocks():
+    """More than 4096 columns go in blocks, the last one short; a batch's columns come out as without."""
+    x, w = (randn(n, 8, dtype=torch.float32) for n in (5, 4096 + 2049))
+    close(K.matmul_nt(x, w), x.double() @ w.double().T, x.dtype)
+    close(K.matmul_nt(x, w[:4096]), x.double() @ w[:4096].double().T, x.dtype)
+
+
 def test_references_agree_with_plain_formulas():
     T, D, C, f64 = 7, 24, 32, torch.float64
     x, w, idx, bias = randn(T, D, dtype=f64), randn(N, D, dtype=f64), channels(C), randn(N, dtype=f64)
