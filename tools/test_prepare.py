@@ -248,8 +248,9 @@ def generated(tiny):
     module, folder = tiny
     module.main()
     base = {f"base_{name}": rows for name, rows in module.base_splits().items()}
-    lookup = {f"lookup_{name}": rows for name, rows in module.lookup_splits().items()}
-    return base | lookup | {path.stem: read(path) for path in folder.glob("*.jsonl")}
+    lists = {f"lists_{name}": rows for name, rows in module.lists_splits().items()}
+    lists |= {f"lists_base_{name}": rows for name, rows in module.lists_base_splits().items()}
+    return base | lists | {path.stem: read(path) for path in folder.glob("*.jsonl")}
 
 
 def test_generator_is_deterministic(tiny, generated):
@@ -267,9 +268,12 @@ PINNED = {
     "base_test": "66f165b630d3ac9e",
     "base_train": "64b2a70ad0d3d3ab",
     "base_val": "5734b64b9a706e4c",
-    "lookup_test": "391c34305bcb13bc",
-    "lookup_train": "a180951b096ee056",
-    "lookup_val": "052620a6a473a021",
+    "lists_base_test": "f1c60fc414fd4ffe",
+    "lists_base_train": "a5a7e8a711b4b83f",
+    "lists_base_val": "7c5cd4113d6ac214",
+    "lists_test": "0add1118e933b127",
+    "lists_train": "45a4fc2a1f73de01",
+    "lists_val": "83103a9430f6f5fa",
     "test": "500337e8fd04d572",
     "train": "12612718aa343585",
     "val": "17b3d08e7ff45d63",
@@ -296,29 +300,31 @@ def test_generated_steps_are_right(generated):
                 numbers.add(step[3])
 
 
-def test_generated_lookups_are_right(generated):
-    for row in generated["lookup_train"] + generated["lookup_test"]:
-        facts, answer = row["prompt"], row["answer"]
-        assert row["response"].endswith("\n#### " + answer)
-        if listed := re.search(r"words: (.*?)\.", facts):
-            assert answer.split(", ") == sorted(listed.group(1).split(", "))
-            continue
-        owner = dict((t, n) for n, t in re.findall(r"(\w+) has the (\w+)\.", facts))
-        place = dict(re.findall(r"(\w+) is at the (\w+)\.", facts))
-        kind, asked = re.search(r"(Who has the|What does|Where are the) (\w+)", facts).groups()
-        if kind == "What does":
-            assert owner[answer] == asked
-        else:
-            assert answer == (owner[asked] if kind == "Who has the" else place[owner[asked]])
+def test_generated_lists_are_right(generated):
+    """Worked out from the prompt's words alone."""
+    asked = {"What is the list in order": sorted, "What is the list backwards": lambda w: w[::-1],
+             "What is the list in order, last word first": lambda w: sorted(w)[::-1],
+             "Which word of the list is first in order": lambda w: [min(w)]}
+    seen = set()
+    for name in ("lists_train", "lists_test", "lists_base_train", "lists_base_test"):
+        for row in generated[name]:
+            words = re.search(r"words: (.*?)\.", row["prompt"])[1].split(", ")
+            question = re.search(r"(W[^.]*)\?\nAnswer:$", row["prompt"])[1]
+            seen.add((name.startswith("lists_base"), question.partition(" without")[0]))
+            rearrange = asked.get(question, lambda w: [x for x in w if x != question.split()[-1]])
+            assert row["answer"].split(", ") == rearrange(words) != words[:0]
+            assert row["response"] == f" {row['answer']}.\n#### {row['answer']}"
+    assert {q for base, q in seen if base} == {"What is the list in order"} and len(seen) == 5
 
 
 def test_splits_share_no_prompt(generated):
-    for family in ("", "lookup_", "base_"):
+    for family in ("", "lists_", "base_", "lists_base_"):
         parts = [[row["prompt"] for row in generated[family + name]] for name in ("train", "val", "test")]
         train, val, test = map(set, parts)
         assert not train & val and not train & test and not val & test
         if family != "base_":
-            assert [len(set(part)) for part in parts] == [4000, 400, 400] == [len(part) for part in parts]
+            size = 16000 if family == "lists_base_" else 4000
+            assert [len(set(part)) for part in parts] == [size, 400, 400] == [len(part) for part in parts]
     new = {row["prompt"] for name in ("train", "val", "test") for row in generated[name]}
     assert not new & {row["prompt"] for row in generated["base_train"]}  # the base has seen none of them
 

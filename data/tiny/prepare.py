@@ -2,14 +2,17 @@
 
     python data/tiny/prepare.py        # a few seconds, no download
 
-Three data sets that share their words but not their questions:
+Data sets that share their words but not their questions:
 
     tiny_base    what config/tiny_base.py pretrains on: stories of gains and losses (50 %), bare arithmetic
                  (32 %), and stories of the new kinds with no question (18 %), so that their words are known
                  and their problems are not
     tiny         what config/tiny.py fine-tunes on: groups, times as many, together, price and change, rate
                  over days. The base answers next to none of them.
-    tiny_lookup  for evidence that does not rest on arithmetic: facts to look up, words to put in order
+    tiny_lists   for evidence that does not rest on arithmetic: a list of words backwards, from Z to A, its
+                 first word in order, the list without one of them. Its base learns tiny_lists_base, to put
+                 a list in order: python train.py config/tiny_base.py --model=data/tiny/base
+                 --dataset=tiny_lists_base --max_steps=2500 --out_dir=out/lists_base
 
 An example is {"prompt", "response", "answer"}; the steps are worked, the answer follows "####":
 
@@ -179,10 +182,11 @@ def result(step):
     return OPERATIONS[operation](a, b)
 
 
-# --- lookups: (sentences, question, worked words, answer)
+# --- no arithmetic: (sentences, question, worked words, answer)
 
 def lookup(r):
-    """Who has what (one of three facts), where something is (two of six), or a list of words in order."""
+    """Who has what (one of three facts), where something is (two of six), or a list of words in order. Only
+    the facts are used, as stories that give the base its words: 2,500 steps did not teach it to look up."""
     names, things, places = r.sample(NAMES, 3), r.sample(THINGS, 3), r.sample(PLACES, 3)
     if r.random() < .4:
         words = r.sample(r.choice([NAMES, THINGS, PLACES, HOLDERS]), r.choice([3, 3, 4]))
@@ -203,6 +207,34 @@ def lookup(r):
             question, answer = f"Who has the {things[i]}?", names[i]
     r.shuffle(facts)
     return facts, question, worked, answer
+
+
+def in_order(r):
+    words = list_of_words(r)
+    return about(r, words, "What is the list in order?", sorted(words))
+
+
+def rearranged(r):
+    words = list_of_words(r)
+    left_out = r.choice(words)
+    return about(r, words, *r.choice([
+        ("What is the list backwards?", words[::-1]),
+        ("What is the list in order, last word first?", sorted(words)[::-1]),
+        ("Which word of the list is first in order?", [min(words)]),
+        (f"What is the list without {left_out}?", [w for w in words if w != left_out])]))
+
+
+def list_of_words(r):
+    return r.sample(r.choice([NAMES, THINGS, PLACES, HOLDERS]), r.choice([3, 3, 4]))
+
+
+def about(r, words, question, answer):
+    """The list among one to three facts that have nothing to do with it."""
+    names, things = r.sample(NAMES, 3), r.sample(THINGS, 3)
+    facts = [f"{n} has the {t}." for n, t in zip(names, things)][:r.choice([1, 2, 3])]
+    facts.insert(r.randrange(len(facts) + 1), f"{names[0]} has a list of words: {', '.join(words)}.")
+    answer = ", ".join(answer)
+    return facts, question, answer + ".", answer
 
 
 # --- examples
@@ -330,8 +362,12 @@ def new_splits():
     return splits(draw_new, {"test": 400, "val": 400, "train": 4000}, seed=1)
 
 
-def lookup_splits():
-    return splits(draw_lookup, {"test": 400, "val": 400, "train": 4000}, seed=2)
+def lists_splits():
+    return splits(lambda r: (puzzle, rearranged), {"test": 400, "val": 400, "train": 4000}, seed=4)
+
+
+def lists_base_splits():
+    return splits(lambda r: (puzzle, in_order), {"test": 400, "val": 400, "train": 16000}, seed=3)
 
 
 def base_splits():
