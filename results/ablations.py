@@ -399,7 +399,10 @@ def main(argv):
         run_all({k: commands[k] for k in keys}, folder, base, own["jobs"])
     path = ROOT / "results" / "ablations.json"
     everything = json.loads(path.read_text()) if path.exists() else {}
-    everything[own["name"]] = collect(commands, rows, folder, base)
+    found = collect(commands, rows, folder, base)
+    if not found:
+        raise UserError(f"no run under {folder} has finished: nothing to collect")
+    everything[own["name"]] = found
     write_text(path, json.dumps(everything, indent=1) + "\n")
     write_text(path.with_suffix(".md"), markdown(everything))
     if (ROOT / "README.md").exists():

@@ -191,6 +191,14 @@ def test_ablations_run_resume_and_collect(home, tmp_path, monkeypatch):
         plot.main([str(tmp_path / "nothing")])
 
 
+def test_nothing_finished_leaves_the_tables_alone(home):
+    path = ablations.ROOT / "results" / "ablations.json"
+    before = path.read_text()
+    with pytest.raises(UserError, match="no run under out/ablations/none has finished"):
+        ablations.main([str(home / "c.py"), "--name=none", "--collect=True"])
+    assert path.read_text() == before
+
+
 def test_when_a_loss_is_reached():
     runs = [dict(val_loss=v, seconds=s, flops=10 * s) for v, s in ((2.0, 10), (1.0, 20), (1.5, 30), (.5, 40))]
     assert plot.reach(runs, 1.5) == (15, 150) and plot.reach(runs, 3.0) == (10, 100) and plot.reach(runs, .1) is None
