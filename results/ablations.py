@@ -189,8 +189,8 @@ def read(out):
         return None
     result = json.loads((out / "result.json").read_text())
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    r = {k: result.get(k)
-         for k in ("after", "before", "test_loss", "val_loss", "seconds", "flops", "time_ratio")}
+    r = {k: result.get(k) for k in ("after", "before", "test_loss", "val_loss", "seconds", "flops",
+                                    "dense_flops", "time_ratio")}
     seen = [m for m in lines if m.get("sparse_loss") is not None]
     if seen:
         r["rise_at_switch"] = seen[0]["sparse_loss"] - seen[0]["dense_loss"]
@@ -215,7 +215,9 @@ def compare(r, dense):
     turn, so what else the machine did meanwhile hit both."""
     if "after" in r and "after" in dense:
         r["vs_dense"] = r["after"] - dense["after"]
-    r["flops_share"], r["time_share"] = r["flops"] / dense["flops"], r["times"][-1] / dense["times"][-1]
+    # against the dense FLOPs that the run itself counted: whatever a version counts, it counts in both
+    r["flops_share"] = r["flops"] / r["dense_flops"] * r["steps"] / dense["steps"]
+    r["time_share"] = r["times"][-1] / dense["times"][-1]
     if "switch" in r:
         both = list(zip(r["losses"], dense["losses"]))[r["switch"]:r["switch"] + 5]
         r["spike"] = sum(a - b for a, b in both) / max(1, len(both))
@@ -301,8 +303,8 @@ def markdown(everything):
                   + (f" Before training: {before[0]:.1%}." if before else ""), ""]
         for n, title in TITLES.items():
             some = {label: e for label, e in entries.items() if n in e["rows"]}
-            if len(some) < 2:  # dense LoRA alone says nothing
-                continue
+            if all(min(e["rows"]) < n or label == "dense LoRA" for label, e in some.items()):
+                continue  # all of them stand in a table above
             shown = [c for c in COLUMNS if any(c[0] in e["summary"] for e in some.values())]
             lines += [f"### {n}. {title}", "", "| | n | " + " | ".join(c[1] for c in shown) + " | options |",
                       "|---" * (len(shown) + 3) + "|"]
@@ -315,7 +317,7 @@ def markdown(everything):
     return "\n".join(lines)
 
 
-def readme_table(everything, fewest=3):
+def readme_table(everything, fewest=5):
     """What the README shows: the runs of the first base with at least so many seeds. The rest is in
     ablations.md."""
     name, entries = next(iter(everything.items()))

@@ -207,11 +207,12 @@ def test_when_a_loss_is_reached():
 
 def test_who_has_a_loss_sooner():
     """Sparse steps take half a dense one's time; the loss is the same a step later."""
-    dense = dict(evaluations=[(i, 10.0 - i) for i in range(11)], times=list(range(11)), flops=1, steps=10)
-    r = dict(evaluations=[(i, 11.0 - i) for i in range(11)], times=[i / 2 for i in range(11)], flops=1, steps=10)
+    dense = dict(evaluations=[(i, 10.0 - i) for i in range(11)], times=list(range(11)), flops=1, dense_flops=1, steps=10)
+    r = dict(evaluations=[(i, 11.0 - i) for i in range(11)], times=[i / 2 for i in range(11)], flops=1, dense_flops=2,
+             steps=10)
     assert ablations.reach(dense, 1.5) == 8.5 and ablations.reach(r, 20) == 0
     ablations.compare(r, dense)
-    assert r["sooner"] == 5 / 9 and r["time_share"] == .5
+    assert r["sooner"] == 5 / 9 and r["time_share"] == r["flops_share"] == .5
 
 
 def test_summary():
