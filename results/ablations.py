@@ -3,7 +3,8 @@ collects what they wrote.
 
     python -m results.ablations config/tiny.py                       all rows, five seeds for 1, 4 and 7,
                                                                      three for the others
-    python -m results.ablations config/tiny.py --rows=1,4 --seeds=3 --name=lookup --dataset=tiny_lookup
+    python -m results.ablations config/tiny.py --rows=1,4 --seeds=3 --name=lists --dataset=tiny_lists
+                                       --model=out/lists_base        (made as data/tiny/prepare.py says)
     python -m results.ablations config/smollm2.py --rows=1,4,7 --seeds=1 --name=smollm2 --mlp=.25,.5
                                        --model=DIR
 
