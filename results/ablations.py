@@ -50,6 +50,7 @@ TITLES = {1: "Which channels: five selectors", 2: "Which part",
           7: "Budgets, against dense LoRA stopped early", 8: "Ten times as long",
           9: "Who has a given validation loss sooner"}
 SENSITIVITY = ["python", "-m", "tools.sensitivity"]
+RATIO_OPTIONS = ("--predictor=", "--budget=", "--init_adapter=", "--out=")  # by which the files differ
 SEEDS = {1: 5, 4: 5, 7: 5}  # three for the others
 
 
@@ -76,8 +77,8 @@ def table(cfg, n_layers, folder, mlp, attn, budgets, blocks=""):
 
     rows = {1: [dense, *(sparse(kind, m) for m in mlp for kind in KINDS),
                 *(sparse(kind, 0, a) for a in attn for kind in KINDS)]}
-    m, a = mlp[0], (attn or [.25])[0]
-    rows[2] = [dense, *(sparse(cfg.predictor, *some) for some in ((m, 0), (0, a), (m, a)))]
+    m, a = (mlp or [0])[0], (attn or [0])[0]
+    rows[2] = [dense, *(sparse(cfg.predictor, *some) for some in ((m, 0), (0, a), (m, a)) if any(some))]
     rows[3] = [dense] + [(f"{cfg.predictor}, {what}, budget {budgets[0]:g}",
                           [f"{folder}/{cfg.predictor}-{budgets[0]:g}{suffix}.py"])
                          for what, suffix in (("uniform", "_uniform"),
@@ -256,9 +257,10 @@ def collect(commands, rows, folder, base):
         if label not in out:
             command, args = commands[label, seed]
             need = analyses(args, folder)
-            text = ((shlex.join([*SENSITIVITY, *base, *need]) + " && " if need else "")
-                    + shlex.join(command[:-2]))
-            out[label] = dict(command=text, base=shlex.join(command[:2] + base), args=shlex.join(args),
+            # the first line of a file of ratios is the command that wrote it
+            ratios = need and Path(ROOT, args[0]).read_text().partition("\n")[0].removeprefix("# ")
+            out[label] = dict(command=(f"{ratios} && " if need else "") + shlex.join(command[:-2]),
+                              ratios=ratios, base=shlex.join(command[:2] + base), args=shlex.join(args),
                               rows=[n for n in rows if label in dict(rows[n])], seeds={})
         out[label]["seeds"][seed] = r
     for entry in out.values():
@@ -297,10 +299,11 @@ def markdown(everything):
     for name, entries in everything.items():
         before = [r["before"] for e in entries.values() for r in e["seeds"].values() if "before" in r]
         base = next(iter(entries.values()))["base"]
-        lines += [f"## {name}", "",
-                  f"`{base} OPTIONS --threads=1 --seed=N`. A file of ratios is what "
-                  f"`python -m tools.sensitivity {base.partition('train.py ')[2]} --predictor=KIND "
-                  "--budget=B --out=FILE` writes."
+        ratios = {" ".join(word for word in e["ratios"].split() if not word.startswith(RATIO_OPTIONS))
+                  for e in entries.values() if e["ratios"]}
+        lines += [f"## {name}", "", f"`{base} OPTIONS --threads=1 --seed=N`."
+                  + "".join(f" A file of ratios is what `{r} --predictor=KIND --budget=B --out=FILE` wrote."
+                            for r in sorted(ratios))
                   + (f" Before training: {before[0]:.1%}." if before else ""), ""]
         for n, title in TITLES.items():
             some = {label: e for label, e in entries.items() if n in e["rows"]}

@@ -161,6 +161,11 @@ def test_every_ablation_is_a_valid_command_line(home, tmp_path):
         config.ratios(cfg.mlp_sparsity, 6, "mlp_sparsity")
     with pytest.raises(UserError, match="rows"):
         ablations.command_lines(["config/tiny.py"], dict(own, rows="10"))
+    # one kind of ratio alone
+    for off, on in (("mlp", "attn"), ("attn", "mlp")):
+        _, _, keys, _ = ablations.command_lines(["config/tiny.py"], dict(own, rows="1,2", **{off: ""}))
+        labels = " ".join(label for label, _ in keys)
+        assert ("attention" in labels, "MLP" in labels) == (on == "attn", on == "mlp")
 
 
 @pytest.mark.slow
