@@ -95,10 +95,10 @@ CHOICES = dict(prompt_format=("plain", "alpaca", "llama3", "chatml"), lr_schedul
                dtype=("float32", "bfloat16", "float16"), split=("output", "none", "random", "rectangle"),
                predictor=("svd", "measured", "oracle", "random", "worst"))
 TARGETS = "q", "k", "v", "o", "gate", "up", "down"
-AT_LEAST = dict(max_seq_len=2, max_new_tokens=1, batch_size=1, length_window=1, predictor_rank=1, eval_examples=1, seed=0,
-                test_examples=0, threads=0, micro_batch_size=0, max_steps=0, epochs=0, eval_interval=0,
-                save_interval=0, log_interval=0, warmup_steps=0, weight_decay=0, grad_clip=0, lora_r=0,
-                predictor_refresh=0, timeout=1)
+AT_LEAST = dict(max_seq_len=2, max_new_tokens=1, batch_size=1, length_window=1, predictor_rank=1,
+                eval_examples=1, seed=0, test_examples=0, threads=0, micro_batch_size=0, max_steps=0,
+                epochs=0, eval_interval=0, save_interval=0, log_interval=0, warmup_steps=0, weight_decay=0,
+                grad_clip=0, lora_r=0, predictor_refresh=0, timeout=1)
 FRACTIONS = "val_fraction", "prompt_weight", "decay_start", "sparse_start", "sparse_ramp", "sparse_end"
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}
 RATIOS = "mlp_sparsity", "attn_sparsity"
@@ -253,7 +253,7 @@ def published_key(cfg):
 
 
 def differences(cfg):
-    """{name: value} of the options that are not at their default, for printing (not the table `published`)."""
+    """{name: value} of the options that are not at their default, for printing (without `published`)."""
     default = Config(micro_batch_size=cfg.batch_size, published=cfg.published)
     return {name: value for name, value in vars(cfg).items() if value != getattr(default, name)}
 

@@ -1,6 +1,6 @@
-# The benchmark for a laptop, random weights: python -m tools.bench config/bench_cpu.py (about 10 minutes on two cores)
+# The benchmark for a laptop, random weights: python -m tools.bench config/bench_cpu.py (10 minutes, two cores)
 
-model = "config/models/bench_cpu.json"  # D 1024, I 4096, 4 blocks, 16 heads of which 4 key/value, vocabulary 8192
+model = "config/models/bench_cpu.json"  # D 1024, I 4096, 4 blocks, 16 / 4 heads, vocabulary 8192
 dataset = "gsm8k"  # not read: the batches are random tokens, of the lengths that --shape gives and of GSM8K's
 device = "cpu"
 dtype = "float32"

@@ -1,4 +1,4 @@
-# A real LLaMA on a laptop: SmolLM2-135M-Instruct (270 MB, ungated) on GSM8K. python train.py config/smollm2.py
+# A real LLaMA on a laptop: SmolLM2-135M-Instruct (270 MB, ungated), GSM8K. python train.py config/smollm2.py
 # Sized for two CPU cores: 100 steps of 8 problems, under 20 minutes with both tests.
 
 model = "HuggingFaceTB/SmolLM2-135M-Instruct"  # 30 blocks, 9 query / 3 key-value heads, tied head

@@ -5,7 +5,7 @@
 model = "data/tiny/untrained"  # a config.json, a tokenizer and no weights: starts from random ones
 dataset = "tiny_base"
 prompt_format = "plain"
-prompt_weight = 0.1  # the words of a problem are worth learning too; with 0.3, 1,000 steps learn 69 % instead of 79 %
+prompt_weight = 0.1  # a problem's words are worth learning too; .3: 1,000 steps learn 69 instead of 79 %
 out_dir = "out/tiny_base"
 device = "cpu"
 dtype = "float32"

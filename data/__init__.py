@@ -46,7 +46,7 @@ class Batch(NamedTuple):
         return len(self.lengths), max(self.lengths)
 
     def to(self, device):
-        """Pinned first where device is a GPU: a copy from pageable memory makes the host wait for the kernels before it."""
+        """Pinned first where device is a GPU: the host waits for a copy from pageable memory."""
         def move(x):
             pinned = x.pin_memory() if torch.device(device).type == "cuda" and not x.is_cuda else x
             return pinned.to(device, non_blocking=True)

@@ -88,7 +88,7 @@ def locate(name, split):
 
 @contextlib.contextmanager
 def alone(folder):
-    """Of all processes that come here for this folder (torchrun's, or another run) one is inside, the others wait."""
+    """Of all processes that come to this folder (torchrun's, another run) one is inside, others wait."""
     fd = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX)

@@ -53,7 +53,7 @@ def main(home, seconds, megabytes):
         os.dup2(null, fd)
     try:
         import ctypes
-        ctypes.CDLL(None).unshare(0x10000000 | 0x40000000)  # CLONE_NEWUSER | CLONE_NEWNET; silent where forbidden
+        ctypes.CDLL(None).unshare(0x10000000 | 0x40000000)  # CLONE_NEWUSER | CLONE_NEWNET; else silent
     except (ImportError, OSError, AttributeError):  # not Linux
         pass
     limits = dict(CPU=seconds + 1, AS=megabytes << 20, FSIZE=1 << 20, NOFILE=64, CORE=0)
@@ -85,7 +85,7 @@ def check(program, seconds=5, megabytes=1024):
         child = subprocess.Popen(command, cwd=home, env={"TMPDIR": home}, stdin=subprocess.PIPE, stdout=report,
                                  stderr=subprocess.DEVNULL, start_new_session=True)
         try:
-            child.communicate(program.encode(errors="replace"), timeout=seconds + 20)  # Python has to start first
+            child.communicate(program.encode(errors="replace"), timeout=seconds + 20)  # Python starts
         except subprocess.TimeoutExpired:
             pass
         finally:

@@ -2,8 +2,8 @@
 
     python data/gsm8k_shots/prepare.py [--source=DIR]
 
-DIR as for data/gsm8k/prepare.py, whose splits these are. The two are drawn anew for each problem (seed 0). Long context, few scored
-tokens: what context sparsity is made for.
+DIR as for data/gsm8k/prepare.py, whose splits these are. The two are drawn anew for each problem (seed 0).
+Long context, few scored tokens: what context sparsity is made for.
 """
 import os
 import random
@@ -26,7 +26,8 @@ def with_shots(rows, pool, rng):
 
 def main(source=None):
     splits, rng = gsm8k.splits(source), random.Random(0)
-    download.write_all(__file__, {name: with_shots(rows, splits["train"], rng) for name, rows in splits.items()})
+    download.write_all(__file__,
+                       {name: with_shots(rows, splits["train"], rng) for name, rows in splits.items()})
 
 
 if __name__ == "__main__":

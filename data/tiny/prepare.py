@@ -20,11 +20,10 @@ An example is {"prompt", "response", "answer"}; the steps are worked, the answer
     Answer: 3 * 4 = 12. 12 + 5 = 17.
     #### 17
 
-This writes tiny's train.jsonl, val.jsonl and test.jsonl; the others have a prepare.py of their own. No prompt is
-in two files of a set. base/
-and untrained/ get config.json, generation_config.json, tokenizer.json and tokenizer_config.json (committed, and
-written only where missing, for the weights in base/ know one tokenizer; untrained/ is the same without
-weights, where config/tiny_base.py starts).
+This writes tiny's train.jsonl, val.jsonl and test.jsonl; the others have a prepare.py of their own. No prompt
+is in two files of a set. base/ and untrained/ get config.json, generation_config.json, tokenizer.json and
+tokenizer_config.json (committed, and written only where missing, for the weights in base/ know one tokenizer;
+untrained/ is the same without weights, where config/tiny_base.py starts).
 
 Numbers stay small (products to 54, one change of at most 12): with wide ranges and large batches a base of
 this size answered 22 % of its own problems.
@@ -372,7 +371,7 @@ def lists_base_splits():
 
 
 def base_splits():
-    """config/tiny_base.py goes through the training set 1.7 times; bare sums recur, for there are not so many of them."""
+    """config/tiny_base.py goes through the training set 1.7 times; bare sums recur: there are few."""
     drawn = splits(draw_base, {"test": 500, "val": 400, "train": 67200}, seed=3, repeats=True)
     drawn["test"] = [row for row in drawn["test"] if row["response"]]  # stories have no answer to test
     return drawn
