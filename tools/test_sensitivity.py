@@ -215,9 +215,11 @@ def test_who_has_a_loss_sooner():
     dense = dict(evaluations=[(i, 10.0 - i) for i in range(11)], times=list(range(11)), flops=1, dense_flops=1, steps=10)
     r = dict(evaluations=[(i, 11.0 - i) for i in range(11)], times=[i / 2 for i in range(11)], flops=1, dense_flops=2,
              steps=10)
-    assert ablations.reach(dense, 1.5) == 8.5 and ablations.reach(r, 20) == 0
+    assert ablations.reach(dense, 10, 1.5, 1) == 8.5 and ablations.reach(r, 30, 20, 1) == 0
+    assert ablations.reach(dense, 10, 2, 4) == (2 + 4 + 6 + 8) / 4
     ablations.compare(r, dense)
-    assert r["sooner"] == 5 / 9 and r["time_share"] == r["flops_share"] == .5
+    # to 9.55, 9.1, ... 1: on average 4.725 dense steps, one sparse step more at half the time each
+    assert abs(r["sooner"] - (4.725 + 1) / 2 / 4.725) < 1e-12 and r["time_share"] == r["flops_share"] == .5
 
 
 def test_summary():
