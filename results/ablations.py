@@ -235,7 +235,8 @@ def reach(r, high, low, n=20):
     """When the validation loss first is at a target, between two evaluations on a line: the mean over n
     targets, evenly from high (not included) to low."""
     points = [dict(val_loss=value, time=r["times"][step]) for step, value in r["evaluations"]]
-    return sum(plot.reach(points, high - (high - low) * (i + 1) / n)[0] for i in range(n)) / n
+    # max: rounding must not put the last target below what both reach
+    return sum(plot.reach(points, max(low, high - (high - low) * i / n))[0] for i in range(1, n + 1)) / n
 
 
 def summary(values):
@@ -343,7 +344,8 @@ def readme_table(everything, fewest=5):
 
 
 def draw_budgets(entries, path):
-    """Row 7: accuracy against FLOPs and against seconds, dense LoRA stopped early beside the sparse runs."""
+    """Row 7: accuracy (where no answers were written, validation loss) against FLOPs and against time, dense
+    LoRA stopped early beside the sparse runs."""
     try:
         import matplotlib
     except ImportError:
@@ -351,17 +353,19 @@ def draw_budgets(entries, path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     some = {label: e["summary"] for label, e in entries.items()
-            if 7 in e["rows"] and {"after", "flops_share"} <= e["summary"].keys()}
+            if 7 in e["rows"] and {"val_loss", "flops_share"} <= e["summary"].keys()}
     if len(some) < 3:
         return
+    what = "after" if all("after" in s for s in some.values()) else "val_loss"
     fig, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
     for line in dict.fromkeys(label.split(",")[0] for label in some):
         points = sorted((s for label, s in some.items() if label.split(",")[0] == line),
                         key=lambda s: s["flops_share"]["mean"])
         for ax, key in zip(axes, ("flops_share", "time_share")):
-            ax.errorbar([s[key]["mean"] for s in points], [s["after"]["mean"] for s in points],
-                        [s["after"]["error"] or 0 for s in points], marker="o", label=line, capsize=2)
-    axes[0].set(xlabel="FLOPs of the run / full dense LoRA's", ylabel="accuracy on test problems")
+            ax.errorbar([s[key]["mean"] for s in points], [s[what]["mean"] for s in points],
+                        [s[what]["error"] or 0 for s in points], marker="o", label=line, capsize=2)
+    axes[0].set(xlabel="FLOPs of the run / full dense LoRA's",
+                ylabel="accuracy on test problems" if what == "after" else "validation loss")
     axes[1].set(xlabel="time of the run / full dense LoRA's")
     axes[0].legend()
     fig.savefig(path, dpi=130)
