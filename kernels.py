@@ -58,9 +58,14 @@ def tuned(*configs):
 
 
 def fitting(configs, args, **_):
-    """A gathered x passes through registers, two bytes a load: at 128 x 256 x 64 that spills on sm_80."""
-    sizes = [c.kwargs["BLOCK_M"] * c.kwargs["BLOCK_N"] * c.kwargs["BLOCK_K"] for c in configs]
-    return [c for c, size in zip(configs, sizes) if args["MODE"] != "gather" or size < 128 * 256 * 64]
+    """A gathered x passes through registers, two bytes a load: at 128 x 256 x 64 that spills on sm_80. Exact
+    fp32 has no tensor cores: its products are unrolled, and large tiles compile for minutes and spill."""
+    most = 128 * 256 * 64
+    if args["MODE"] == "gather":
+        most -= 1
+    if args["x"].dtype == torch.float32 and args["PRECISION"] == "ieee":
+        most = 64 * 64 * 32
+    return [c for c in configs if c.kwargs["BLOCK_M"] * c.kwargs["BLOCK_N"] * c.kwargs["BLOCK_K"] <= most]
 
 
 def bucket(n):
@@ -204,7 +209,7 @@ def gather_matmul_nn_ref(x, w, idx, gather=False, out=None):
 # w's address comes from another load (idx), and Triton's pipeliner spends half the stages on it: 7 stages
 # keep 3 tiles in shared memory on sm_80 and 4 on sm_90, 5 keep 2 and 3, 4 only 1 and 2: no overlap on sm_80.
 @tuned((128, 256, 64, 5, 8), (128, 128, 64, 7, 8), (128, 128, 32, 7, 8), (64, 256, 32, 7, 8),
-       (64, 128, 32, 7, 4), (64, 64, 64, 7, 4))
+       (64, 128, 32, 7, 4), (64, 64, 64, 7, 4), (64, 64, 32, 7, 4))
 def nn_kernel(x, w, idx, y, T, C, x_stride, w_stride, y_stride, T_BUCKET, C_BUCKET, D: tl.constexpr,
               MODE: tl.constexpr, PRECISION: tl.constexpr,
               BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):

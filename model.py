@@ -41,6 +41,10 @@ from tools.checkpoint import (load_weights, read_adapter, read_json, resolve, we
                               write_safetensors, write_text)
 from tools.generate import KVCache, prompt_batch, sample
 
+# cuDNN's attention, torch's first choice on an H100 since 2.11, makes a plan for every new shape, and here
+# nearly every batch and every generated token has one (tens of ms each, others say; UNMEASURED here).
+torch.backends.cuda.enable_cudnn_sdp(False)
+
 TARGETS = {"q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.o_proj",
            "gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj"}
 
@@ -298,6 +302,11 @@ class MLP(Part):
         return list(self.gate_up.chunk(2))
 
 
+class Chosen(dict):
+    """{"attn" or "mlp": what a forward keeps}: filled by it, read by its recomputation. Not a plain dict, for
+    FSDP of torch 2.9 to 2.11 hands a block copies of those among its arguments."""
+
+
 class Block(nn.Module):
     def __init__(self, c, **kw):
         super().__init__()
@@ -309,8 +318,8 @@ class Block(nn.Module):
         return F.rms_norm(x, w.shape, w, self.eps)
 
     def forward(self, x, batch, rope, last, chosen, cache=None):
-        """x (T, D) -> (T, D), in the last block (T_loss, D). chosen: an empty dict; a recomputation of this
-        forward gets it filled, so that it keeps the same channels and measures nothing twice."""
+        """x (T, D) -> (T, D), in the last block (T_loss, D). chosen: an empty Chosen; a recomputation of
+        this forward gets it filled, so that it keeps the same channels and measures nothing twice."""
         n = batch.n_sparse
         h = self.norm(x, self.attn_norm)
         keep, energies = self.choose("attn", h, n, chosen)
@@ -537,7 +546,7 @@ class LLaMA(nn.Module):
         rope = self.rope(batch.positions)
         x = F.embedding(batch.tokens, self.embed) if x is None else x  # (T, D)
         for i, block in enumerate(list(self.blocks)[first:], first):
-            args = (x, batch, rope, i == len(self.blocks) - 1, {}, cache and cache.blocks[i])
+            args = (x, batch, rope, i == len(self.blocks) - 1, Chosen(), cache and cache.blocks[i])
             # nothing here draws random numbers, so their state need not be kept
             if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False)

@@ -11,12 +11,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 import data
 import predictor
 import sparse
 from config import UserError
-from model import LLaMA, ModelConfig, inverse_frequencies
+from model import Chosen, LLaMA, ModelConfig, inverse_frequencies
 
 SMALL = dict(model_type="llama", vocab_size=61, hidden_size=48, intermediate_size=80, num_hidden_layers=3,
              num_attention_heads=6, num_key_value_heads=2, head_dim=16, rms_norm_eps=1e-6, rope_theta=10000.0,
@@ -225,6 +226,13 @@ def test_recompute_changes_nothing(kind):
         return grads(m.loss(batch), m), predictor.energies(m)
     (a, ea), (b, eb) = run(False), run(True)
     assert all(torch.equal(a[k], b[k]) for k in a) and all(torch.equal(ea[k], eb[k]) for k in ea)
+
+
+def test_a_recomputation_gets_the_very_choice():
+    """FSDP of torch 2.9 to 2.11 takes a block's arguments apart and puts them together again."""
+    chosen = Chosen()
+    leaves, structure = tree_flatten((chosen,))
+    assert tree_unflatten(leaves, structure)[0] is chosen
 
 
 def test_a_token_alone_sees_no_other_example():

@@ -34,7 +34,7 @@ from model import LLaMA, ModelConfig, load_adapter
 from tools import dist, state
 from tools.checkpoint import resolve, write_text
 from tools.validate import Interrupted, accuracy, evaluate, make_batches, mean_loss, selection, time_ratio
-from tools.report import record, report, say, say_plan, say_result
+from tools.report import read_later, record, report, say, say_plan, say_result
 
 
 # ---- the parts of a run ------------------------------------------------------------------------------------
@@ -172,7 +172,8 @@ def main(cfg, command="python train.py"):
     `run`, which all functions here and in tools/ pass on, holds: cfg, device, out (Path) | folder of the
     base, tokenizer | examples and tokenized, lists by split | model, optimizer, flat (n,) and grad (n + 2,)
     as flatten() makes them | max_steps, and info, what is saved as JSON: step, sparse, ... | stop, signals
-    that came | lock of out | unsummed: this rank has measured energies that the others lack."""
+    that came | lock of out | unsummed: this rank has measured energies that the others lack | since: when the
+    step began that is reported next."""
     run = SimpleNamespace(cfg=cfg, stop=[], device=dist.setup(cfg), out=Path(cfg.out_dir), unsummed=False,
                           lock=None)
     try:
@@ -265,29 +266,31 @@ def loop(run, lengths, per_epoch):
         if not sparsifiable:
             scale = 0.0
         elif scale and not info["sparse"]:
+            report(run, log, pending)
+            pending = None
             start_sparse(run, micro, scale, log)
         elif scale and cfg.predictor_refresh and step % cfg.predictor_refresh == 0:
             predictor.forget(model)  # and measure anew in one dense step
             scale = 0.0
         info["sparse"] = scale > 0
         run.unsummed |= scale == 0
-        start = time.perf_counter()
+        if pending is None:
+            run.since = time.perf_counter()  # else this step began when the one before was done
         model.train()
         model.set_sparsity(scale)
         forward_backward(run, micro)
         lr = learning_rate(cfg, step, run.max_steps)
-        metrics = update(run, lr)
+        metrics = read_later(update(run, lr))
 
-        report(run, log, pending)  # the step before: waiting for it does not hold this one up
+        report(run, log, pending)  # of the step before, while the device is busy with this one
         flops = [model.flops(b) for b in micro]  # dense, sparse
-        seconds = time.perf_counter() - start
         tokens, dense, sparse = (sum(len(b.tokens) for b in micro), sum(f for f, _ in flops),
                                  sum(f for _, f in flops))
         stop, tokens, dense, sparse = dist.add(len(run.stop), tokens, dense, sparse)
-        pending = (metrics, batch, dict(step=step, lr=lr, scale=scale, seconds=seconds, tokens=tokens,
-                                        dense_flops=dense, flops=sparse))
+        pending = (metrics, batch, dict(step=step, lr=lr, scale=scale, tokens=tokens, dense_flops=dense,
+                                        flops=sparse))
         info["step"] += 1
-        for key in ("seconds", "tokens", "dense_flops", "flops"):
+        for key in ("tokens", "dense_flops", "flops"):
             info[key] += pending[2][key]
 
         save_now = cfg.save_interval and info["step"] % cfg.save_interval == 0

@@ -200,6 +200,8 @@ def check(cfg):
     need("val_fraction", cfg.val_fraction < 1, "below 1")
     need("beta2", 0 <= cfg.beta2 < 1, "in [0, 1)")
     need("max_steps", cfg.max_steps or cfg.epochs, "above 0 where epochs is 0")
+    # half a step of bfloat16 is .2 % of a weight: most updates would vanish
+    need("dtype", cfg.lora_r or cfg.dtype == "float32", "float32 where lora_r is 0: the weights are trained")
     whole = isinstance(cfg.warmup_steps, int)
     need("warmup_steps", whole or cfg.warmup_steps < 1, "an int or a fraction below 1")
     need("sparse_end", cfg.sparse_end >= cfg.sparse_start, f"at least sparse_start ({cfg.sparse_start})")

@@ -1,15 +1,18 @@
 """The second table of tools.bench: each product with picked rows, at the shapes that the model uses.
 
     ours      the Triton kernel of kernels.py                       only on a GPU
+    fused     the same gathering x's columns itself (nn_gather);
+              ours copies them out first                            only on a GPU
     library   index_select + the library's matmul (kernels.*_ref)   what runs on a CPU
     dense     the same product with all channels
 
     nt   y = x W[idx].T, compact, or scattered into columns idx
     nn   y = x W[idx], x compact, or its columns idx gathered
 
-Calls of the three take turns; medians. share = (dense ms / best ms) / (N / C): how much of the FLOPs saved
-arrives. GB/s counts every operand once (kernels.py's table), TFLOP/s 2 T C D. Where `library` wins on a GPU
-by more than noise, the rule belongs into kernels.use_library, with these numbers.
+Calls take turns; medians. share = (dense ms / ours ms) / (N / C): how much of the FLOPs saved arrives. GB/s
+counts every operand once (kernels.py's table), and may pass the memory's where the L2 cache holds some;
+TFLOP/s 2 T C D. Where `library` or `fused` wins on a GPU by more than noise, the rule belongs into
+kernels.use_library or gather_first, with these numbers.
 """
 import torch
 
@@ -32,7 +35,7 @@ def products(c):
 
 
 def calls(kind, x, xc, w, idx, out):
-    """{ours, library, dense: a function} of one product. x (T, D) for nt, (T, N) for nn; xc (T, C):
+    """{ours, fused, library, dense: a function} of one product. x (T, D) for nt, (T, N) for nn; xc (T, C):
     nn's compact operand."""
     if kind in ("nt", "nt_scatter"):
         to = out if kind == "nt_scatter" else None
@@ -41,15 +44,18 @@ def calls(kind, x, xc, w, idx, out):
                   dense=lambda: x @ w.T)
     else:
         gather, a = kind == "nn_gather", x if kind == "nn_gather" else xc
-        fs = dict(ours=lambda: kernels.nn_triton(a, w, idx, gather),
+        fs = dict(ours=lambda: kernels.nn_triton(kernels.columns(a, idx) if gather else a, w, idx),
                   library=lambda: kernels.gather_matmul_nn_ref(a, w, idx, gather),
                   dense=lambda: x @ w)
-    return fs if x.is_cuda and kernels.triton is not None else {k: f for k, f in fs.items() if k != "ours"}
+        if gather:
+            fs["fused"] = lambda: kernels.nn_triton(a, w, idx, True)
+    on_gpu = x.is_cuda and kernels.triton is not None
+    return fs if on_gpu else {k: f for k, f in fs.items() if k not in ("ours", "fused")}
 
 
 def table(c, dtype, device, rows=ROWS, repeats=0):
-    """[{op, kind, ratio, T, C, ours_ms, library_ms, dense_ms, ...}] of model config c; ours_ms is None
-    without a GPU."""
+    """[{op, kind, ratio, T, C, ours_ms, fused_ms, library_ms, dense_ms, ...}] of model config c; ours_ms and
+    fused_ms are None where they do not run."""
     D, e, out = c.hidden_size, torch.finfo(dtype).bits // 8, []
     repeats = repeats or (20 if device.type == "cuda" else 3)
     for T in rows:
@@ -66,7 +72,8 @@ def table(c, dtype, device, rows=ROWS, repeats=0):
             ms = {k: quantile(t[1:]) for k, t in times.items()}
             best = ms.get("ours", ms["library"])
             out.append(dict(op=name, kind=kind, ratio=s, T=T, C=C, N=N, ours_ms=ms.get("ours"),
-                            library_ms=ms["library"], dense_ms=ms["dense"], share=ms["dense"] / best * C / N,
+                            fused_ms=ms.get("fused"), library_ms=ms["library"], dense_ms=ms["dense"],
+                            share=ms["dense"] / best * C / N,
                             gb_s=e * (T * D + C * D + T * C) / best / 1e6,
                             tflop_s=2 * T * C * D / best / 1e9))
     return out

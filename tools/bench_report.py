@@ -88,12 +88,13 @@ def text(out):
 
 
 def kernel_table(rows):
-    lines = [("product", "kind", "ratio", "rows", "C", "ours ms", "library ms", "dense ms", "share", "GB/s",
-              "TFLOP/s")]
+    lines = [("product", "kind", "ratio", "rows", "C", "ours ms", "fused ms", "library ms", "dense ms",
+              "share", "GB/s", "TFLOP/s")]
     for r in rows:
         ours = f"{r['ours_ms']:.3f}" if r["ours_ms"] else "no GPU"
+        fused = f"{r['fused_ms']:.3f}" if r.get("fused_ms") else ""
         lines.append((r["op"], r["kind"], f"{r['ratio']}", f"{r['T']}", f"{r['C']}", ours,
-                      f"{r['library_ms']:.3f}", f"{r['dense_ms']:.3f}", f"{r['share']:.0%}",
+                      fused, f"{r['library_ms']:.3f}", f"{r['dense_ms']:.3f}", f"{r['share']:.0%}",
                       f"{r['gb_s']:.0f}", f"{r['tflop_s']:.3g}"))
     return aligned(lines)
 

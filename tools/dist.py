@@ -46,13 +46,13 @@ def setup(cfg):
                             "own: use --device=cuda")
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     check_device(name, device, cfg.dtype)
+    if device.index is not None:
+        torch.cuda.set_device(device)  # Triton launches on the current device, whatever its tensors say
     if not launched:
         if cfg.fsdp:
             raise UserError("fsdp = True shards the frozen weights over the processes of torchrun: "
                             "start with torchrun --nproc_per_node=N train.py ...")
         return device
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     if not td.is_initialized():
         td.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
                               timeout=timedelta(seconds=cfg.timeout))

@@ -338,6 +338,8 @@ def complete(path, o):
         raise UserError(f"--prompt_format={o['prompt_format']} must be one of {', '.join(data.FORMATS)}")
     if o["device"].startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"--device={o['device']}, but torch sees no CUDA GPU here: use --device=cpu")
+    if o["device"].startswith("cuda:"):
+        torch.cuda.set_device(o["device"])  # Triton launches on the current device
     return o
 
 

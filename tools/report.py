@@ -3,6 +3,7 @@ object a step.
 """
 import json
 import math
+import time
 
 import torch
 
@@ -33,13 +34,32 @@ def record(log, m):
         say(f"warning: metrics.jsonl could not be written ({e.strerror})")
 
 
+def read_later(t):
+    """Queues a copy of t (n,) to the host behind what its device has still to do -> a function that waits for
+    the copy alone, and returns (t as a list, when it was there). A plain t.tolist() would also wait for all
+    that was launched since."""
+    if not t.is_cuda:
+        there = t.tolist(), time.perf_counter()
+        return lambda: there
+    host = torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+
+    def wait():
+        copied.synchronize()
+        return host.tolist(), time.perf_counter()
+    return wait
+
+
 def report(run, log, pending):
-    """Reads a step's metrics from the device, writes them to metrics.jsonl, and every log_interval steps
-    prints a line."""
+    """Waits for a step's metrics, writes them and its seconds (since the step before, or since it began) to
+    metrics.jsonl, and every log_interval steps prints a line."""
     if pending is None:
         return
     metrics, batch, m = pending
-    m["loss"], m["grad_norm"], skipped = metrics.tolist()
+    (m["loss"], m["grad_norm"], skipped), now = metrics()
+    m["seconds"], run.since = now - run.since, now
+    run.info["seconds"] += m["seconds"]
     record(log, m)
     if skipped:
         run.info["skipped"] += 1
@@ -53,7 +73,7 @@ def report(run, log, pending):
                             f"the last batch is in {run.out}/bad_batch.jsonl: lower the learning rate "
                             f"({run.cfg.learning_rate}), or use bfloat16 or float32 where dtype is float16")
     if run.cfg.log_interval and (m["step"] % run.cfg.log_interval == 0 or m["step"] == run.max_steps - 1):
-        left = run.info["seconds"] / run.info["step"] * (run.max_steps - m["step"] - 1)
+        left = run.info["seconds"] / (m["step"] + 1) * (run.max_steps - m["step"] - 1)
         gpu = ""
         if run.device.type == "cuda":
             peak = next((v for k, v in PEAK.items() if k in torch.cuda.get_device_name()), None)

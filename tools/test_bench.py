@@ -189,6 +189,12 @@ def test_kernel_table():
     assert "no GPU" in bench_report.kernel_table(rows)
 
 
+def test_where_a_step_waits():
+    with pytest.raises(UserError) as e:
+        config.load(["--nothing=1"])
+    assert bench_measure.where(e.value).startswith("config/__init__.py:") and bench_measure.where(ValueError()) == "?"
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_no_step_waits_for_the_gpu(tiny_run):
     cfg = config.load(tiny_run[:4] + ["--device=cuda", "--dtype=bfloat16"])

@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -256,7 +257,8 @@ def compile_matmuls(arch, dtype, D):
     for tuner, modes in ((K.nt_kernel, ("compact", "scatter")), (K.nn_kernel, ("compact", "gather"))):
         for mode in modes:
             bias = dict(BIAS=mode == "scatter") if tuner is K.nt_kernel else {}
-            for config in K.fitting(tuner.configs, dict(MODE=mode)):
+            x = SimpleNamespace(dtype=torch.float32 if dtype == "fp32" else torch.bfloat16)
+            for config in K.fitting(tuner.configs, dict(MODE=mode, PRECISION=precision, x=x)):
                 yield compile_kernel(arch, tuner.fn, types, odd,
                                      dict(D=D, MODE=mode, PRECISION=precision, **bias, **config.kwargs),
                                      config.num_stages, config.num_warps)
@@ -275,6 +277,16 @@ def compile_others(arch, dtype):
         for scatter in (True, False):
             block = dict(HALF=half, SCATTER=scatter, BLOCK_H=8, BLOCK_D=half)
             yield compile_kernel(arch, K.rope_kernel, types, ["n_rot", "n_heads"], block)
+
+
+def test_exact_fp32_takes_small_tiles():
+    """There are some for both products, TF32 and half precision have the large ones too."""
+    if K.triton is None or K.INTERPRET:
+        pytest.skip("nothing is tuned")
+    for tuner in (K.nt_kernel, K.nn_kernel):
+        n = [len(K.fitting(tuner.configs, dict(MODE="compact", PRECISION=precision, x=torch.empty(0, dtype=dtype))))
+             for dtype, precision in ((torch.float32, "ieee"), (torch.float32, "tf32"), (torch.bfloat16, "ieee"))]
+        assert n == [1, len(tuner.configs), len(tuner.configs)]
 
 
 def compiled(tmp_path, *args):
@@ -299,7 +311,7 @@ def test_matmuls_compile(dtype, D, tmp_path):
             assert r["shared"] <= LIMITS[r["arch"]] and r["spilled"] == 0, r
         if r["MODE"] != "gather":  # a gathered x goes through registers
             assert r["shared"] >= 2 * (r["BLOCK_M"] + r["BLOCK_N"]) * r["BLOCK_K"] * 2, r
-    assert len(results) == 2 * (2 * 6 + 6 + 5)  # sm_80 and sm_90; nt twice, nn compact, nn gathered
+    assert len(results) == 2 * (2 * 6 + 7 + 6)  # sm_80 and sm_90; nt twice, nn compact, nn gathered
 
 
 @pytest.mark.parametrize("dtype", ["bf16", pytest.param("fp32", marks=pytest.mark.slow)])

@@ -318,6 +318,34 @@ def full(path, data):
     raise OSError(28, "No space left on device")
 
 
+# ---- what a run says ---------------------------------------------------------------------------------------
+
+def test_each_step_has_its_own_seconds(home, tmp_path, monkeypatch):
+    """Though a step is reported when the next one has been launched; an evaluation counts for none."""
+    real, calls, real_evaluate = train.forward_backward, iter(range(100)), train.evaluate
+    monkeypatch.setattr(train, "forward_backward", lambda *a: (time.sleep(next(calls) in (1, 6)), real(*a)))
+    monkeypatch.setattr(train, "evaluate", lambda *a: (time.sleep(1), real_evaluate(*a))[1])
+    result = train.main(options(home, out_dir=tmp_path / "a", eval_interval=4))
+    seconds = {m["step"]: m["seconds"] for m in metrics_with_seconds(tmp_path / "a")}
+    assert [k for k, s in seconds.items() if s >= 1] == [1, 6] and len(seconds) == 12
+    assert abs(sum(seconds.values()) - result["seconds"]) < 1e-6
+
+
+def metrics_with_seconds(out):
+    lines = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+    return [m for m in lines if "seconds" in m]
+
+
+def test_a_named_gpu_becomes_the_current_one(home, monkeypatch):
+    """Triton launches there, wherever its tensors lie."""
+    seen = []
+    monkeypatch.setattr(dist, "check_device", lambda *a: None)
+    monkeypatch.setattr(torch.cuda, "set_device", seen.append)
+    assert dist.setup(options(home, device="cuda:1")) == torch.device("cuda", 1) and seen == [torch.device("cuda", 1)]
+    dist.setup(options(home, device="cuda"))
+    assert len(seen) == 1
+
+
 # ---- steps that are not finite ---------------------------------------------------------------------------------------------------
 
 def poison(run):
@@ -886,6 +914,7 @@ BAD = {
     "predictor": (flags("--predictor=svp"), "predictor has to be one of svd"),
     "prompt format": (flags("--prompt_format=llama2"), "prompt_format has to be one of plain"),
     "dtype": (flags("--dtype=float8"), "dtype has to be one of float32"),
+    "half for trained weights": (flags("--lora_r=0", "--dtype=bfloat16"), "dtype has to be float32 where lora_r is 0"),
     "ends before it starts": (flags("--sparse_start=.5", "--sparse_end=.4"), "sparse_end has to be at least sparse_start"),
     "ratio 1": (flags("--mlp_sparsity=1.0"), r"mlp_sparsity has the ratio 1.0, which is not a number in \[0, 1\)"),
     "ratio below 0": (flags("--attn_sparsity=-.1"), "attn_sparsity has the ratio -0.1"),
