@@ -252,8 +252,10 @@ def compile_kernel(arch, kernel, types, odd, constants, stages=3, warps=4):
 
 
 def compile_matmuls(arch, dtype, D):
+    """dtype: "bf16", "fp16", "fp32" (TF32) or "exact" (fp32)."""
+    precision, dtype = "tf32" if dtype == "fp32" else "ieee", "fp32" if dtype == "exact" else dtype
     types = dict(x=f"*{dtype}", w=f"*{dtype}", idx="*i64", bias=f"*{dtype}", y=f"*{dtype}")
-    odd, precision = ["T", "T_BUCKET", "C_BUCKET"], "tf32" if dtype == "fp32" else "ieee"
+    odd = ["T", "T_BUCKET", "C_BUCKET"]
     for tuner, modes in ((K.nt_kernel, ("compact", "scatter")), (K.nn_kernel, ("compact", "gather"))):
         for mode in modes:
             bias = dict(BIAS=mode == "scatter") if tuner is K.nt_kernel else {}
@@ -279,10 +281,12 @@ def compile_others(arch, dtype):
             yield compile_kernel(arch, K.rope_kernel, types, ["n_rot", "n_heads"], block)
 
 
-def test_exact_fp32_takes_small_tiles():
-    """There are some for both products, TF32 and half precision have the large ones too."""
+def test_exact_fp32_takes_small_tiles(tmp_path):
+    """One for both products, without spills; TF32 and half precision have the large ones too."""
     if K.triton is None or K.INTERPRET:
         pytest.skip("nothing is tuned")
+    results = compiled(tmp_path, "matmuls", "exact", 4096)
+    assert len(results) == 8 and all(r["spilled"] == 0 for r in results)
     for tuner in (K.nt_kernel, K.nn_kernel):
         n = [len(K.fitting(tuner.configs, dict(MODE="compact", PRECISION=precision, x=torch.empty(0, dtype=dtype))))
              for dtype, precision in ((torch.float32, "ieee"), (torch.float32, "tf32"), (torch.bfloat16, "ieee"))]
