@@ -284,6 +284,20 @@ COLUMNS = (("after", "accuracy", "{:.1%}"), ("vs_dense", "against dense", "{:+.1
            ("rise_at_end", "rise at end", "{:+.3f}"), ("spike", "spike", "{:+.3f}"),
            ("flops_share", "FLOPs", "{:.0%}"), ("time_share", "time", "{:.0%}"))
 
+# name: (title, columns, lines) of the README's tables
+README = {
+    "tiny": ("embedded default", ("after", "vs_dense", "test_loss", "flops_share", "time_share"),
+             ("dense LoRA", *(f"{kind}, MLP 0.9" for kind in KINDS), "split none", "split random",
+              "measured, sensitivity, budget 0.85", "measured, sensitivity, budget 0.75",
+              *(f"dense LoRA, {n} steps" for n in (360, 320, 280)))),
+    "smollm2": ("SmolLM2-135M, GSM8K", ("val_loss", "rise_at_switch", "flops_share", "time_share"),
+                ("dense LoRA", "as configured", "split none", "split random",
+                 *(f"measured, sensitivity, budget {b}" for b in (.95, .9, .85, .75)),
+                 *(f"svd, sensitivity, budget {b}" for b in (.95, .9, .85, .75)),
+                 *(f"{kind}, MLP 0.5" for kind in KINDS),
+                 *(f"dense LoRA, {n} steps" for n in (27, 24, 21)))),
+}
+
 
 def cell(s, form):
     if s is None:
@@ -327,20 +341,23 @@ def markdown(everything):
     return "\n".join(lines)
 
 
-def readme_table(everything, fewest=5):
-    """What the README shows: the runs of the first base with at least so many seeds. The rest is in
-    ablations.md."""
-    name, entries = next(iter(everything.items()))
-    some = {label: e for label, e in entries.items() if len(e["seeds"]) >= fewest}
-    shown = [c for c in COLUMNS if c[0] in ("after", "vs_dense", "test_loss", "flops_share", "time_share")]
-    lines = [f"| {name} | seeds | " + " | ".join(c[1] for c in shown) + " |", "|---" * (len(shown) + 2) + "|"]
-    for label, e in some.items():
-        cells = []
-        for key, _, form in shown:
-            s = e["summary"].get(key)
-            cells.append(cell(s and (dict(s, error=None) if key.endswith("share") else s), form))
-        lines.append(f"| {label} | {len(e['seeds'])} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+def readme_table(everything):
+    """The README's tables: of each base the lines and columns in README. The rest is in ablations.md."""
+    tables = []
+    for name, (title, keys, labels) in README.items():
+        some = {label: everything[name][label] for label in labels if label in everything.get(name, {})}
+        shown = [c for c in COLUMNS if c[0] in keys]
+        lines = [f"| {title} | seeds | " + " | ".join(c[1] for c in shown) + " |",
+                 "|---" * (len(shown) + 2) + "|"]
+        for label, e in some.items():
+            cells = []
+            for key, _, form in shown:
+                s = e["summary"].get(key)
+                cells.append(cell(s and (dict(s, error=None) if key.endswith("share") else s), form))
+            lines.append(f"| {label} | {len(e['seeds'])} | " + " | ".join(cells) + " |")
+        if some:
+            tables.append("\n".join(lines) + "\n")
+    return "\n".join(tables)
 
 
 def draw_budgets(entries, path):

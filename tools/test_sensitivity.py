@@ -28,10 +28,18 @@ def analyse(home, out, *flags):
 
 # ---- choosing, without a model ---------------------------------------------------------------------------------------------------------
 
+def test_a_change_is_a_change_whatever_its_sign(monkeypatch):
+    """Where the loss rises on one batch and falls on the next the part is not free."""
+    monkeypatch.setattr(sensitivity, "digest", lambda b: b)
+    done = {"a": {"dense": 1.0, "0.mlp 0.5": 1.3}, "b": {"dense": 2.0, "0.mlp 0.5": 1.7}}
+    assert sensitivity.changes(done, ["a", "b"])["0.mlp 0.5"] == pytest.approx(.3)
+    assert sensitivity.rises(done, ["a", "b"])["0.mlp 0.5"][0] == pytest.approx(0)
+
+
 def test_hull():
     points = [(.5, 10, .1), (.75, 15, .6), (.9, 20, .5), (.97, 20, .7)]
     assert sensitivity.hull(points) == [(0, 0, 0), (.5, 10, .1), (.9, 20, .5)]
-    assert sensitivity.hull([(.5, -3, 0.), (.9, 4, -.2)]) == [(0, 0, 0), (.9, 4, .2)]  # what saves nothing is out; a fall counts as a rise
+    assert sensitivity.hull([(.5, -3, 0.), (.9, 4, .2)]) == [(0, 0, 0), (.9, 4, .2)]  # what saves nothing is out
     assert sensitivity.hull([(.5, 10, .5), (.9, 20, .1)]) == [(0, 0, 0), (.9, 20, .1)]
     assert sensitivity.hull([(.5, 0, 0.)]) == [(0, 0, 0)]
 
