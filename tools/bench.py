@@ -146,6 +146,7 @@ class Ours:
             run.model.set_sparsity(1)
 
     def select(self):
+        torch.backends.cuda.enable_cudnn_sdp(False)  # as model.py sets it
         for part, p in self.own.items():
             part.predictor = p
 
@@ -187,7 +188,7 @@ class HuggingFace:
         self.name, self.run, self.hf, self.length = name, run, hf, length
 
     def select(self):
-        pass
+        torch.backends.cuda.enable_cudnn_sdp(True)  # torch's own choice of attention
 
     def batch(self, tokenized):
         length = self.length or max(len(t.tokens) for t in tokenized)
