@@ -288,12 +288,11 @@ COLUMNS = (("after", "accuracy", "{:.1%}"), ("vs_dense", "against dense", "{:+.1
 README = {
     "tiny": ("embedded default", ("after", "vs_dense", "test_loss", "flops_share", "time_share"),
              ("dense LoRA", *(f"{kind}, MLP 0.9" for kind in KINDS), "split none", "split random",
-              "measured, sensitivity, budget 0.85", "measured, sensitivity, budget 0.75",
+              *(f"{kind}, sensitivity, budget {b}" for kind in KINDS[:2] for b in (.85, .75)),
               *(f"dense LoRA, {n} steps" for n in (360, 320, 280)))),
     "smollm2": ("SmolLM2-135M, GSM8K", ("val_loss", "rise_at_switch", "flops_share", "time_share"),
                 ("dense LoRA", "as configured", "split none", "split random",
-                 *(f"measured, sensitivity, budget {b}" for b in (.95, .9, .85, .75)),
-                 *(f"svd, sensitivity, budget {b}" for b in (.95, .9, .85, .75)),
+                 *(f"{kind}, sensitivity, budget {b}" for kind in KINDS[:2] for b in (.95, .9, .85, .75)),
                  *(f"{kind}, MLP 0.5" for kind in KINDS),
                  *(f"dense LoRA, {n} steps" for n in (27, 24, 21)))),
 }
