@@ -60,11 +60,8 @@ def tuned(*configs):
 def fitting(configs, args, **_):
     """A gathered x passes through registers, two bytes a load: at 128 x 256 x 64 that spills on sm_80. Exact
     fp32 has no tensor cores: its products are unrolled, and large tiles compile for minutes and spill."""
-    most = 128 * 256 * 64
-    if args["MODE"] == "gather":
-        most -= 1
-    if args["x"].dtype == torch.float32 and args["PRECISION"] == "ieee":
-        most = 64 * 64 * 32
+    exact = args["x"].dtype == torch.float32 and args["PRECISION"] == "ieee"
+    most = 64 * 64 * 32 if exact else 128 * 128 * 64 if args["MODE"] == "gather" else 128 * 256 * 64
     return [c for c in configs if c.kwargs["BLOCK_M"] * c.kwargs["BLOCK_N"] * c.kwargs["BLOCK_K"] <= most]
 
 

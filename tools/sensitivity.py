@@ -28,9 +28,8 @@ rise, the pattern costs .136 on others, by the mean |rise| .007).
 
 If changes add up, this choice is the best. They do not quite (errors of one block meet those of another),
 so it is checked: its true rise on other batches, beside that of uniform ratios and of the published
-middle-to-late pattern at the same FLOPs. Cost: 2
-(L - 1) parts * ratios * batches forward passes, each from its own block on (half of the model on
-average); no gradient.
+middle-to-late pattern at the same FLOPs. Cost: 2 (L - 1) parts * ratios * batches forward passes, each from
+its own block on (half of the model on average); no gradient.
 """
 import bisect
 import hashlib
@@ -150,14 +149,18 @@ def analyse(model, batches, ratios, done, save):
 def rises(done, batches):
     """-> {"3.mlp 0.9": (mean rise in loss, its standard error)} over the batches, each against its
     own dense loss."""
-    rows = [done[digest(b)] for b in batches]
-    return {k: mean_and_error([row[k] - row["dense"] for row in rows]) for k in rows[0] if k != "dense"}
+    return {k: mean_and_error(v) for k, v in by_batch(done, batches).items()}
 
 
 def changes(done, batches):
     """-> {"3.mlp 0.9": mean over the batches of |rise|}: what the choice is made by."""
+    return {k: sum(map(abs, v)) / len(v) for k, v in by_batch(done, batches).items()}
+
+
+def by_batch(done, batches):
+    """-> {"3.mlp 0.9": [rise in loss, one a batch]}."""
     rows = [done[digest(b)] for b in batches]
-    return {k: sum(abs(row[k] - row["dense"]) for row in rows) / len(rows) for k in rows[0] if k != "dense"}
+    return {k: [row[k] - row["dense"] for row in rows] for k in rows[0] if k != "dense"}
 
 
 def mean_and_error(values):
@@ -220,7 +223,7 @@ def slope(a, b):
 
 def choose(curves, need, saved_at):
     """curves: {part: [(ratio, saved FLOPs, change)]}; need: FLOPs to save; saved_at(part, ratio) -> FLOPs. ->
-    ({part: ratio}, predicted change). Edges of all hulls in order of slope; of the last, the smallest hundredth
+    ({part: ratio}, predicted change). Edges of all hulls in order of slope; of the last the first hundredth
     that is enough."""
     hulls = {k: hull(v) for k, v in curves.items()}
     edges = sorted((slope(a, b), k, a, b) for k, h in hulls.items() for a, b in zip(h, h[1:]))

@@ -77,9 +77,13 @@ def equal(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
+def metrics_lines(out):
+    return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+
+
 def metrics(out):
     """The lines of metrics.jsonl without what depends on the clock; never two of a step."""
-    lines = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+    lines = metrics_lines(out)
     keys = [(m["step"], "val_loss" in m, "held" in m) for m in lines]
     assert len(set(keys)) == len(keys), "a step twice in metrics.jsonl"
     lines.sort(key=lambda m: m["step"])  # a step's line comes one step late
@@ -326,14 +330,9 @@ def test_each_step_has_its_own_seconds(home, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "forward_backward", lambda *a: (time.sleep(next(calls) in (1, 6)), real(*a)))
     monkeypatch.setattr(train, "evaluate", lambda *a: (time.sleep(1), real_evaluate(*a))[1])
     result = train.main(options(home, out_dir=tmp_path / "a", eval_interval=4))
-    seconds = {m["step"]: m["seconds"] for m in metrics_with_seconds(tmp_path / "a")}
+    seconds = {m["step"]: m["seconds"] for m in metrics_lines(tmp_path / "a") if "seconds" in m}
     assert [k for k, s in seconds.items() if s >= 1] == [1, 6] and len(seconds) == 12
     assert abs(sum(seconds.values()) - result["seconds"]) < 1e-6
-
-
-def metrics_with_seconds(out):
-    lines = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
-    return [m for m in lines if "seconds" in m]
 
 
 def test_a_named_gpu_becomes_the_current_one(home, monkeypatch):
