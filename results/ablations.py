@@ -21,8 +21,8 @@ collects what they wrote.
     --option=value     everything else goes to every train.py
 
 Interrupted, it goes on: finished runs have a result.json, half-finished ones a state. Writes
-results/ablations.json (all numbers), results/ablations.md (mean, standard error and number of seeds, with the
-options of each) and the README's table.
+results/ablations.json (all numbers; what it has of other lines and seeds stays), results/ablations.md (mean,
+standard error and number of seeds, with the options of each) and the README's table.
 """
 import json
 import math
@@ -214,16 +214,18 @@ def compare(r, dense):
     """Adds what needs the dense run of the same seed: its difference in accuracy, share of FLOPs and of time,
     and the spike: by how much the training loss of the first five sparse steps lies over that of the dense
     run on the same batches. A sparse step's time is counted as time_ratio dense ones: the two were timed in
-    turn, so what else the machine did meanwhile hit both."""
+    turn, so what else the machine did meanwhile hit both. What needs the course of a run is left as it is
+    where ablations.json alone remembers the run."""
     if "after" in r and "after" in dense:
         r["vs_dense"] = r["after"] - dense["after"]
     # against the dense FLOPs that the run itself counted: whatever a version counts, it counts in both
     r["flops_share"] = r["flops"] / r["dense_flops"] * r["steps"] / dense["steps"]
-    r["time_share"] = r["times"][-1] / dense["times"][-1]
-    if "switch" in r:
+    if "times" in r:
+        r["time_share"] = r["times"][-1] / dense["steps"]
+    if "switch" in r and {"losses"} <= r.keys() & dense.keys():
         both = list(zip(r["losses"], dense["losses"]))[r["switch"]:r["switch"] + 5]
         r["spike"] = sum(a - b for a, b in both) / max(1, len(both))
-    if min(len(r["evaluations"]), len(dense["evaluations"])) > 9:
+    if min(len(x.get("evaluations", ())) for x in (r, dense)) > 9:
         # 20 losses down to the last that both reach: a single one, late and so on a flat curve, says little
         # (SmolLM2, three seeds: the last alone .87, 1.07, .81, the mean .95, .98, .91)
         high = min(x["evaluations"][0][1] for x in (r, dense))
@@ -246,36 +248,45 @@ def summary(values):
                 error=math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1) / n) if n > 1 else None, n=n)
 
 
-def collect(commands, rows, folder, base):
-    """-> {label: {"command", "rows", "seeds": {seed: {quantity: number}},
+def collect(commands, rows, folder, base, known):
+    """known: what ablations.json has of this base. Its runs, which may lie on another machine, stay unless
+    they were made again or their command line has changed since.
+    -> {label: {"command", "rows", "seeds": {seed: {quantity: number}},
     "summary": {quantity: {mean, error, n}}}}"""
-    runs = {key: read(Path(ROOT, command[-1].partition("=")[2])) for key, (command, _) in commands.items()}
     out = {}
-    # else the dense run of usual length
-    reference = {label: rows[n][0][0] for n in (8, 9) for label, _ in rows[n]}
-    for (label, seed), r in runs.items():
-        if r is None:
-            continue
-        dense = runs.get((reference.get(label, "dense LoRA"), seed))
-        if dense:
-            compare(r, dense)
+    for (label, seed), (command, args) in commands.items():
         if label not in out:
-            command, args = commands[label, seed]
-            need = analyses(args, folder)
-            # the first line of a file of ratios is the command that wrote it
-            ratios = need and Path(ROOT, args[0]).read_text().partition("\n")[0].removeprefix("# ")
-            out[label] = dict(command=(f"{ratios} && " if need else "") + shlex.join(command[:-2]),
+            need, old = analyses(args, folder), known.get(label, {})
+            ratios = old.get("ratios")
+            if need and Path(ROOT, args[0]).exists():
+                # the first line of a file of ratios is the command that wrote it
+                ratios = Path(ROOT, args[0]).read_text().partition("\n")[0].removeprefix("# ")
+            out[label] = dict(command=(f"{ratios} && " if ratios else "") + shlex.join(command[:-2]),
                               ratios=ratios, base=shlex.join(command[:2] + base), args=shlex.join(args),
                               rows=[n for n in rows if label in dict(rows[n])], seeds={})
-        out[label]["seeds"][seed] = r
+            if old.get("command") == out[label]["command"]:
+                out[label]["seeds"].update(old["seeds"])
+        r = read(Path(ROOT, command[-1].partition("=")[2]))
+        if r:
+            out[label]["seeds"][str(seed)] = r
+    out = {label: entry for label, entry in out.items() if entry["seeds"]}
+    # else the dense run of usual length
+    reference = {label: rows[n][0][0] for n in (8, 9) for label, _ in rows[n]}
+    for label, entry in out.items():
+        for seed, r in entry["seeds"].items():
+            dense = out.get(reference.get(label, "dense LoRA"), {"seeds": {}})["seeds"].get(seed)
+            if dense:
+                compare(r, dense)
     for entry in out.values():
+        entry["seeds"] = dict(sorted(entry["seeds"].items(), key=lambda item: int(item[0])))
         some = entry["seeds"].values()
         for r in some:
             for key in ("losses", "evaluations", "times"):
-                r.pop(key)
+                r.pop(key, None)
         keys = dict.fromkeys(k for r in some for k in r if k != "switch")
         entry["summary"] = {k: summary([r[k] for r in some if k in r]) for k in keys}
-    return out
+    # at the end those of other options, as --mlp
+    return out | {label: entry for label, entry in known.items() if (label, 0) not in commands}
 
 
 COLUMNS = (("after", "accuracy", "{:.1%}"), ("vs_dense", "against dense", "{:+.1%}"),
@@ -430,7 +441,7 @@ def main(argv):
         run_all({k: commands[k] for k in keys}, folder, base, own["jobs"])
     path = ROOT / "results" / "ablations.json"
     everything = json.loads(path.read_text()) if path.exists() else {}
-    found = collect(commands, rows, folder, base)
+    found = collect(commands, rows, folder, base, everything.get(own["name"], {}))
     if not found:
         raise UserError(f"no run under {folder} has finished: nothing to collect")
     everything[own["name"]] = found

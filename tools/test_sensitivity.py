@@ -204,6 +204,41 @@ def test_ablations_run_resume_and_collect(home, tmp_path, monkeypatch):
         plot.main([str(tmp_path / "nothing")])
 
 
+def test_what_is_known_of_other_seeds_stays(tmp_path, monkeypatch):
+    monkeypatch.setattr(ablations, "ROOT", tmp_path)
+    rows, commands, _, folder = ablations.command_lines(["config/tiny.py"], dict(ablations.OWN, name="t"))
+
+    def finish(label, seed, after):
+        out = tmp_path / commands[label, seed][0][-1].partition("=")[2]
+        out.mkdir(parents=True)
+        (out / "result.json").write_text(json.dumps(dict(after=after, flops=2, dense_flops=4, time_ratio=.5)))
+        (out / "metrics.jsonl").write_text("".join(json.dumps(dict(step=i, loss=1 - after, scale=i % 2)) + "\n" for i in range(4)))
+
+    def collect(known):
+        return json.loads(json.dumps(ablations.collect(commands, rows, folder, ["config/tiny.py"], known)))
+
+    assert collect({}) == {}
+    finish("dense LoRA", 0, .8)
+    finish("split none", 0, .6)
+    first = collect({})
+    assert first["split none"]["seeds"]["0"]["spike"] > .19 and collect(first) == first
+    (tmp_path / "out").rename(tmp_path / "another_machine")
+    assert collect(first) == first
+    finish("split none", 1, .7)  # without its dense run
+    finish("split none", 0, .5)  # again
+    second = collect(first)
+    assert second["dense LoRA"] == first["dense LoRA"] and list(second["split none"]["seeds"]) == ["0", "1"]
+    assert second["split none"]["summary"]["after"]["mean"] == .6
+    assert second["split none"]["summary"]["vs_dense"] == dict(mean=.5 - .8, error=None, n=1)
+    assert second["split none"]["seeds"]["0"]["time_share"] == .75 and "spike" not in second["split none"]["seeds"]["0"]
+    # another command line is another run; what other options made stays
+    known = {"split none": dict(second["split none"], command="python train.py"), "svd, MLP 0.1": first["dense LoRA"]}
+    third = collect(known)
+    assert list(third["split none"]["seeds"]) == ["0", "1"] and third["svd, MLP 0.1"] == first["dense LoRA"]
+    known["dense LoRA"] = dict(first["dense LoRA"], command="python train.py")
+    assert "dense LoRA" not in collect(known)
+
+
 def test_nothing_finished_leaves_the_tables_alone(home):
     path = ablations.ROOT / "results" / "ablations.json"
     before = path.read_text()
