@@ -1,6 +1,6 @@
 """LLaMA, written out: weights from a Hugging Face directory or hub id, LoRA, generation with a KV cache,
-adapters in PEFT's format. (How files are read and what a cache holds: tools/checkpoint.py,
-tools/generate.py.)
+adapters in PEFT's format. (How files are read, what a cache holds and how FLOPs are counted:
+tools/architecture.py, checkpoint.py, generate.py, flops.py.)
 
     block:  x += attention(norm(x));  x += mlp(norm(x))
             norm: RMSNorm; attention: RoPE, grouped queries; mlp: SwiGLU
@@ -25,7 +25,6 @@ place. LoRA of r = 32 on q, k, v, o: 27 M weights, 4 bytes each, and twice that 
 import json
 import math
 import re
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -37,8 +36,10 @@ from torch.utils.checkpoint import checkpoint
 import kernels
 import sparse
 from config import UserError
-from tools.checkpoint import (load_weights, read_adapter, read_json, resolve, weight_files,
-                              write_safetensors, write_text)
+from tools.architecture import ModelConfig
+from tools.checkpoint import (load_weights, read_adapter, resolve, weight_files, write_safetensors,
+                              write_text)
+from tools.flops import flops_by_part
 from tools.generate import KVCache, prompt_batch, sample
 
 # cuDNN's attention, torch's first choice on an H100 since 2.11, makes a plan for every new shape, and here
@@ -47,92 +48,6 @@ torch.backends.cuda.enable_cudnn_sdp(False)
 
 TARGETS = {"q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.o_proj",
            "gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj"}
-
-
-# ---- config.json -------------------------------------------------------------------------------------------
-
-@dataclass
-class ModelConfig:
-    """The fields of config.json that matter here, under Hugging Face's names; raw is the whole file."""
-    model_type: str
-    vocab_size: int
-    hidden_size: int  # D
-    intermediate_size: int  # I
-    num_hidden_layers: int  # L
-    num_attention_heads: int  # H
-    num_key_value_heads: int  # K
-    head_dim: int  # hd
-    rms_norm_eps: float
-    rope_theta: float
-    rope_scaling: dict  # {} where RoPE is not scaled
-    tie_word_embeddings: bool
-    qkv_bias: bool  # qwen2
-    qk_norm: bool  # qwen3
-    sliding_window: int  # 0: none
-    eos_token_id: tuple  # all ids that end a text
-    raw: dict = field(repr=False, default_factory=dict)
-
-    @staticmethod
-    def from_dict(c, where="config.json"):
-        """c: config.json as a dict. UserError names the field that is missing or that this
-        model cannot express."""
-        kind = c.get("model_type")
-        if kind not in ("llama", "mistral", "qwen2", "qwen3"):
-            raise UserError(f"{where}: model_type {kind!r} is not one of llama, mistral, qwen2, qwen3")
-        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-        for key in sizes + tuple(k for k in ("num_key_value_heads", "head_dim") if c.get(k) is not None):
-            if not isinstance(c.get(key), int) or c[key] <= 0:
-                raise UserError(f"{where}: {key} must be a positive integer, not {c.get(key)!r}")
-        if (c.get("hidden_act", "silu") != "silu" or c.get("mlp_bias")
-            or (c.get("attention_bias") and kind != "qwen2")):
-            raise UserError(f"{where}: only SwiGLU without biases is written here "
-                            f"(hidden_act={c.get('hidden_act')!r}, "
-                            f"mlp_bias={c.get('mlp_bias')}, attention_bias={c.get('attention_bias')})")
-        if c.get("quantization_config"):
-            raise UserError(f"{where} has a quantization_config: quantized weights cannot be read here, "
-                            "use the checkpoint they were made from")
-        if not all(isinstance(c.get(k) or {}, dict) for k in ("rope_parameters", "rope_scaling")):
-            raise UserError(f"{where}: rope_scaling and rope_parameters have to be objects, or null")
-        rope = c.get("rope_parameters") or {**(c.get("rope_scaling") or {}),
-                                            "rope_theta": c.get("rope_theta", 10000.0)}
-        rope_type = rope.get("rope_type", rope.get("type", "default"))
-        if rope_type not in ("default", "linear", "llama3"):
-            raise UserError(f"{where}: RoPE scaling of type {rope_type!r} is not written here (default, "
-                            "linear and llama3 are)")
-        needs = dict(linear=("factor",), llama3=("factor", "low_freq_factor", "high_freq_factor",
-                                                 "original_max_position_embeddings"))
-        theta, eps = rope.get("rope_theta", c.get("rope_theta", 10000.0)), c.get("rms_norm_eps", 1e-6)
-        for key, value in ([(k, rope.get(k)) for k in needs.get(rope_type, ())]
-                           + [("rope_theta", theta), ("rms_norm_eps", eps)]):
-            if not isinstance(value, (int, float)) or not value > 0:
-                raise UserError(f"{where}: {key} must be a positive number, not {value!r}"
-                                + " (in rope_scaling)" * (key in needs["llama3"]))
-        heads = c["num_attention_heads"]
-        kv = c.get("num_key_value_heads") or heads
-        if heads % kv:
-            raise UserError(f"{where}: num_attention_heads {heads} is no multiple of "
-                            f"num_key_value_heads {kv}")
-        head_dim = c.get("head_dim") or c["hidden_size"] // heads
-        if head_dim % 2:
-            raise UserError(f"{where}: head_dim must be even for RoPE, not {head_dim}")
-        eos = c.get("eos_token_id")
-        eos = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
-        if not all(isinstance(e, int) and 0 <= e < c["vocab_size"] for e in eos):
-            raise UserError(f"{where}: eos_token_id has to be a token of the vocabulary of "
-                            f"{c['vocab_size']}, or a list of them, not {c['eos_token_id']!r}")
-        window = c.get("sliding_window") if kind == "mistral" or c.get("use_sliding_window") else None
-        return ModelConfig(kind, *(c[k] for k in sizes), kv, head_dim, eps, float(theta),
-                           {} if rope_type == "default" else rope, bool(c.get("tie_word_embeddings", False)),
-                           kind == "qwen2", kind == "qwen3", window or 0, eos, c)
-
-    @staticmethod
-    def from_dir(path):
-        """Reads path/config.json, and the end-of-text ids of generation_config.json where there is one."""
-        c = read_json(Path(path) / "config.json")
-        generation = Path(path) / "generation_config.json"
-        if generation.exists():
-            c = {**c, "eos_token_id": read_json(generation).get("eos_token_id", c.get("eos_token_id"))}
-        return ModelConfig.from_dict(c, f"{path}/config.json")
 
 
 # ---- layers ------------------------------------------------------------------------------------------------
@@ -619,56 +534,9 @@ class LLaMA(nn.Module):
     # ---- counting
 
     def flops(self, batch):
-        """(dense, sparse): multiplications and additions of one training step of this batch, forward and
-        backward, all that is computed and nothing that is not: LoRA, the predictor, attention, the loss.
-        Sparse at the present set_sparsity. A fused attention counts as the whole (B, S, S), as torch counts
-        it; a recomputation is not counted. Equal to torch.utils.flop_counter's number (tested)."""
-        return tuple(sum(self.flops_by_part(batch, on).values()) for on in (False, True))
-
-    def flops_by_part(self, batch, sparse_on=True):
-        """{"0.attn": FLOPs, "0.mlp": ..., "head": ...} of one training step."""
-        c, out = self.config, {}
-        D, hd, inner, R = c.hidden_size, c.head_dim, c.intermediate_size, self.lora_r
-        Nq, Nkv = c.num_attention_heads * hd, c.num_key_value_heads * hd
-        T, T_loss, (B, S) = len(batch.tokens), batch.loss.stop - batch.loss.start, batch.shape
-        blocks = batch.lengths is not None and self.device.type == "cpu"
-        pairs = sparse.CausalAttention.pairs(batch.lengths) if blocks else B * S * S  # of queries and keys
-        full = not R and self.embed.requires_grad
-        # does this block's input need a gradient? the first block's does not, unless the embedding is trained
-        need = full
-
-        def lora(t, n_in, n_out, need):  # x A.T and z B.T; dz, dB, dA and, where it is wanted, dx
-            return 2 * R * t * ((2 + need) * n_in + 3 * n_out)
-
-        for i, b in enumerate(self.blocks):
-            last = i == len(self.blocks) - 1
-            pa, pm = (p.predictor if sparse_on and p.predictor is not None and p.predictor.c
-                      and batch.n_sparse else None
-                      for p in (b.attn, b.mlp))
-            n = 0 if last else batch.n_sparse
-            t = T_loss if last else T
-            G = c.num_attention_heads // c.num_key_value_heads
-            # rows x channels of qkv
-            cols = (n * pa.c * (G + 2) + (T - n) * (Nq + 2 * Nkv)) if pa else (t * Nq + T * 2 * Nkv)
-            f = 2 * D * cols * (1 + need + full) + (pa.flops(n) if pa else 0)
-            f += sum(lora(t if x == "q" else T, D, m, need)
-                     for x, m in (("q", Nq), ("k", Nkv), ("v", Nkv)) if x in self.lora_targets)
-            inner_need = need or full or any(x in self.lora_targets for x in "qkv")
-            f += 2 * pairs * Nq * (2 + 5 * inner_need)  # 2 products forward, 5 backward
-            f += 2 * D * (n * pa.c * G + (T - n) * Nq if pa else t * Nq) * (1 + inner_need + full)
-            f += lora(t, Nq, D, inner_need) if "o" in self.lora_targets else 0
-            out[f"{i}.attn"] = f
-            need = inner_need or "o" in self.lora_targets
-            cols = n * pm.c + (T - n) * inner if pm else t * inner  # rows x channels of the MLP
-            # forward 3, dh 1, dx 2, weights 3
-            f = 2 * D * cols * (4 + 2 * need + 3 * full) + (pm.flops(n) if pm else 0)
-            for x in ("gate", "up", "down"):
-                if x in self.lora_targets:
-                    f += 2 * R * ((2 + need if x != "down" else 3) * t * D + 3 * cols)
-            out[f"{i}.mlp"] = f
-            need = True
-        out["head"] = 2 * T_loss * D * c.vocab_size * (2 + full)
-        return out
+        """(dense, sparse): FLOPs of one training step of this batch, forward and backward, at the present
+        set_sparsity (tools/flops.py)."""
+        return tuple(sum(flops_by_part(self, batch, on).values()) for on in (False, True))
 
 
 # ---- adapters in PEFT's format -----------------------------------------------------------------------------

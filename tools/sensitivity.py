@@ -50,6 +50,7 @@ import train
 from config import UserError
 from tools import run, split_options
 from tools.checkpoint import resolve, write_text
+from tools.flops import flops_by_part
 from tools.report import clock
 
 OWN = dict(budget=0.75, ratios=".5,.75,.9,.97", batches=8, out="")
@@ -177,7 +178,7 @@ def losses(model, batches, ratios):
 def flops(model, batches, ratios):
     """{part: FLOPs of a training step of these batches at {part: ratio}}, "head" included."""
     predictor.set_ratios(model, ratios)
-    counts = [model.flops_by_part(b) for b in batches]
+    counts = [flops_by_part(model, b) for b in batches]
     return {k: sum(c[k] for c in counts) for k in counts[0]}
 
 

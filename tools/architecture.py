@@ -1,0 +1,92 @@
+"""What a checkpoint's config.json says of its architecture, checked: whatever model.py cannot express is
+refused here, in one sentence.
+"""
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from config import UserError
+from tools.checkpoint import read_json
+
+
+@dataclass
+class ModelConfig:
+    """The fields of config.json that matter here, under Hugging Face's names; raw is the whole file."""
+    model_type: str
+    vocab_size: int
+    hidden_size: int  # D
+    intermediate_size: int  # I
+    num_hidden_layers: int  # L
+    num_attention_heads: int  # H
+    num_key_value_heads: int  # K
+    head_dim: int  # hd
+    rms_norm_eps: float
+    rope_theta: float
+    rope_scaling: dict  # {} where RoPE is not scaled
+    tie_word_embeddings: bool
+    qkv_bias: bool  # qwen2
+    qk_norm: bool  # qwen3
+    sliding_window: int  # 0: none
+    eos_token_id: tuple  # all ids that end a text
+    raw: dict = field(repr=False, default_factory=dict)
+
+    @staticmethod
+    def from_dict(c, where="config.json"):
+        """c: config.json as a dict. UserError names the field that is missing or that this
+        model cannot express."""
+        kind = c.get("model_type")
+        if kind not in ("llama", "mistral", "qwen2", "qwen3"):
+            raise UserError(f"{where}: model_type {kind!r} is not one of llama, mistral, qwen2, qwen3")
+        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        for key in sizes + tuple(k for k in ("num_key_value_heads", "head_dim") if c.get(k) is not None):
+            if not isinstance(c.get(key), int) or c[key] <= 0:
+                raise UserError(f"{where}: {key} must be a positive integer, not {c.get(key)!r}")
+        if (c.get("hidden_act", "silu") != "silu" or c.get("mlp_bias")
+            or (c.get("attention_bias") and kind != "qwen2")):
+            raise UserError(f"{where}: only SwiGLU without biases is written here "
+                            f"(hidden_act={c.get('hidden_act')!r}, "
+                            f"mlp_bias={c.get('mlp_bias')}, attention_bias={c.get('attention_bias')})")
+        if c.get("quantization_config"):
+            raise UserError(f"{where} has a quantization_config: quantized weights cannot be read here, "
+                            "use the checkpoint they were made from")
+        if not all(isinstance(c.get(k) or {}, dict) for k in ("rope_parameters", "rope_scaling")):
+            raise UserError(f"{where}: rope_scaling and rope_parameters have to be objects, or null")
+        rope = c.get("rope_parameters") or {**(c.get("rope_scaling") or {}),
+                                            "rope_theta": c.get("rope_theta", 10000.0)}
+        rope_type = rope.get("rope_type", rope.get("type", "default"))
+        if rope_type not in ("default", "linear", "llama3"):
+            raise UserError(f"{where}: RoPE scaling of type {rope_type!r} is not written here (default, "
+                            "linear and llama3 are)")
+        needs = dict(linear=("factor",), llama3=("factor", "low_freq_factor", "high_freq_factor",
+                                                 "original_max_position_embeddings"))
+        theta, eps = rope.get("rope_theta", c.get("rope_theta", 10000.0)), c.get("rms_norm_eps", 1e-6)
+        for key, value in ([(k, rope.get(k)) for k in needs.get(rope_type, ())]
+                           + [("rope_theta", theta), ("rms_norm_eps", eps)]):
+            if not isinstance(value, (int, float)) or not value > 0:
+                raise UserError(f"{where}: {key} must be a positive number, not {value!r}"
+                                + " (in rope_scaling)" * (key in needs["llama3"]))
+        heads = c["num_attention_heads"]
+        kv = c.get("num_key_value_heads") or heads
+        if heads % kv:
+            raise UserError(f"{where}: num_attention_heads {heads} is no multiple of "
+                            f"num_key_value_heads {kv}")
+        head_dim = c.get("head_dim") or c["hidden_size"] // heads
+        if head_dim % 2:
+            raise UserError(f"{where}: head_dim must be even for RoPE, not {head_dim}")
+        eos = c.get("eos_token_id")
+        eos = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
+        if not all(isinstance(e, int) and 0 <= e < c["vocab_size"] for e in eos):
+            raise UserError(f"{where}: eos_token_id has to be a token of the vocabulary of "
+                            f"{c['vocab_size']}, or a list of them, not {c['eos_token_id']!r}")
+        window = c.get("sliding_window") if kind == "mistral" or c.get("use_sliding_window") else None
+        return ModelConfig(kind, *(c[k] for k in sizes), kv, head_dim, eps, float(theta),
+                           {} if rope_type == "default" else rope, bool(c.get("tie_word_embeddings", False)),
+                           kind == "qwen2", kind == "qwen3", window or 0, eos, c)
+
+    @staticmethod
+    def from_dir(path):
+        """Reads path/config.json, and the end-of-text ids of generation_config.json where there is one."""
+        c = read_json(Path(path) / "config.json")
+        generation = Path(path) / "generation_config.json"
+        if generation.exists():
+            c = {**c, "eos_token_id": read_json(generation).get("eos_token_id", c.get("eos_token_id"))}
+        return ModelConfig.from_dict(c, f"{path}/config.json")
