@@ -361,8 +361,7 @@ def cli(argv):
         debug = cfg.debug
         main(cfg, shlex.join([*dist.launcher().split(), "train.py"]
                              + [a for a in argv if not a.startswith("--resume=")]))
-        dist.close()
-        return
+        return dist.leave()
     except (UserError, OSError, RuntimeError, KeyboardInterrupt) as e:
         reason = explain(e, cfg)
         if reason is None:
