@@ -19,6 +19,7 @@ Numbers that the host needs go over gloo, on the CPU, so that no host waits for 
 import contextlib
 import json
 import os
+import re
 import sys
 from datetime import timedelta
 
@@ -40,15 +41,11 @@ def setup(cfg):
     """Joins the process group that torchrun announces, and returns this process's torch.device. UserError: a
     device that is not there."""
     name = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    device, launched = torch.device(name), "LOCAL_RANK" in os.environ
-    if launched and device.type == "cuda":
-        if device.index is not None:
-            raise UserError(f"device = {name!r} names one GPU, but under torchrun each process takes its "
-                            "own: use --device=cuda")
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-    check_device(name, device, cfg.dtype)
-    if device.index is not None:
-        torch.cuda.set_device(device)  # Triton launches on the current device, whatever its tensors say
+    launched = "LOCAL_RANK" in os.environ
+    if launched and name.startswith("cuda:"):
+        raise UserError(f"device = {name!r} names one GPU, but under torchrun each process takes its "
+                        "own: use --device=cuda")
+    device = use(f"cuda:{os.environ['LOCAL_RANK']}" if launched and name == "cuda" else name, cfg.dtype)
     if not launched:
         if cfg.fsdp:
             raise UserError("fsdp = True shards the frozen weights over the processes of torchrun: "
@@ -66,9 +63,14 @@ def setup(cfg):
     return device
 
 
-def check_device(name, device, dtype):
-    if device.type != "cuda":
-        return
+def use(name, dtype):
+    """name: cpu, cuda or cuda:N -> its torch.device, the current one from now on: Triton launches there,
+    whatever its tensors say. UserError: it is not there, or cannot compute in dtype (a name)."""
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise UserError(f"device = {name!r} has to be auto, cpu, cuda or cuda:N")
+    device = torch.device(name)
+    if device.type == "cpu":
+        return device
     if not torch.cuda.is_available():
         raise UserError(f"device = {name!r}, but torch sees no CUDA GPU here: use --device=cpu, "
                         "or install a CUDA build of torch")
@@ -78,6 +80,9 @@ def check_device(name, device, dtype):
     if dtype == "bfloat16" and torch.cuda.get_device_capability(device)[0] < 8:
         raise UserError(f"dtype = 'bfloat16', but {torch.cuda.get_device_name(device)} has no bfloat16: "
                         "use --dtype=float16")
+    if device.index is not None:
+        torch.cuda.set_device(device)
+    return device
 
 
 def leave():

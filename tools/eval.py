@@ -39,7 +39,7 @@ import tools
 from config import ROOT, UserError
 from data import examples
 from model import LLaMA, load_adapter
-from tools import answers, sandbox, state
+from tools import answers, dist, sandbox, state
 from tools.checkpoint import read_json, resolve, weight_files, write_text
 
 DATA = Path(ROOT, "data")
@@ -336,10 +336,7 @@ def complete(path, o):
         raise UserError(f"--dtype={o['dtype']} must be float32, bfloat16 or float16")
     if o["prompt_format"] not in data.FORMATS:
         raise UserError(f"--prompt_format={o['prompt_format']} must be one of {', '.join(data.FORMATS)}")
-    if o["device"].startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"--device={o['device']}, but torch sees no CUDA GPU here: use --device=cpu")
-    if o["device"].startswith("cuda:"):
-        torch.cuda.set_device(o["device"])  # Triton launches on the current device
+    dist.use(o["device"], o["dtype"])
     return o
 
 

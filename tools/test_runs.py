@@ -337,12 +337,18 @@ def test_each_step_has_its_own_seconds(home, tmp_path, monkeypatch):
 
 def test_a_named_gpu_becomes_the_current_one(home, monkeypatch):
     """Triton launches there, wherever its tensors lie."""
-    seen = []
-    monkeypatch.setattr(dist, "check_device", lambda *a: None)
-    monkeypatch.setattr(torch.cuda, "set_device", seen.append)
+    seen, cuda = [], dict(is_available=lambda: True, device_count=lambda: 2, set_device=lambda d: seen.append(d),
+                          get_device_capability=lambda d: (7, 5), get_device_name=lambda d: "a T4")
+    for name, f in cuda.items():
+        monkeypatch.setattr(torch.cuda, name, f)
     assert dist.setup(options(home, device="cuda:1")) == torch.device("cuda", 1) and seen == [torch.device("cuda", 1)]
     dist.setup(options(home, device="cuda"))
+    dist.setup(options(home, device="cpu"))
     assert len(seen) == 1
+    for name, dtype, message in (("cuda:7", "float32", "there are 2 GPUs here, and cuda:7 is not one of them"),
+                                 ("cuda", "bfloat16", "a T4 has no bfloat16"), ("gpu", "float32", "has to be auto, cpu, cuda")):
+        with pytest.raises(UserError, match=message):
+            dist.use(name, dtype)
 
 
 # ---- steps that are not finite ---------------------------------------------------------------------------------------------------
