@@ -1,5 +1,5 @@
 """Which channels to keep: from a layer's input (or from what was measured before), one set of channels a
-batch and a layer.
+layer and a forward pass (so, with micro-batches, one for each).
 
     n sparse rows x (n, D)  ->  energies, one a channel  ->  keep(...): the C largest, sorted
 
@@ -13,7 +13,7 @@ x W.T + b for an attention channel of q, k or v, of h = silu(g) u for an MLP cha
               (silu(Zg qg_i) (Zu qu_i))^2, in blocks (kernels.mlp_scores).
     measured  ours: true energies, summed by the dense steps that the schedule runs anyway, then fixed. No
               factors, no estimate in the step, and the kept rows of W can be copied out once. On the
-              fine-tuned embedded base it keeps .92 of the best channels at MLP .9 where svd keeps .51
+              embedded base it keeps .92 of the best channels at MLP .9 where svd keeps .51
               and chance .10 (results/predictor_quality.md).
     oracle    true energies of this very batch: as dear as the dense layer, the bound for every other
     random, worst    for ablations
@@ -51,20 +51,22 @@ def count(n, ratio, multiple=16):
     return min(n, max(multiple, -int(-kept // multiple) * multiple))
 
 
-def top(energies, c):
-    """The c largest of energies (N,), as sorted int64 positions (c,)."""
-    return energies.topk(c).indices.sort().values
+def top(scores, c, largest=True):
+    """The c largest (or smallest) of scores (N,), as sorted int64 positions (c,)."""
+    return scores.topk(c, largest=largest).indices.sort().values
 
 
-def keep_mlp(mlp, energies, c, copy=False):
-    """energies (I,), c channels -> KeepMLP. copy: with contiguous copies of the kept rows of the weights."""
-    idx = top(energies, c)  # (C,)
+def keep_mlp(mlp, energies, c, copy=False, largest=True):
+    """energies (I,), c channels -> KeepMLP. copy: with contiguous copies of the kept rows of the weights.
+    largest: False keeps those that matter least, the ablation "worst"."""
+    idx = top(energies, c, largest)  # (C,)
     both = torch.cat([idx, idx + mlp.down.shape[0]])  # (2C,) rows of gate and of up
     return KeepMLP(idx, rows_of(mlp.gate_up, both, copy), rows_of(mlp.down, idx, copy))
 
 
-def keep_attention(attn, energies, c, copy=False):
-    """energies of q, k, v (Nq + 2 Nkv,), c channels of k and as many of v -> KeepAttention.
+def keep_attention(attn, energies, c, copy=False, largest=True):
+    """energies of q, k, v (Nq + 2 Nkv,), c channels of k and as many of v -> KeepAttention. copy, largest: as
+    for keep_mlp.
 
     q/k: for key/value head h and rotary pair p, score = |k_(h,p)| * mean over the group's query heads g of
     |q_(g,p)|, norms over rows and both halves; the c/2 best pairs over all heads. A half-kept pair would lose
@@ -75,11 +77,11 @@ def keep_attention(attn, energies, c, copy=False):
     q, k, v = energies.split([H * hd, K * hd, K * hd])
     q_norm = q.view(K, G, 2, half).sum(2).sqrt().mean(1)  # (K, hd/2)
     k_norm = k.view(K, 2, half).sum(1).sqrt()  # (K, hd/2)
-    pairs = top((q_norm * k_norm).flatten(), c // 2)  # (C/2,) numbered h * hd/2 + p
+    pairs = top((q_norm * k_norm).flatten(), c // 2, largest)  # (C/2,) numbered h * hd/2 + p
     h, p = pairs // half, pairs % half
     k_idx = (h * hd + p)[:, None] + half * torch.arange(2, device=pairs.device)  # (C/2, 2)
     k_idx = k_idx.flatten().sort().values  # (C,)
-    v_idx = top(v, c)  # (C,)
+    v_idx = top(v, c, largest)  # (C,)
     q_idx, o_idx = every_head(k_idx, G, hd), every_head(v_idx, G, hd)  # (G C,)
     qkv = torch.cat([q_idx, H * hd + k_idx, (H + K) * hd + v_idx])
     return KeepAttention((q_idx, k_idx, v_idx), rows_of(attn.qkv, qkv, copy), rows_of(attn.o, o_idx, copy))
@@ -102,21 +104,16 @@ def oracle(part, x):
     return energy(part.activations(x))
 
 
-def worst(part, x):
-    return oracle(part, x).neg_()
-
-
-def at_random(n, generator, part, x):
-    """Energies (n,) that mean nothing: the ablation "random"."""
-    return torch.rand(n, generator=generator, device=x.device)
+def at_random(generator, part, x):
+    """Energies that mean nothing: the ablation "random"."""
+    return torch.rand(part.predictor.n_energies, generator=generator, device=x.device)
 
 
 def svd_attention(attn, x):
     """x (n, D) -> (Nq + 2 Nkv,): energies of q, k and v, each from its own factors."""
-    z = x @ attn.predictor.P  # (n, 3 r)
-    out = []
-    for i, q in enumerate(attn.predictor.Q):  # q (r, N), (r + 1, N) with a bias
-        zi = z[:, i * attn.predictor.rank:(i + 1) * attn.predictor.rank].float()  # (n, r)
+    z, out = x @ attn.predictor.P, []  # (n, 3 r)
+    # z's parts (n, r); Q's (r, N), with a bias (r + 1, N)
+    for zi, q in zip(z.float().split(attn.predictor.ranks, 1), attn.predictor.Q):
         if q.shape[0] > zi.shape[1]:
             zi = torch.cat([zi, zi.new_ones(len(zi), 1)], 1)
         out.append(((zi.T @ zi) @ q).mul_(q).sum(0))  # q_j.T M q_j for all j
@@ -135,9 +132,9 @@ def factorize(w, rank):
     """w (N, D) -> P (D, r), Q (r, N) fp32 with w.T ~= P Q, the best approximation of that rank to within 1e-3
     of its error.
 
-    Randomized subspace iteration (Halko, Martinsson, Tropp 2011) on a block of r + 24 vectors: 8 passes over
-    w instead of an eigendecomposition of a 4096 x 4096 matrix, 32 * 5 times. Deterministic: the start block
-    is seeded."""
+    Randomized subspace iteration (Halko, Martinsson, Tropp 2011) on a block of r + 24 vectors: 18 thin
+    products with w instead of an eigendecomposition of a 4096 x 4096 matrix, for 5 weights of each of 32
+    blocks. Deterministic: the start block is seeded."""
     w = w.float()
     k = min(rank + 24, *w.shape)
     g = torch.Generator().manual_seed(0)
@@ -215,7 +212,7 @@ class Predictor:
 
     def __init__(self, part, ratio, kind, estimate, keep, n_channels, n_energies):
         self.part, self.ratio, self.kind, self.estimate, self.keep = part, ratio, kind, estimate, keep
-        self.n_channels = n_channels  # I, or Nkv
+        self.n_channels, self.n_energies = n_channels, n_energies  # I and I, or Nkv and Nq + 2 Nkv
         self.c = 0  # how many of them a forward keeps now; 0: dense
         # of `measured`: summed true energies, whether any were summed since channels were last fixed,
         # and those channels
@@ -223,7 +220,7 @@ class Predictor:
         high = torch.promote_types(w.dtype, torch.float32)
         self.energies = torch.zeros(n_energies, dtype=high, device=w.device) if kind == "measured" else None
         self.fresh, self.fixed, self.fixed_c = False, None, 0
-        self.P = self.Q = self.rank = None  # of svd: load_factors()
+        self.P = self.Q = self.ranks = None  # of svd: load_factors()
         # energy_held() puts a list here: select() then appends what share of the true energy it kept
         self.watch = None
 
@@ -308,20 +305,20 @@ def attach(model, mlp_sparsity, attn_sparsity, rank=8, kind="svd", seed=0, agree
                         "sparsity works)")
     generator = torch.Generator(model.embed.device).manual_seed(seed)
     # estimate(part, x (n, D)) -> energies (N,); keep(part, energies, c, copy) -> KeepMLP or KeepAttention
-    estimates = {"svd": (svd_attention, svd_mlp), "oracle": (oracle, oracle), "worst": (worst, worst),
-                 "measured": (None, None)}
+    estimates = {"svd": (svd_attention, svd_mlp), "oracle": (oracle, oracle), "worst": (oracle, oracle),
+                 "measured": (None, None), "random": (partial(at_random, generator),) * 2}
+    e_attn, e_mlp = estimates[kind]
+    keep_a, keep_m = (partial(keep, largest=kind != "worst") for keep in (keep_attention, keep_mlp))
     parts = []
     for i, block in enumerate(model.blocks):
         a, m = block.attn, block.mlp
         a.predictor = m.predictor = None
-        sizes = (a.qkv.shape[0], m.down.shape[0])  # Nq + 2 Nkv, I
-        e_attn, e_mlp = estimates.get(kind) or [partial(at_random, size, generator) for size in sizes]
         if attn[i] > 0 and i < n - 1:
-            a.predictor = Predictor(a, attn[i], kind, e_attn, keep_attention,
-                                    a.n_kv_heads * a.head_dim, sizes[0])
+            a.predictor = Predictor(a, attn[i], kind, e_attn, keep_a, a.n_kv_heads * a.head_dim,
+                                    a.qkv.shape[0])
             parts.append((f"{i}.attn", a))
         if mlp[i] > 0 and i < n - 1:
-            m.predictor = Predictor(m, mlp[i], kind, e_mlp, keep_mlp, sizes[1], sizes[1])
+            m.predictor = Predictor(m, mlp[i], kind, e_mlp, keep_m, m.down.shape[0], m.down.shape[0])
             parts.append((f"{i}.mlp", m))
     if kind == "svd" and parts:
         load_factors(model, factors(model, parts, rank, agree), parts)
@@ -335,7 +332,8 @@ def load_factors(model, tensors, parts):
         like, p = part.fused(), part.predictor
         P = [tensors[f"{name}.P{i}"] for i in range(3 if hasattr(part, "qkv") else 2)]
         Q = [tensors[f"{name}.Q{i}"].to(like.device) for i in range(len(P))]
-        p.P, p.rank = torch.cat(P, 1).to(like.device, like.dtype), P[0].shape[1]  # (D, 3 r) or (D, 2 r)
+        p.P = torch.cat(P, 1).to(like.device, like.dtype)  # (D, 3 r) or (D, 2 r)
+        p.ranks = [f.shape[1] for f in P]  # r each, less where the projection is narrower
         bias = getattr(part, "qkv_bias", None)
         if bias is not None:
             with whole(model, name):

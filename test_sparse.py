@@ -378,6 +378,31 @@ def test_selectors_rank_as_they_should():
         assert held["oracle"][part] >= held["svd"][part] > held["worst"][part]
 
 
+def test_the_worst_are_what_the_oracle_leaves():
+    """With half of the channels kept or less, in q, k and v as in the MLP."""
+    m, batch = build(dtype=torch.float32), batch_of(((30, 5), (20, 9), (25, 3)))
+    kept = {}
+    for kind in ("oracle", "worst"):
+        predictor.attach(m, .6, .5, kind=kind)
+        m.loss(batch)  # block 0's attention sees the same input with both
+        kept[kind] = m.blocks[0].attn.channels
+        x = torch.randn(40, m.config.hidden_size, generator=torch.Generator().manual_seed(1))
+        kept[kind] += (m.blocks[0].mlp.predictor.select(x).idx,)
+    for best, worst in zip(*kept.values()):
+        assert len(best) == len(worst) and not set(best.tolist()) & set(worst.tolist())
+
+
+def test_a_rank_above_a_projection_width_is_exact():
+    """Then the estimate is the oracle (of a model without LoRA), though q's rank and k's differ."""
+    m, batch = build(dtype=torch.float32, targets=""), batch_of(((30, 5), (20, 9)))
+    kept = []
+    for kind in ("oracle", "svd"):
+        predictor.attach(m, 0, .5, rank=1000, kind=kind)
+        m.loss(batch)
+        kept.append(m.blocks[0].attn.channels)
+    assert all(torch.equal(a, b) for a, b in zip(*kept))
+
+
 def test_cached_factors_never_serve_changed_weights(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     m = build(dtype=torch.float32)
