@@ -128,12 +128,13 @@ def gather_matmul_nt_ref(x, w, idx, out=None, bias=None):
     y = x @ w.index_select(0, idx).T
     if bias is not None:
         y += bias.index_select(0, idx)
-    if out is None:
-        return y
-    if x.is_cuda:
-        return out.index_copy_(1, idx, y)
-    # CPU, 1024 of 4096 columns of 1536 rows: scatter_ .36 ms, index_copy_ .78, out[:, idx] = y 1.25
-    return out.scatter_(1, idx.expand_as(y), y)
+    return y if out is None else put_columns(out, idx, y)
+
+
+def put_columns(out, idx, y):
+    """out[:, idx] = y. CPU, 1024 of 4096 columns of 1536 rows: scatter_ .36 ms, index_copy_ .78,
+    out[:, idx] = y 1.25."""
+    return out.index_copy_(1, idx, y) if y.is_cuda else out.scatter_(1, idx.expand_as(y), y)
 
 
 @tuned((128, 256, 64, 4, 8), (128, 128, 64, 4, 8), (128, 64, 64, 4, 4), (64, 128, 64, 4, 4),

@@ -70,7 +70,7 @@ class Part(nn.Module):
         """[(target, A, B)] of those targets that have LoRA."""
         return [(t, self.lora[t + "/A"], self.lora[t + "/B"]) for t in targets if t + "/A" in self.lora]
 
-    def choose(self, x, n):
+    def select(self, x, n):
         """x (T, D), n sparse rows -> what to keep of this part in this forward: None (all),
         KeepMLP or KeepAttention."""
         keep = self.predictor.select(x[:n]) if self.predictor is not None and self.predictor.c and n else None
@@ -218,8 +218,9 @@ class MLP(Part):
 
 
 class Chosen(dict):
-    """{"attn" or "mlp": what a forward keeps}: filled by it, read by its recomputation. Not a plain dict, for
-    FSDP of torch 2.9 to 2.11 hands a block copies of those among its arguments."""
+    """{"attn" or "mlp": what a forward keeps}: filled by it, read by its recomputation. A class of its own,
+    for FSDP of torch 2.9 to 2.11 hands a block copies of the plain dicts among its arguments, and the
+    recomputation would find its copy empty."""
 
 
 class Block(nn.Module):
@@ -251,7 +252,7 @@ class Block(nn.Module):
         if name in chosen:
             return chosen[name], None
         part = getattr(self, name)
-        chosen[name] = part.choose(h, n)
+        chosen[name] = part.select(h, n)
         return chosen[name], part.energy_buffer(n)
 
     def decode(self, x, rope, cache):
@@ -269,7 +270,7 @@ class LLaMA(nn.Module):
     def __init__(self, config, dtype=torch.float32, device="cpu"):
         super().__init__()
         c, kw = config, dict(dtype=dtype, device=device)
-        self.config, self.dtype, self.recompute, self.scale, self.frequencies = c, dtype, False, 0.0, None
+        self.config, self.dtype, self.recompute, self.frequencies = c, dtype, False, None
         self.embed = weight(c.vocab_size, c.hidden_size, **kw)
         self.blocks = nn.ModuleList(Block(c, **kw) for _ in range(c.num_hidden_layers))
         self.final_norm = weight(c.hidden_size, **kw)
@@ -435,11 +436,10 @@ class LLaMA(nn.Module):
 
     def set_sparsity(self, scale):
         """The one switch: 0 dense, 1 the attached ratios, between them all ratios times scale."""
-        self.scale = float(scale)
         for b in self.blocks:
             for part in (b.attn, b.mlp):
                 if part.predictor is not None:
-                    part.predictor.set_scale(self.scale)
+                    part.predictor.set_scale(float(scale))
 
     def rope(self, positions):
         """cos and sin (T, hd/2) of positions (T,), in fp32 (fp64 in an fp64 model)."""

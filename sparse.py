@@ -49,6 +49,26 @@ class Keep(NamedTuple):
     rows: Optional[torch.Tensor] = None  # (C, D) = W[idx]
 
 
+class KeepAttention(NamedTuple):
+    """The kept channels of an attention: those of q, k and v, sorted int64, each numbered in its own
+    projection; the same as rows of the fused qkv weight; and the rows of o that read the kept values."""
+    channels: tuple
+    qkv: Keep
+    o: Keep
+
+
+class KeepMLP(NamedTuple):
+    """The kept MLP channels: idx (C,) int64, sorted; the same as rows of the fused gate_up (2C,) and
+    of down (C,)."""
+    idx: torch.Tensor
+    gate_up: Keep
+    down: Keep
+
+    @property
+    def channels(self):
+        return self.idx
+
+
 def matmul_nt(x, w, keep):
     """x (T, D), w (N, D) -> x w.T (T, N), or compact x w[idx].T (T, C)."""
     if keep is None or keep.rows is not None:
@@ -68,14 +88,14 @@ def scatter_nt(x, w, keep, out, bias=None):
     if keep.rows is None:
         return kernels.gather_matmul_nt(x, w, keep.idx, out=out, bias=bias)
     y = x @ keep.rows.T if bias is None else torch.addmm(bias[keep.idx], x, keep.rows.T)  # (T, C)
-    return out.index_copy_(1, keep.idx, y)
+    return kernels.put_columns(out, keep.idx, y)
 
 
 def gather_nn(x, w, keep, out):
     """out (T, D) = x[:, idx] w[idx] for x (T, N)."""
     if keep.rows is None:
         return kernels.gather_matmul_nn(x, w, keep.idx, gather=True, out=out)
-    return torch.mm(x.index_select(1, keep.idx), keep.rows, out=out)
+    return torch.mm(kernels.columns(x, keep.idx), keep.rows, out=out)
 
 
 def energy(y):
@@ -87,7 +107,8 @@ def energy(y):
 
 def weight_grad(dy, x):
     """dy.T x for dy (T, N), x (T, D) -> (N, D), in fp32 (fp64 for fp64) even where the operands are half: a
-    sum over all rows of a batch neither rounds nor overflows before it is added to the fp32 gradient."""
+    sum over all rows of a batch neither rounds nor overflows before it is added to the fp32 gradient (but a
+    CPU's bf16 product is rounded once, to bf16)."""
     if dy.is_cuda and dy.dtype in (torch.bfloat16, torch.float16):
         return torch.mm(dy.T, x, out_dtype=torch.float32)
     if dy.dtype == torch.float16:
@@ -121,18 +142,10 @@ def lora_backward(dy, x, z, dx, spans, lora, s):
 
 
 # ---- projections -------------------------------------------------------------------------------------------
-# Arguments that all three share: keep, None (all rows dense) or what is kept; n, how many rows come first
-# and are sparse (ignored without keep); s = alpha / R; spans, the output columns (lo, hi) of each LoRA;
-# *lora, A, B, A, B, ... in fp32, whose gradients are fp32 too (fp64 for fp64); SwiGLU's are six, A and B of
-# gate, up and down.
-
-class KeepAttention(NamedTuple):
-    """The kept channels of an attention: those of q, k and v, sorted int64, each numbered in its own
-    projection; the same as rows of the fused qkv weight; and the rows of o that read the kept values."""
-    channels: tuple
-    qkv: Keep
-    o: Keep
-
+# Arguments that all three share: keep, a Keep (SwiGLU: a KeepMLP), or None where all rows are dense; n, how
+# many rows come first and are sparse (ignored without keep); s = alpha / R; *lora, A, B, A, B, ... in fp32,
+# whose gradients are fp32 too (fp64 for fp64), SwiGLU's six of gate, up and down. The projections' spans are
+# the output columns (lo, hi) of each LoRA.
 
 class ProjectOut(Function):
     """q, k, v: the sparse axis is the output. x (T, D), w (N, D), bias (N,) or None -> y (T, N)."""
@@ -204,18 +217,6 @@ class ProjectIn(Function):
 
 
 # ---- MLP ---------------------------------------------------------------------------------------------------
-
-class KeepMLP(NamedTuple):
-    """The kept MLP channels: idx (C,) int64, sorted; the same as rows of the fused gate_up (2C,) and
-    of down (C,)."""
-    idx: torch.Tensor
-    gate_up: Keep
-    down: Keep
-
-    @property
-    def channels(self):
-        return self.idx
-
 
 class SwiGLU(Function):
     """y = (silu(x Wg.T) * (x Wu.T)) Wd. x (T, D), gate_up (2I, D), down (I, D) -> y (T, D). lora: (A, B) of

@@ -1,4 +1,4 @@
-"""What proves it (design, section 5): `pytest -q -m "not slow"`. Whole runs and the tools are
+"""What proves it: `pytest -q -m "not slow"`. Whole runs and the tools are
 tested in tools/test_*.py.
 
 The central test is `masked`: the sparse model's loss and every LoRA gradient equal plain autograd through a

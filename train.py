@@ -169,11 +169,16 @@ def main(cfg, command="python train.py"):
     out_dir/result.json, a dict; None where a signal stopped the run or it was finished before. command: how
     to start this run again, for the message that says so.
 
-    `run`, which all functions here and in tools/ pass on, holds: cfg, device, out (Path) | folder of the
-    base, tokenizer | examples and tokenized, lists by split | model, optimizer, flat (n,) and grad (n + 2,)
-    as flatten() makes them | max_steps, and info, what is saved as JSON: step, sparse, ... | stop, signals
-    that came | lock of out | unsummed: this rank has measured energies that the others lack | since: when the
-    step began that is reported next."""
+    `run`, which all functions here and in tools/ pass on, holds
+
+        cfg, device, out (Path)       the options, where it computes, where it writes
+        folder, tokenizer             of the base
+        examples, tokenized           lists by split
+        model, optimizer, flat, grad  flat (n,) and grad (n + 2,) as flatten() makes them
+        max_steps, info               info is saved as JSON: step, sparse, ...
+        stop, lock                    signals that came; the lock on out
+        unsummed                      this rank's measured energies are not yet added up over the ranks
+        since                         when the step began that is reported next"""
     run = SimpleNamespace(cfg=cfg, stop=[], device=dist.setup(cfg), out=Path(cfg.out_dir), unsummed=False,
                           lock=None)
     try:
@@ -362,6 +367,8 @@ def cli(argv):
         main(cfg, shlex.join([*dist.launcher().split(), "train.py"]
                              + [a for a in argv if not a.startswith("--resume=")]))
         return dist.leave()
+    except BrokenPipeError:
+        os._exit(1)  # whoever read what we print has gone, as `| head` does
     except (UserError, OSError, RuntimeError, KeyboardInterrupt) as e:
         reason = explain(e, cfg)
         if reason is None:
@@ -378,15 +385,15 @@ def explain(e, cfg):
     deserves its traceback."""
     if isinstance(e, UserError):
         return f"error: {e}"
+    saved = cfg and state.numbers(Path(cfg.out_dir, "state"))
+    rest = "; a saved state stays, go on from it with --resume=True" if saved else ""
     if isinstance(e, torch.OutOfMemoryError):
-        return (f"error: out of memory on {cfg.device} with {cfg.micro_batch_size} examples of up to "
-                f"{cfg.max_seq_len} tokens at once: lower micro_batch_size or max_seq_len, "
-                "or set recompute=True (a saved state stays, go on from it with --resume=True)")
+        return (f"error: out of memory on {cfg.device} with micro-batches of {cfg.micro_batch_size} examples "
+                f"of up to {cfg.max_seq_len} tokens: lower micro_batch_size or set recompute=True{rest}")
     if isinstance(e, KeyboardInterrupt):
         return "interrupted before the training began"
     if isinstance(e, OSError):
-        return (f"error: {e.strerror or e} ({e.filename or cfg.out_dir}): a saved state stays, "
-                "go on from it with --resume=True")
+        return f"error: {e.strerror or e} ({e.filename or (cfg.out_dir if cfg else 'stdout')}){rest}"
     return f"error: {dist.lost_message(e)}" if dist.is_loss(e) else None
 
 

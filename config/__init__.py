@@ -46,7 +46,7 @@ class Config:
 
     # steps
     batch_size: int = 8  # examples of an optimizer step, over all GPUs
-    micro_batch_size: int = 0  # examples of one forward pass, 0: batch_size; only memory depends on it
+    micro_batch_size: int = 0  # examples of one forward pass, which keeps one set of channels; 0: batch_size
     length_window: int = 32  # batches among which examples of like length meet; 1: random batches
     max_steps: int = 0  # optimizer steps, 0: as many as epochs make
     epochs: float = 1.0  # used where max_steps is 0
@@ -57,7 +57,7 @@ class Config:
 
     # AdamW
     learning_rate: float = 3e-4
-    lr_schedule: str = "cosine"  # cosine | linear, down to 0 at the last step
+    lr_schedule: str = "cosine"  # cosine | linear, towards 0
     decay_start: float = 0.0  # fraction of the training after which the learning rate falls
     warmup_steps: int | float = 0.04  # an int: steps; a float below 1: a fraction of the training
     weight_decay: float = 0.0
@@ -204,6 +204,8 @@ def check(cfg):
     need("dtype", cfg.lora_r or cfg.dtype == "float32", "float32 where lora_r is 0: the weights are trained")
     whole = isinstance(cfg.warmup_steps, int)
     need("warmup_steps", whole or cfg.warmup_steps < 1, "an int or a fraction below 1")
+    need("predictor_refresh", not cfg.predictor_refresh or cfg.predictor == "measured",
+         "0 where predictor is not measured")
     need("sparse_end", cfg.sparse_end >= cfg.sparse_start, f"at least sparse_start ({cfg.sparse_start})")
     need("device", re.fullmatch(r"auto|cpu|cuda(:\d+)?", cfg.device), "auto, cpu, cuda or cuda:N")
     targets = cfg.lora_targets.split(",")

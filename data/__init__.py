@@ -163,7 +163,7 @@ def marked(tokenized, tokenizer):
 def batches(lengths, batch_size, seed, epoch, window=32):
     """[[int]]: the examples of each step of an epoch, every one once; one batch may be smaller. Those of like
     length meet, for the grid of attention is as wide as its longest row: the order is drawn, sorted within
-    every 32 batches, cut, and the batches are shuffled. A pure function of its arguments."""
+    every `window` batches, cut, and the batches are shuffled. A pure function of its arguments."""
     rng, order = random.Random(f"{seed} {epoch}"), list(range(len(lengths)))
     rng.shuffle(order)
     window, out = window * batch_size, []

@@ -202,8 +202,9 @@ def read(out):
     scales = [m["scale"] for m in lines if "loss" in m]
     r["switch"] = next((i for i, scale in enumerate(scales) if scale), None)
     r["steps"] = len(scales)
-    # up to each step, a dense one's is 1
-    r["times"] = list(accumulate((r["time_ratio"] if scale else 1.0 for scale in scales), initial=0.0))
+    if all(scale in (0, 1) for scale in scales):  # time_ratio is that of the full ratios: nothing of a ramp's
+        # up to each step, a dense one's is 1
+        r["times"] = list(accumulate((r["time_ratio"] if scale else 1.0 for scale in scales), initial=0.0))
     if result.get("val_loss") is not None:
         r["evaluations"].append((r["steps"], result["val_loss"]))
     return {k: v for k, v in r.items() if v is not None}
@@ -309,7 +310,7 @@ def command_lines(base, own):
     for n, (label, args) in ((n, run) for n in [*wanted, *(n for n in rows if n not in wanted)]
                              for run in rows[n]):
         seeds = own["seeds"] or SEEDS.get(n, 3)
-        for seed in range(max(10, seeds)):
+        for seed in range(max(10, seeds)):  # more than are run now, for those that ablations.json knows
             command = ["python", "train.py", *base, *args, "--threads=1", f"--seed={seed}",
                        f"--out_dir={folder}/{short(label)}/{seed}"]
             assert (commands.get((label, seed), (command, args))

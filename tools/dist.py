@@ -97,8 +97,11 @@ def leave():
 
 def launcher():
     """How this process was started, for the message that says how to start it again."""
-    return (f"torchrun --nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}" if "LOCAL_WORLD_SIZE" in os.environ
-            else "python")
+    if "LOCAL_WORLD_SIZE" not in os.environ:
+        return "python"
+    nodes = int(os.environ.get("GROUP_WORLD_SIZE", 1))
+    several = f" --nnodes={nodes} --rdzv_backend=c10d --rdzv_endpoint=HOST:29500" if nodes > 1 else ""
+    return f"torchrun --nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}{several}"
 
 
 # ---- between ranks -----------------------------------------------------------------------------------------

@@ -53,6 +53,7 @@ def attention(model, batch, predictor, n, t, need, full):
     f = 2 * D * qkv * (1 + need + full) + (predictor.flops(n) if predictor else 0)
     f += lora("q", t, D, Nq, need) + lora("k", T, D, Nkv, need) + lora("v", T, D, Nkv, need)
     inside = need or full or any(x in model.lora_targets for x in "qkv")
+    # tools.bench counts a whole attention for others' code by giving no lengths
     blocks = batch.lengths is not None and model.device.type == "cpu"
     pairs = sparse.CausalAttention.pairs(batch.lengths) if blocks else B * S * S  # of queries and keys
     f += 2 * pairs * Nq * (2 + 5 * inside)  # 2 products forward, 5 backward

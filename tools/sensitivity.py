@@ -2,7 +2,7 @@
 a compute budget.
 
     python -m tools.sensitivity config/tiny.py --budget=0.75
-    python train.py config/tiny.py out/tiny/ratios.py
+    python train.py config/tiny.py out/tiny/ratios.py --out_dir=out/tiny_0.75
 
     --budget=0.75          FLOPs of a sparse training step over those of dense LoRA's
     --ratios=.5,.75,.9,.97 the ratios that are tried
@@ -54,7 +54,7 @@ from tools.flops import flops_by_part
 from tools.report import clock
 
 OWN = dict(budget=0.75, ratios=".5,.75,.9,.97", batches=8, out="")
-# change of the loss below which the shade is used
+# mean |rise| of the loss below which the shade is used
 SHADES = ((.003, " "), (.01, "░"), (.03, "▒"), (.1, "▓"), (float("inf"), "█"))
 # LLaMA-3-8B's blocks: MLP at .99, attention at .75, of 32
 PUBLISHED = ([(3, 30)], [(14, 19), (21, 23), (25, 29)])
@@ -271,25 +271,25 @@ def same_flops(model, batches, pattern, wanted):
 
     # the smallest factor that is enough
     first = bisect.bisect_left(range(1, 200), 0, key=lambda p: -excess(p)) + 1
-    return scaled(min((first - 1, first), key=lambda p: abs(excess(p)) if p else abs(wanted)))
+    return scaled(min((max(1, first - 1), first), key=lambda p: abs(excess(p))))
 
 
 # ---- show and write ----------------------------------------------------------------------------------------
 
-def show(rise, ratios, L):
-    """The heat map: a row a block, a column a part and ratio."""
+def show(rise, change, ratios, L):
+    """The heat map: a row a block, a column a part and ratio. Numbers are rises, shades mean |rise|s."""
     kinds = [k for k in ("mlp", "attn") if any(f".{k} " in key for key in rise)]
-    print("\nrise in loss, one part sparse (mean ± standard error):  "
+    print("\nrise in loss, one part sparse: mean ± standard error; by mean |rise|:  "
           + "  ".join(f"{s or ' '} < {t:g}" for t, s in SHADES[:-1]) + "  █ more")
     print("block " + " | ".join("  ".join(f"{kind:>5s} {r:<8g}" for r in ratios) for kind in kinds))
     for i in range(L - 1):
-        cells = [[rise[f"{i}.{kind} {r}"] for r in ratios] for kind in kinds]
+        cells = [[(change[k], *rise[k]) for k in (f"{i}.{kind} {r}" for r in ratios)] for kind in kinds]
         print(f"{i:5d} "
-              + " | ".join("  ".join(f"{next(s for t, s in SHADES if abs(m) < t)}{m:+.3f}±{e:.3f} "
-                                     for m, e in row) for row in cells))
+              + " | ".join("  ".join(f"{next(s for t, s in SHADES if c < t)}{m:+.3f}±{e:.3f} "
+                                     for c, m, e in row) for row in cells))
 
 
-def draw(path, rise, ratios, chosen, L):
+def draw(path, change, ratios, chosen, L):
     """The same as a PNG, with the chosen ratios below. Without matplotlib: no file."""
     try:
         import matplotlib
@@ -298,11 +298,11 @@ def draw(path, rise, ratios, chosen, L):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     from matplotlib.colors import LogNorm
-    kinds = [k for k in ("mlp", "attn") if any(f".{k} " in key for key in rise)]
+    kinds = [k for k in ("mlp", "attn") if any(f".{k} " in key for key in change)]
     fig, axes = plt.subplots(len(kinds) + 1, 1, figsize=(max(6, L * .32), 2 + 1.6 * len(kinds)), sharex=True,
                              layout="constrained")
     for ax, kind in zip(axes, kinds):
-        z = [[max(1e-4, abs(rise[f"{i}.{kind} {r}"][0])) for i in range(L - 1)] for r in ratios]
+        z = [[max(1e-4, change[f"{i}.{kind} {r}"]) for i in range(L - 1)] for r in ratios]
         im = ax.imshow(z, aspect="auto", origin="lower", cmap="magma_r", norm=LogNorm(1e-3, 1))
         ax.set_yticks(range(len(ratios)), ratios)
         ax.set_ylabel({"mlp": "MLP", "attn": "attention"}[kind] + " ratio")
@@ -311,7 +311,7 @@ def draw(path, rise, ratios, chosen, L):
                      [chosen.get(f"{i}.{kind}", 0) for i in range(L - 1)], .4, label=kind)
     axes[-1].set(ylabel="chosen", xlabel="block", ylim=(0, 1))
     axes[-1].legend(fontsize=7)
-    fig.colorbar(im, ax=list(axes[:-1]), label="change of the loss")
+    fig.colorbar(im, ax=list(axes[:-1]), label="mean |rise| of the loss")
     fig.savefig(path, dpi=130)
     plt.close(fig)
     print(f"heat map: {path}")
@@ -377,14 +377,12 @@ def main(argv):
     store, key = load_json(path), fingerprint(model, cfg, warm)
     done = store.setdefault(key, {})
     analyse(model, batches, ratios, done, lambda: write_text(path, json.dumps(store)))
-    rise = rises(done, batches)
-    show(rise, ratios, L)
-
     change = changes(done, batches)
+    show(rises(done, batches), change, ratios, L)
     curves = {k: [(r, at[0.0][k] - at[r][k], change[f"{k} {r}"]) for r in ratios] for k in names}
     chosen, predicted = choose(curves, total * (1 - own["budget"]),
                                lambda k, r: at[0.0][k] - flops(model, batches, {k: r})[k])
-    draw(out.with_suffix(".png"), rise, ratios, chosen, L)
+    draw(out.with_suffix(".png"), change, ratios, chosen, L)
 
     # the check, on batches that had no part in the choice
     wanted = sum(flops(model, fresh[:1], chosen).values())
@@ -392,7 +390,7 @@ def main(argv):
             **{k: same_flops(model, fresh[:1], p, wanted) for k, p in patterns(model).items() if p}}
     dense, base = losses(model, fresh, {}), sum(flops(model, fresh, {}).values())
     print(f"\nchecked on {len(fresh)} other batches (dense loss {sum(dense) / len(dense):.4f}); "
-          f"predicted {predicted:.4f}")
+          f"predicted |change| {predicted:.4f}")
     command, first = "python -m tools.sensitivity " + " ".join(argv), 0.0
     for name, pattern in rows.items():
         mean, error = mean_and_error([s - d for s, d in zip(losses(model, fresh, pattern), dense)])
@@ -405,7 +403,8 @@ def main(argv):
             f"{out.stem}_{name.split()[0].strip(',')}{'_mlp' * ('MLP' in name)}.py")
         write_text(where, config_file(pattern, L, cfg, command, line))
     files = [a for a in args if a.endswith(".py")]
-    print(f"\nuse it:\n  python train.py {' '.join(files or ['config/tiny.py'])} {out}")
+    print(f"\nuse it:\n  python train.py {' '.join(files or ['config/tiny.py'])} {out} "
+          f"--out_dir={cfg.out_dir}_{own['budget']:g}")
 
 
 if __name__ == "__main__":

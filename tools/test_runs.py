@@ -1086,13 +1086,19 @@ def test_memory_and_interrupts_are_one_sentence(home, tmp_path, monkeypatch, cap
         return do
 
     full = OSError(28, "No space left on device", "x/adapter_model.safetensors")
-    for error, message in ((torch.OutOfMemoryError("CUDA out of memory"), "out of memory on cpu with 3 examples of up to 64 tokens at once: lower micro_batch_size or "
-                            "max_seq_len, or set recompute=True"), (full, "No space left on device .x/adapter_model.safetensors.: a saved state stays")):
+    for error, message in ((torch.OutOfMemoryError("CUDA out of memory"), "out of memory on cpu with micro-batches of 3 examples of up to 64 tokens: lower "
+                            "micro_batch_size or set recompute=True; a saved state stays"),
+                           (full, "No space left on device .x/adapter_model.safetensors.; a saved state stays")):
         with monkeypatch.context() as m:
             at_step(m, 4, fail(error))
             with pytest.raises(SystemExit) as stop:
                 train.cli([str(home / "c.py"), f"--out_dir={tmp_path}/out", "--resume=True"])
         assert stop.value.code == 1 and re.match("error: " + message, capsys.readouterr().err.splitlines()[-1])
+    with monkeypatch.context() as m:
+        at_step(m, 4, fail(full))
+        with pytest.raises(SystemExit):
+            train.cli([str(home / "c.py"), f"--out_dir={tmp_path}/unsaved", "--save_interval=0"])
+    assert capsys.readouterr().err.splitlines()[-1].endswith("(x/adapter_model.safetensors)")
     monkeypatch.setattr(train, "resolve", lambda path: fail(KeyboardInterrupt())(0))
     with pytest.raises(SystemExit):
         train.cli([str(home / "c.py"), f"--out_dir={tmp_path}/b"])

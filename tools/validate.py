@@ -24,7 +24,7 @@ def make_batches(run, split, idx, seed=0):
 
 
 class Interrupted(Exception):
-    """A signal came in the middle of an evaluation."""
+    """A signal came: between two steps, or in the middle of an evaluation."""
 
 
 def look(run):
