@@ -14,6 +14,7 @@ share of the batch's true energy that the chosen ones hold, next to the oracle's
 Chance: both are 1 - ratio on average.
 """
 import json
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -106,13 +107,14 @@ def markdown(everything):
              "Made by results/predictor_quality.py; by block in predictor_quality.json. "
              "Means over all blocks but the last (in brackets the worst block): recall of the oracle's "
              "channels / share of the true energy held. Chance is the share of channels kept, for both.", ""]
-    for name, rows in everything.items():
+    for name, entry in everything.items():
+        rows = entry["rows"]
         for kind, title in (("mlp", "MLP"), ("attn", "attention")):
             some = [r for r in rows if r["part"].endswith(kind)]
             ratios = list(dict.fromkeys(r["ratio"] for r in some))
             if not some:
                 continue
-            lines += [f"## {name}, {title}", "", "| | " + " | ".join(map(str, ratios)) + " |",
+            lines += [f"## {name}, {title}", "", f"`{entry['command']}`", "", "| | " + " | ".join(map(str, ratios)) + " |",
                       "|---" * (len(ratios) + 1) + "|"]
             for method in sorted(dict.fromkeys(r["method"] for r in some),
                                  key=lambda m: ("measured", "oracle").count(m)):
@@ -137,11 +139,12 @@ def main(argv):
                    [float(r) for r in own["ratios"].split(",")])
     path = HERE / "predictor_quality.json"
     everything = json.loads(path.read_text()) if path.exists() else {}
-    everything[own["name"]] = [{k: round(v, 4) if isinstance(v, float) else v for k, v in r.items()}
-                               for r in rows]
+    rows = [{k: round(v, 4) if isinstance(v, float) else v for k, v in r.items()} for r in rows]
+    everything[own["name"]] = dict(command=shlex.join(["python", "-m", "results.predictor_quality", *argv]),
+                                   rows=rows)
     write_text(path, json.dumps(everything).replace("}, ", "},\n") + "\n")
     write_text(path.with_suffix(".md"), markdown(everything))
-    print(markdown({own["name"]: rows}))
+    print(markdown({own["name"]: everything[own["name"]]}))
 
 
 if __name__ == "__main__":

@@ -9,18 +9,34 @@ COLUMNS = (("after", "accuracy", "{:.1%}"), ("vs_dense", "against dense", "{:+.1
            ("rise_at_end", "rise at end", "{:+.3f}"), ("spike", "spike", "{:+.3f}"),
            ("flops_share", "FLOPs", "{:.0%}"), ("time_share", "time", "{:.0%}"))
 
-# name: (title, columns, lines) of the README's tables
-README = {
-    "tiny": ("embedded default", ("after", "vs_dense", "test_loss", "flops_share", "time_share"),
-             ("dense LoRA", *(f"{kind}, MLP 0.9" for kind in KINDS), "split none", "split random",
-              *(f"{kind}, sensitivity, budget {b}" for kind in KINDS[:2] for b in (.85, .75)),
-              *(f"dense LoRA, {n} steps" for n in (360, 320, 280)))),
-    "smollm2": ("SmolLM2-135M, GSM8K", ("val_loss", "rise_at_switch", "flops_share", "time_share"),
-                ("dense LoRA", "as configured", "split none", "split random",
-                 *(f"{kind}, sensitivity, budget {b}" for kind in KINDS[:2] for b in (.95, .9, .85, .75)),
-                 *(f"{kind}, MLP 0.5" for kind in KINDS),
-                 *(f"dense LoRA, {n} steps" for n in (27, 24, 21)))),
-}
+
+def budgets(*some):
+    """{label: its name in the README} of row 7's sparse runs."""
+    return {f"{kind}, sensitivity, budget {b}": f"{kind}, budget {b}" for kind in KINDS[:2] for b in some}
+
+
+def fewer(*steps):
+    labels = ["dense LoRA", *(f"dense LoRA, {n} steps" for n in steps)]
+    return dict(zip(labels, labels))
+
+
+# The README's tables of costs: (base, title, quantities, the one of the last column, {label: its name there})
+SHIPPED = "as configured: measured, MLP .9 in blocks 20-28"
+COSTS = (("tiny", "embedded default", ("after", "test_loss"), "after",
+          {**fewer(360, 320, 280, 240), "svd, MLP 0.9": "as configured: svd, MLP .9 in blocks 1-4",
+           **budgets(.9, .85, .8, .75, .7)}),
+         ("smollm2", "SmolLM2, GSM8K", ("val_loss",), "val_loss",
+          {**fewer(27, 24, 21), "as configured": SHIPPED, **budgets(.95, .9, .85, .75)}),
+         ("smollm2_math", "SmolLM2, LLM-Adapters' math", ("val_loss", "after"), "val_loss",
+          {**fewer(54, 48, 42), "measured, MLP 0.9 in blocks 20-28": SHIPPED, **budgets(.95, .9, .85, .75)}))
+# and the one of channels and tokens: (base, title, quantity, label of a selector)
+CHANNELS = (("tiny", "embedded default, MLP .9", "after", "{}, MLP 0.9"),
+            ("tiny", "the same, MLP .97", "after", "{}, MLP 0.97"),
+            ("lists", "lists of words, MLP .9", "after", "{}, MLP 0.9"),
+            ("multihead", "multi-head base, MLP .9", "after", "{}, MLP 0.9"),
+            ("smollm2", "SmolLM2, GSM8K, MLP .5: loss", "val_loss", "{}, MLP 0.5"),
+            ("smollm2_math", "SmolLM2, math, MLP .9 in 20-28: loss", "val_loss",
+             "{}, MLP 0.9 in blocks 20-28"))
 
 
 def cell(s, form):
@@ -67,22 +83,57 @@ def markdown(everything, titles):
 
 
 def readme(everything):
-    """The README's tables: of each base the lines and columns in README. The rest is in ablations.md."""
-    tables = []
-    for name, (title, keys, labels) in README.items():
-        some = {label: everything[name][label] for label in labels if label in everything.get(name, {})}
-        shown = [c for c in COLUMNS if c[0] in keys]
-        lines = [f"| {title} | seeds | " + " | ".join(c[1] for c in shown) + " |",
-                 "|---" * (len(shown) + 2) + "|"]
-        for label, e in some.items():
-            cells = []
-            for key, _, form in shown:
-                s = e["summary"].get(key)
-                cells.append(cell(s and (dict(s, error=None) if key.endswith("share") else s), form))
-            lines.append(f"| {label} | {len(e['seeds'])} | " + " | ".join(cells) + " |")
-        if some:
-            tables.append("\n".join(lines) + "\n")
-    return "\n".join(tables)
+    """The README's tables: what is reached at which cost, a base each, and which channels and tokens matter.
+    The rest is in ablations.md."""
+    done = [costs(everything[name], *rest) for name, *rest in COSTS if name in everything]
+    return "\n".join(t for t in [*done, channels(everything)] if t)
+
+
+def costs(entries, title, keys, goal, names):
+    """One base, from the dearest run to the cheapest. Beside each sparse run what dense LoRA reaches with so
+    many steps that it takes the same time, on a line between the dense runs there are."""
+    some = {label: entries[label]["summary"] for label in names if label in entries}
+    if not some:
+        return ""
+    (_, what, form), = (c for c in COLUMNS if c[0] == goal)
+    shown = [c for c in COLUMNS if c[0] in (*keys, "flops_share", "time_share")]
+    dense = {label: e["summary"] for label, e in entries.items()
+             if label.startswith("dense LoRA") and 7 in e["rows"]}
+    line = sorted((s["time_share"]["mean"], s[goal]["mean"]) for s in dense.values())
+    lines = [f"| {title} | seeds | " + " | ".join(c[1] for c in shown)
+             + f" | {what} of dense LoRA in that time |", "|---" * (len(shown) + 3) + "|"]
+    for label in sorted(some, key=lambda k: -some[k]["flops_share"]["mean"]):
+        s = some[label]
+        cells = [cell(s.get(k) and (dict(s[k], error=None) if k.endswith("share") else s[k]), f)
+                 for k, _, f in shown]
+        cells.append("" if label in dense else form.format(between(line, s["time_share"]["mean"])))
+        lines.append(" | ".join([f"| {names[label]}", str(len(entries[label]["seeds"])), *cells]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def between(points, x):
+    """y at x on the line through points, sorted (x, y); at the ends theirs."""
+    for (a, y), (b, z) in zip(points, points[1:]):
+        if x <= b:
+            return y + (z - y) * max(0, x - a) / (b - a)
+    return points[-1][1]
+
+
+def channels(everything):
+    """Selectors and splits down, bases across."""
+    some = [c for c in CHANNELS if c[0] in everything]
+    lines = ["| | " + " | ".join(title for _, title, _, _ in some) + " |", "|---" * (len(some) + 1) + "|"]
+    for name, shown in {"dense LoRA": "dense LoRA", **{k: k for k in ("oracle", "measured", *KINDS)},
+                        "split random": "random tokens dense", "split none": "no token dense"}.items():
+        cells, seen = [], set()
+        for base, _, key, label in some:
+            e = everything[base].get(label.format(name) if name in KINDS else name)
+            form = next(f for k, _, f in COLUMNS if k == key)
+            new = name in KINDS or base not in seen  # what does not depend on the ratio stands once a base
+            cells.append(cell(e["summary"].get(key), form) if e and new else "")
+            seen.add(base)
+        lines.append(f"| {shown} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n" if some else ""
 
 
 def draw_budgets(entries, path):

@@ -14,7 +14,7 @@ import torch
 import config
 import predictor
 from config import UserError
-from results import ablations, gradient_quality, overlap, patterns, plot, predictor_quality
+from results import ablations, gradient_quality, overlap, patterns, plot, predictor_quality, tables
 from tools import sensitivity
 from tools.test_runs import home  # noqa: F401 (a fixture)
 
@@ -239,6 +239,14 @@ def test_what_is_known_of_other_seeds_stays(tmp_path, monkeypatch):
     assert "dense LoRA" not in collect(known)
 
 
+def test_the_tables_say_what_the_numbers_do():
+    everything = json.loads((ablations.ROOT / "results" / "ablations.json").read_text())
+    assert (ablations.ROOT / "results" / "ablations.md").read_text() == tables.markdown(everything, ablations.TITLES)
+    assert tables.readme(everything).strip() in (ablations.ROOT / "README.md").read_text()
+    assert tables.between([(.5, 60), (.8, 90), (1, 100)], .6) == 70 and tables.between([(.5, 60), (1, 100)], 1.2) == 100
+    assert tables.between([(.5, 60), (1, 100)], .4) == 60
+
+
 def test_nothing_finished_leaves_the_tables_alone(home):
     path = ablations.ROOT / "results" / "ablations.json"
     before = path.read_text()
@@ -276,7 +284,7 @@ def test_quality_overlap_and_gradients(home, tmp_path, monkeypatch, capsys):
     for module in (predictor_quality, overlap, gradient_quality):
         monkeypatch.setattr(module, "HERE", tmp_path)
     predictor_quality.main([*base, "--ranks=1,8", "--ratios=.5,.75", "--batches=2"])
-    rows = json.loads((tmp_path / "predictor_quality.json").read_text())["tiny"]
+    rows = json.loads((tmp_path / "predictor_quality.json").read_text())["tiny"]["rows"]
     held = {(r["part"], r["method"], r["ratio"]): r for r in rows}
     assert all(r["recall"] == 1 for r in rows if r["method"] == "oracle")
     assert all(r["held"] <= held[r["part"], "oracle", r["ratio"]]["held"] + 1e-4 for r in rows if r["part"].endswith("mlp"))
