@@ -57,7 +57,9 @@ SEEDS = {1: 5, 4: 5, 7: 5}  # three for the others
 # A label is one set of arguments; rows may share it.
 
 def table(cfg, n_layers, folder, mlp, attn, budgets, blocks=""):
-    """cfg: the base config with its flags; folder: where the chosen ratios are written."""
+    """cfg: the base config with its flags; folder: where the chosen ratios are written. -> (rows, {file of
+    ratios among their arguments: the options of the tools.sensitivity that writes it})."""
+    needs = {}
     # block 0 costs everything, the last one is dense in any case
     inner = blocks or ("1" if n_layers < 4 else f"1-{n_layers - 2}")
     steps = cfg.max_steps or 200
@@ -65,6 +67,13 @@ def table(cfg, n_layers, folder, mlp, attn, budgets, blocks=""):
     def ratios(m=0, a=0):
         return [f'--{k}_sparsity={{"{inner}": {r}}}' if r else f"--{k}_sparsity=0"
                 for k, r in (("mlp", m), ("attn", a))]
+
+    def chosen(kind, budget, pattern="", tuned=False):
+        name = f"{folder}/{kind}-{budget:g}{'_tuned' * tuned}"
+        init = [f"--init_adapter={folder}/{short('dense LoRA')}/0"] * tuned
+        needs[name + pattern + ".py"] = [f"--predictor={kind}", f"--budget={budget:g}", *init,
+                                         f"--out={name}.py"]
+        return [name + pattern + ".py"]
 
     where = f" in blocks {blocks}" if blocks else ""
     dense, ours, measured = (("dense LoRA", ratios()), ("as configured", []),
@@ -79,11 +88,12 @@ def table(cfg, n_layers, folder, mlp, attn, budgets, blocks=""):
     m, a = (mlp or [0])[0], (attn or [0])[0]
     rows[2] = [dense, *(sparse(cfg.predictor, *some) for some in ((m, 0), (0, a), (m, a)) if any(some))]
     rows[3] = [dense] + [(f"{cfg.predictor}, {what}, budget {budgets[0]:g}",
-                          [f"{folder}/{cfg.predictor}-{budgets[0]:g}{suffix}.py"])
-                         for what, suffix in (("uniform", "_uniform"),
-                                              ("uniform in the MLPs", "_uniform_mlp"),
-                                              ("published pattern", "_published"), ("sensitivity", ""),
-                                              ("sensitivity after fine-tuning", "_tuned"))]
+                          chosen(cfg.predictor, budgets[0], pattern, tuned))
+                         for what, pattern, tuned in (("uniform", "_uniform", False),
+                                                      ("uniform in the MLPs", "_uniform_mlp", False),
+                                                      ("published pattern", "_published", False),
+                                                      ("sensitivity", "", False),
+                                                      ("sensitivity after fine-tuning", "", True))]
     rows[4] = [dense, ours] + [(f"split {s}", [f"--split={s}"]) for s in ("rectangle", "none", "random")]
     rows[5] = [dense, ours, ("sparse from the start", ["--sparse_start=0"]),
                ("dense for 20 %", ["--sparse_start=0.2"]),
@@ -95,7 +105,7 @@ def table(cfg, n_layers, folder, mlp, attn, budgets, blocks=""):
                              for n in (50, 10)]
     rows[7] = [dense] + [(f"dense LoRA, {round(f * steps)} steps",
                           ratios() + [f"--max_steps={round(f * steps)}"]) for f in (.9, .8, .7, .6, .5, .4)]
-    rows[7] += [(f"{k}, sensitivity, budget {b:g}", [f"{folder}/{k}-{b:g}.py"])
+    rows[7] += [(f"{k}, sensitivity, budget {b:g}", chosen(k, b))
                 for k in dict.fromkeys(("svd", "measured", cfg.predictor))
                 for b in sorted(budgets, reverse=True)]
     long = [f"--max_steps={10 * steps}"]
@@ -104,7 +114,7 @@ def table(cfg, n_layers, folder, mlp, attn, budgets, blocks=""):
     often = [f"--eval_interval={max(1, steps // 10)}", "--max_new_tokens=1", "--test_examples=0"]
     rows[9] = [(f"{name}, often evaluated", args + often)
                for name, args in (dense, *(sparse("measured", m) for m in mlp))]
-    return merged(rows, cfg, n_layers)
+    return merged(rows, cfg, n_layers), needs
 
 
 def merged(rows, cfg, n_layers):
@@ -122,16 +132,6 @@ def merged(rows, cfg, n_layers):
                                    predictor=c.predictor if any(sum(parts, [])) else ""))
                 runs[k] = first.setdefault(key, (label, args))
     return rows
-
-
-def analyses(args, folder):
-    """The tools.sensitivity command line (as a list) that writes the config file in the arguments of a run;
-    None where there is none."""
-    for path in (Path(a) for a in args if a.endswith(".py")):
-        kind, _, budget = path.stem.partition("_")[0].partition("-")
-        tuned = [f"--init_adapter={folder}/{short('dense LoRA')}/0"] if path.stem.endswith("_tuned") else []
-        return [f"--predictor={kind}", f"--budget={budget}", *tuned,
-                f"--out={folder}/{kind}-{budget}{'_tuned' * bool(tuned)}.py"]
 
 
 def short(label):
@@ -155,13 +155,13 @@ def execute(command, log):
 
 
 def run_all(commands, folder, base, jobs):
-    """commands: {(label, seed): (command line, arguments of the label)}. First the analyses that they need,
-    one after the other (they share one file), then the trainings, so many at a time; then the same for what
-    needs the adapter of a run."""
+    """commands: {(label, seed): (command line, arguments of the label, its analysis or None)}. First the
+    analyses, one after the other (they share one file), then the trainings, so many at a time; then the same
+    for the analyses that start from the adapter of a run."""
     for tuned in (False, True):
-        some = {k: c for k, c in commands.items() if any(a.endswith("_tuned.py") for a in c[1]) == tuned}
-        for need in dict.fromkeys(tuple(a)
-                                  for a in (analyses(args, folder) for _, args in some.values()) if a):
+        some = {k: c for k, c in commands.items()
+                if any(o.startswith("--init_adapter=") for o in c[2] or ()) == tuned}
+        for need in dict.fromkeys(tuple(need) for _, _, need in some.values() if need):
             if not Path(ROOT, need[-1].partition("=")[2]).exists():
                 execute([*SENSITIVITY, *base, "--threads=1", *need], ROOT / folder / "sensitivity.log")
         train_all(some, jobs)
@@ -169,7 +169,7 @@ def run_all(commands, folder, base, jobs):
 
 def train_all(commands, jobs):
     def one(key):
-        command, args = commands[key]
+        command, args, _ = commands[key]
         out = Path(ROOT, command[-1].partition("=")[2])
         if not (out / "result.json").exists() and all(Path(ROOT, a).exists()
                                                       for a in args if a.endswith(".py")):
@@ -248,15 +248,15 @@ def summary(values):
                 error=math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1) / n) if n > 1 else None, n=n)
 
 
-def collect(commands, rows, folder, base, known):
+def collect(commands, rows, base, known):
     """known: what ablations.json has of this base. Its runs, which may lie on another machine, stay unless
     they were made again or their command line has changed since.
     -> {label: {"command", "rows", "seeds": {seed: {quantity: number}},
     "summary": {quantity: {mean, error, n}}}}"""
     out = {}
-    for (label, seed), (command, args) in commands.items():
+    for (label, seed), (command, args, need) in commands.items():
         if label not in out:
-            need, old = analyses(args, folder), known.get(label, {})
+            old = known.get(label, {})
             ratios = old.get("ratios")
             if need and Path(ROOT, args[0]).exists():
                 # the first line of a file of ratios is the command that wrote it
@@ -297,13 +297,13 @@ def numbers(own, key, kind=float):
 
 
 def command_lines(base, own):
-    """-> (rows, {(label, seed): (command line as a list, arguments of the label)} of all rows, the keys of
-    those to run, folder)."""
+    """-> (rows, {(label, seed): (command line as a list, arguments of the label, options of the analysis that
+    it needs, or None)} of all rows, the keys of those to run, folder)."""
     cfg = config.load(base)
     layers = json.loads((resolve(cfg.model) / "config.json").read_text())["num_hidden_layers"]
     folder = f"out/ablations/{own['name']}"
-    rows = table(cfg, layers, folder, numbers(own, "mlp"), numbers(own, "attn"), numbers(own, "budgets"),
-                 own["blocks"])
+    rows, needs = table(cfg, layers, folder, numbers(own, "mlp"), numbers(own, "attn"),
+                        numbers(own, "budgets"), own["blocks"])
     wanted, commands, keys = numbers(own, "rows", int), {}, []
     if not set(wanted) <= set(rows):
         raise UserError(f"--rows={own['rows']} has to be some of {','.join(map(str, rows))}")
@@ -313,9 +313,9 @@ def command_lines(base, own):
         for seed in range(max(10, seeds)):  # more than are run now, for those that ablations.json knows
             command = ["python", "train.py", *base, *args, "--threads=1", f"--seed={seed}",
                        f"--out_dir={folder}/{short(label)}/{seed}"]
-            assert (commands.get((label, seed), (command, args))
-                    == (command, args)), f"two runs are called {label}"
-            commands[label, seed] = command, args
+            this = command, args, needs.get(args[0]) if args else None
+            assert commands.get((label, seed), this) == this, f"two runs are called {label}"
+            commands[label, seed] = this
             if n in wanted and seed < seeds and (label, seed) not in keys:
                 keys.append((label, seed))
     return rows, commands, keys, folder
@@ -331,7 +331,7 @@ def main(argv):
         run_all({k: commands[k] for k in keys}, folder, base, own["jobs"])
     path = ROOT / "results" / "ablations.json"
     everything = json.loads(path.read_text()) if path.exists() else {}
-    found = collect(commands, rows, folder, base, everything.get(own["name"], {}))
+    found = collect(commands, rows, base, everything.get(own["name"], {}))
     if not found:
         raise UserError(f"no run under {folder} has finished: nothing to collect")
     everything[own["name"]] = found

@@ -157,10 +157,9 @@ def test_lowest_budget_that_is_named_can_be_met(home, tmp_path):
 def test_every_ablation_is_a_valid_command_line(home, tmp_path):
     own = dict(ablations.OWN, name="test")
     rows, commands, keys, folder = ablations.command_lines(["config/tiny.py"], own)
-    assert sorted(rows) == list(range(1, 10)) and len({c[-1] for c, _ in commands.values()}) == len(commands)
+    assert sorted(rows) == list(range(1, 10)) and len({c[-1] for c, _, _ in commands.values()}) == len(commands)
     for label, seed in keys:
-        command, args = commands[label, seed]
-        need = ablations.analyses(args, folder)
+        command, args, need = commands[label, seed]
         if need:  # its config file is yet to be written
             assert {a.partition("=")[0] for a in need} - {"--init_adapter"} == {"--predictor", "--budget", "--out"}
         assert shlex.split(shlex.join(command)) == command
@@ -206,7 +205,7 @@ def test_ablations_run_resume_and_collect(home, tmp_path, monkeypatch):
 
 def test_what_is_known_of_other_seeds_stays(tmp_path, monkeypatch):
     monkeypatch.setattr(ablations, "ROOT", tmp_path)
-    rows, commands, _, folder = ablations.command_lines(["config/tiny.py"], dict(ablations.OWN, name="t"))
+    rows, commands, _, _ = ablations.command_lines(["config/tiny.py"], dict(ablations.OWN, name="t"))
 
     def finish(label, seed, after):
         out = tmp_path / commands[label, seed][0][-1].partition("=")[2]
@@ -215,7 +214,7 @@ def test_what_is_known_of_other_seeds_stays(tmp_path, monkeypatch):
         (out / "metrics.jsonl").write_text("".join(json.dumps(dict(step=i, loss=1 - after, scale=i % 2)) + "\n" for i in range(4)))
 
     def collect(known):
-        return json.loads(json.dumps(ablations.collect(commands, rows, folder, ["config/tiny.py"], known)))
+        return json.loads(json.dumps(ablations.collect(commands, rows, ["config/tiny.py"], known)))
 
     assert collect({}) == {}
     finish("dense LoRA", 0, .8)
