@@ -339,7 +339,7 @@ def finish(run, lengths):
         else:
             run.model.save_pretrained(out)
             for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json",
-                         "generation_config.json"):
+                         "chat_template.jinja", "generation_config.json"):
                 if (run.folder / name).exists():
                     shutil.copy(run.folder / name, out / name)
     if cfg.eval_interval:

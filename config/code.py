@@ -18,6 +18,7 @@ grad_clip = 1.0
 eval_interval = 2000
 eval_examples = 500
 save_interval = 1000
+max_new_tokens = 512
 test_examples = 0  # HumanEval runs programs: python -m tools.eval out/code --tasks=humaneval --execute=True
 
 lora_r = 32

@@ -51,8 +51,9 @@ def load(name_or_path, split="train", allow_empty=False):
 
 def load_split(cfg, split):
     """[Example] of "train", "val" or "test" as a Config has it. A folder brings its own splits. Of a file,
-    val_fraction is held out, the same for every seed, and is both "val" and "test", or val_dataset is. Where
-    nothing can be held out (val_fraction 0, a single example), both are the training examples."""
+    val_fraction of the prompts is held out, the same for every seed, and is both "val" and "test", or
+    val_dataset is. Where nothing can be held out (val_fraction 0, a single prompt), both are the training
+    examples."""
     is_file = os.path.isfile(cfg.dataset) or cfg.dataset.endswith(".jsonl")
     empty = cfg.prompt_weight > 0
     if split == "val" and cfg.val_dataset or split == "test" and cfg.val_dataset and is_file:
@@ -60,9 +61,14 @@ def load_split(cfg, split):
     examples = load(cfg.dataset, split, empty)
     if not is_file or cfg.val_dataset:
         return examples
-    n = min(math.ceil(cfg.val_fraction * len(examples)), len(examples) - 1)
-    held_out = set(random.Random(0).sample(range(len(examples)), n))
-    return [e for i, e in enumerate(examples) if n == 0 or (i in held_out) == (split != "train")]
+
+    def key(e):  # equal prompts stay on one side; texts without a prompt are their own
+        return (e.system, e.history, e.prompt) if e.prompt.strip() else e
+
+    keys = list(dict.fromkeys(map(key, examples)))
+    n = min(math.ceil(cfg.val_fraction * len(keys)), len(keys) - 1)
+    held_out = {keys[i] for i in random.Random(0).sample(range(len(keys)), n)}
+    return [e for e in examples if n == 0 or (key(e) in held_out) == (split != "train")]
 
 
 def locate(name, split):

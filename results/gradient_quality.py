@@ -25,6 +25,7 @@ import data
 import data.tokenizer
 import predictor
 import train
+from config import UserError
 from tools import run, split_options
 from tools.checkpoint import resolve, write_text
 
@@ -44,6 +45,7 @@ def setup(cfg):
     r.model = train.load_model(cfg, folder, r.device, r.tokenizer)
     r.flat, r.grad, matrices = train.flatten([p for p in r.model.parameters() if p.requires_grad])
     r.optimizer = train.make_optimizer(cfg, r.flat, r.grad, matrices)
+    r.sparse = False  # was the last step?
     return r
 
 
@@ -88,6 +90,10 @@ def look(r, ratios, kinds, batches, warm):
 def train_and_look(r, ratios, kinds, every, n):
     """-> [{"step", "kinds": look()}]"""
     cfg, looks = r.cfg, []
+    for split in ("train", "val"):
+        if n * cfg.batch_size > len(r.tokenized[split]):
+            raise UserError(f"--batches={n} of {cfg.batch_size} examples are more than the {split} data's "
+                            f"{len(r.tokenized[split])}: lower it")
     lengths = [len(t.tokens) for t in r.tokenized["train"]]
     order = data.batches(lengths, cfg.batch_size, cfg.seed, 0, cfg.length_window)
     steps, per_epoch = cfg.max_steps or math.ceil(cfg.epochs * len(order)), len(order)
@@ -111,8 +117,16 @@ def train_and_look(r, ratios, kinds, every, n):
 def one_step(r, idx, step, steps):
     micro, scale = (train.make_batches(r, "train", idx, seed=step * r.cfg.batch_size),
                     train.sparsity(r.cfg, step, steps))
+    if not predictor.predictors(r.model):
+        scale = 0.0
+    elif scale and not r.sparse and step == 0:
+        predictor.measure(r.model, micro)
+    elif scale and r.sparse and r.cfg.predictor_refresh and step % r.cfg.predictor_refresh == 0:
+        predictor.forget(r.model)  # and measure anew in this dense step, as train.loop does
+        scale = 0.0
+    r.sparse = scale > 0
     r.model.train()
-    r.model.set_sparsity(scale if predictor.predictors(r.model) else 0)
+    r.model.set_sparsity(scale)
     train.forward_backward(r, micro)
     train.update(r, train.learning_rate(r.cfg, step, steps))
 

@@ -1,6 +1,6 @@
 """What fits where: counts the bytes of a training step, without a GPU.
 
-    python -m results.memory            writes results/memory.md (about two minutes on one core)
+    python -m results.memory            writes results/memory.md (about ten minutes on one core)
 
 The step is run for real, on the meta device: every tensor that model.py and sparse.py make is there, with its
 shape and type but without storage, and a dispatch mode follows how many bytes are alive at once, in forward
@@ -10,7 +10,9 @@ SwiGLU. Counted beside that: weights, LoRA with its gradient and AdamW's two mom
 chunk of the loss's logits, and 1.2 GB for the CUDA context and the allocator's gaps. Nothing of this was
 measured on a GPU.
 """
+import bisect
 import weakref
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -137,11 +139,9 @@ def weight_bytes(model, ranks):
     return rest + (blocks if ranks == 1 else blocks / ranks + 3 * block), 16 * lora
 
 
-def fits(card, fixed, one, ten):
-    """The largest number of examples at once: bytes grow evenly with it. one, ten: bytes of a step of 1 and
-    of 10 examples."""
-    slope = (ten - one) / 9
-    return int((card * 1e9 - RESERVE - fixed - (one - slope)) // slope)
+def fits(card, fixed, count):
+    """The largest number of examples at once, up to 64. count(n): bytes of a step of n examples."""
+    return bisect.bisect_right(range(1, 65), card * 1e9 - RESERVE - fixed, key=count)
 
 
 def table():
@@ -151,19 +151,20 @@ def table():
     for name, shape in MODELS.items():
         n = shape["num_hidden_layers"]
         model = make_model(shape)
-        steps = {"dense": {k: [step_bytes(model, b, k) for b in (1, 10)] for k in (False, True)}}
+        dense_model, model = model, make_model(shape)
         mlp = config.ratios(math_ratios.mlp_sparsity, 32, "mlp")
         attn = config.ratios(math_ratios.attn_sparsity, 32, "attn")
         # the same depth, the same ratio
         keep_channels(model, *([r[i * 32 // n] for i in range(n)] for r in (mlp, attn)))
-        steps["sparse"] = {k: [step_bytes(model, b, k) for b in (1, 10)] for k in (False, True)}
+        count = cache(lambda kind, recompute, n: step_bytes(model if kind == "sparse" else dense_model, n,
+                                                            recompute))
         for gpus, ranks in (("1, or each of 8", 1), ("8, fsdp", 8)):
             frozen, lora = weight_bytes(model, ranks)
             cells = []
             for card in CARDS:
-                found = {(kind, k): fits(card, frozen + lora, *steps[kind][k])
-                         for kind in steps for k in (False, True)}
-                best = [" / ".join(str(min(64, found[kind, k])) if found[kind, k] > 0 else "-"
+                found = {(kind, k): fits(card, frozen + lora, partial(count, kind, k))
+                         for kind in ("dense", "sparse") for k in (False, True)}
+                best = [" / ".join(str(found[kind, k] or "-")
                                    for kind in ("dense", "sparse")) for k in (False, True)]
                 cells.append("-" if max(found.values()) < 1 else f"{best[0]}; {best[1]}")
             lines.append(f"| {name} | {gpus} | {frozen / 1e9:.1f} + {lora / 1e9:.1f} | "

@@ -1,17 +1,20 @@
-"""What whole patterns of MLP sparsity cost before any training, on batches that no choice was made on.
+"""What whole patterns of MLP sparsity cost before any training, on validation data: no choice was made on it.
 
     python -m results.patterns config/smollm2.py --model=DIR --mlp=20-28:.9,1-28:.5
 
     --mlp=BLOCKS:RATIO,...   patterns to try, one after the other
-    --batches=4              to measure on, and as many before them to measure channels
+    --batches=4              to measure the loss on, and as many training batches to measure channels on
     --files=a.py,b.py        also the ratios in these config files (tools.sensitivity wrote them)
     --option=value           everything else is train.py's (its predictor is used)
 
 Prints the rise in loss (mean and standard error over the batches) and the FLOPs of a step over a dense one's.
 """
 import config
+import data
+import data.tokenizer
 from config import UserError
 from tools import run, split_options
+from tools.checkpoint import resolve
 from tools.sensitivity import flops, losses, mean_and_error, setup
 
 OWN = dict(mlp="20-28:.9", files="", batches=4)
@@ -36,7 +39,12 @@ def patterns(own, args, n_layers):
 
 def main(argv):
     own, args = split_options(argv, __doc__, **OWN)
-    model, _, batches, _ = setup(config.load(args), own["batches"])
+    cfg = config.load(args)
+    model, _, _, _ = setup(cfg, own["batches"])
+    val = data.tokenize(data.load_split(cfg, "val"), data.tokenizer.load(resolve(cfg.model)), cfg.max_seq_len,
+                        cfg.prompt_format, cfg.prompt_weight)
+    batches = [data.collate(val[i:i + cfg.batch_size], cfg.split).to(model.device)
+               for i in range(0, min(len(val), own["batches"] * cfg.batch_size), cfg.batch_size)]
     dense, dense_flops = losses(model, batches, {}), sum(flops(model, batches, {}).values())
     print(f"dense loss {sum(dense) / len(dense):.4f}", flush=True)
     for name, ratios in patterns(own, args, len(model.blocks)).items():

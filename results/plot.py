@@ -12,6 +12,7 @@ from pathlib import Path
 
 from config import UserError
 from tools import options, run
+from tools.state import read_lines
 
 
 def read(out_dir):
@@ -21,7 +22,7 @@ def read(out_dir):
     if not path.is_file():
         raise UserError(f"{path} does not exist: give the out_dir of a run of train.py")
     steps, evaluations, seconds, flops = [], [], 0.0, 0.0
-    for line in path.read_text().splitlines():
+    for line in read_lines(path):
         m = json.loads(line)
         if "seconds" in m:
             seconds, flops = seconds + m["seconds"], flops + m["flops"]

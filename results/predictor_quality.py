@@ -114,8 +114,8 @@ def markdown(everything):
             ratios = list(dict.fromkeys(r["ratio"] for r in some))
             if not some:
                 continue
-            lines += [f"## {name}, {title}", "", f"`{entry['command']}`", "", "| | " + " | ".join(map(str, ratios)) + " |",
-                      "|---" * (len(ratios) + 1) + "|"]
+            lines += [f"## {name}, {title}", "", f"`{entry['command']}`", "",
+                      "| | " + " | ".join(map(str, ratios)) + " |", "|---" * (len(ratios) + 1) + "|"]
             for method in sorted(dict.fromkeys(r["method"] for r in some),
                                  key=lambda m: ("measured", "oracle").count(m)):
                 cells = []

@@ -48,10 +48,10 @@ def judge(text, answer):
 def program(prompt, text, name, test):
     """The program that tests what was generated for a HumanEval prompt: a function body that goes on with it, up
     to the first line that is not indented, or a fenced block. What the prompt imports and defines stays."""
-    goes_on = re.match(r"\n*[ \t]+\S", text)
+    goes_on = re.match(r"([ \t]*\n)*[ \t]+\S", text)
     block = None if goes_on else re.search(r"```(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", text, re.DOTALL)
     code = block[1] if block else text
-    if re.search(rf"^def {name}\(", code, re.MULTILINE):
+    if not goes_on and re.search(rf"^def {name}\(", code, re.MULTILINE):
         body = prompt[:prompt.rfind(f"def {name}(")] + code
     else:
         body = prompt + re.split(r"\n(?=[^\s)\]}])", "\n" + code, maxsplit=1)[0][1:]

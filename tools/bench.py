@@ -314,7 +314,8 @@ def main(argv):
         measured, rates = measure(r, some, batches, own.steps, missing)
         out[key] = dict(rows=[bench_report.summary(k, v, measured, rates) for k, v in measured.items()],
                         gemm_flops=rates[0], copy_bytes=rates[1])
-    out["predictor_ms"] = {x.name: predictor_times(r, x, warm) for x in rows if x.name.startswith("+")}
+    out["predictor_ms"] = {x.name: predictor_times(r, x, warm) for x in rows
+                           if x.name.startswith("+") and x.name not in missing}
     out["grid_ms"] = grid_times(r, warm)
     if own.kernels:
         out["kernels"] = bench_kernels.table(r.model.config, r.model.dtype, device)

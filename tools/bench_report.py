@@ -32,9 +32,15 @@ def summary(name, v, measured, rates):
             out[f"over_{key}"] = quantile(totals[base]) / ms
             out[f"over_{key}_quartiles"] = [quantile(per_round, .25), quantile(per_round, .75)]
             out[f"over_{key}_sums"] = sum(totals[base]) / sum(mine)
-    out["flop_ratio"] = measured["dense LoRA"]["flops"] / v["flops"]
-    out["share"] = out["over_dense"] / out["flop_ratio"]
+    if "dense LoRA" in measured:
+        out["flop_ratio"] = measured["dense LoRA"]["flops"] / v["flops"]
+        out["share"] = out["over_dense"] / out["flop_ratio"]
     return out
+
+
+def shown(r, key, form):
+    """A number of a row that needs another row, where that one could not run: -."""
+    return form.format(r[key]) if key in r else "-"
 
 
 def title(out):
@@ -49,12 +55,11 @@ HEAD = ("row", "forward", "backward", "optimizer", "total ms", "quartiles", "tok
 
 
 def cells(r):
-    hf, sums = (f"{r[k]:.2f}x" if k in r else "-" for k in ("over_hf", "over_hf_sums"))
     return (r["row"], *(f"{r[p + '_ms']:.0f}" for p in PHASES), f"{r['total_ms']:.0f}",
             "{:.0f}-{:.0f}".format(*r["quartiles_ms"]), f"{r['tokens_s']:,.0f}", f"{r['mfu']:.0%}",
-            f"{r['flops'] / 1e12:.3g}", f"{r['over_dense']:.2f}x", f"{r['flop_ratio']:.2f}x",
-            f"{r['share']:.0%}", hf, sums, f"{r['peak_gib']:.2f}", f"{r['roofline_ms']:.0f}",
-            f"{r['of_roofline']:.0%}")
+            f"{r['flops'] / 1e12:.3g}", shown(r, "over_dense", "{:.2f}x"), shown(r, "flop_ratio", "{:.2f}x"),
+            shown(r, "share", "{:.0%}"), shown(r, "over_hf", "{:.2f}x"), shown(r, "over_hf_sums", "{:.2f}x"),
+            f"{r['peak_gib']:.2f}", f"{r['roofline_ms']:.0f}", f"{r['of_roofline']:.0%}")
 
 
 def aligned(rows):
@@ -74,12 +79,13 @@ def text(out):
             parts.append(aligned([HEAD, *map(cells, g["rows"])]))
     parts += [f"{name}: {why}" for name, why in out["missing"].items()]
     steps = {r["row"]: r["total_ms"] for r in out["full"]["rows"]}
+    share = lambda ms, name: f"{ms / steps[name]:.1%}" if name in steps else "-"
     for name, ms in out.get("predictor_ms", {}).items():
-        parts.append(f"predictor of {name}: {ms['total']:.2f} ms, {ms['total'] / steps[name]:.1%} of the "
+        parts.append(f"predictor of {name}: {ms['total']:.2f} ms, {share(ms['total'], name)} of the "
                      f"step (estimate {ms['estimate']:.2f}, top-k {ms['topk']:.2f}, "
                      f"sort and index {ms['sort_and_index']:.2f})")
     parts.append(f"between rows and grid (RoPE, scatter, gather, and back): {out['grid_ms']:.2f} ms, "
-                 f"{out['grid_ms'] / steps['dense LoRA']:.1%} of the dense step")
+                 f"{share(out['grid_ms'], 'dense LoRA')} of the dense step")
     syncs = {r["row"]: r["host_sync"] for r in out["full"]["rows"] if r.get("host_sync")}
     parts += [f"host synchronization in {k}: {v}" for k, v in syncs.items()]
     if "kernels" in out:
@@ -117,7 +123,8 @@ def draw(out, path):
             ax.barh([r["row"] for r in rows], ms, left=left, color=color, label=phase)
             left = [a + b for a, b in zip(left, ms)]
         for i, r in enumerate(rows):
-            ax.text(left[i], i, f" {r['total_ms']:.0f} ms, {r['over_dense']:.2f}x", va="center", fontsize=8)
+            over = shown(r, "over_dense", "{:.2f}x")
+            ax.text(left[i], i, f" {r['total_ms']:.0f} ms, {over}", va="center", fontsize=8)
         ax.set_xlim(0, 1.3 * max(left))
         ax.set_title(f"{out['arch']} {out['shape']}, {name}, {out['device']}", fontsize=9)
         ax.set_xlabel("ms a step, median")
@@ -149,10 +156,11 @@ def section(runs):
 
 def markdown(r):
     low, high = r["quartiles_ms"]
-    share = f"{r['share']:.0%}" if r["row"].startswith("+") else ""
+    share = shown(r, "share", "{:.0%}") if r["row"].startswith("+") else ""
     hf, sums = (f"{r[k]:.2f}x" if k in r else "" for k in ("over_hf", "over_hf_sums"))
-    return (f"| {r['row']} | {r['total_ms']:,.0f} ({low:,.0f}-{high:,.0f}) | {r['over_dense']:.2f}x | "
-            f"{r['flop_ratio']:.2f}x | {share} | {hf} | {sums} | {r['peak_gib']:.2f} |")
+    return (f"| {r['row']} | {r['total_ms']:,.0f} ({low:,.0f}-{high:,.0f}) | "
+            f"{shown(r, 'over_dense', '{:.2f}x')} | {shown(r, 'flop_ratio', '{:.2f}x')} | {share} | {hf} | "
+            f"{sums} | {r['peak_gib']:.2f} |")
 
 
 def readme(folder=None, path=None):

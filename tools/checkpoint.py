@@ -35,7 +35,7 @@ def resolve(path):
     from huggingface_hub import snapshot_download
     try:
         return Path(snapshot_download(
-            str(path), allow_patterns=["*.safetensors", "*.json", "tokenizer.model"],
+            str(path), allow_patterns=["*.safetensors", "*.json", "tokenizer.model", "chat_template*"],
             ignore_patterns=["consolidated*", "original/*", "onnx/*"]))
     except Exception as e:
         reason = (str(e).splitlines() or [type(e).__name__])[0]

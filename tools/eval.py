@@ -9,7 +9,7 @@
                default: the run's own test set
 --limit=N      only the first N problems of each task
 --batch_size   problems at a time, 32
---max_new_tokens, --prompt_format, --dtype, --device: the run's; else by task, plain, by device
+--max_new_tokens, --prompt_format, --dtype: the run's; else by task, plain, by device
 --model=DIR    the adapter's base, if it is no longer where the adapter says
 --output=DIR   where predictions go, one file a task; default: eval/ in the run's directory
 --overwrite=True   drops predictions of another adapter, task file or setting. Those of this very one are
@@ -79,6 +79,10 @@ def find_task(name, dataset=""):
         return Path(name)
     task = ALIASES.get(name.lower(), name.lower())
     folder = next((s for s, tasks in SETS.items() if task in tasks), "")
+    if task == "humaneval":
+        with examples.alone(DATA / folder):
+            if not (DATA / folder / "test.jsonl").exists():
+                importlib.import_module("data.code.prepare").test()
     if task == "humaneval" or task == os.path.basename(dataset):
         return Path(examples.locate(folder if task == "humaneval" else task, "test"))
     for attempt in (1, 2):
@@ -86,8 +90,10 @@ def find_task(name, dataset=""):
         for path in sorted(files, key=lambda p: p.parent.name != os.path.basename(dataset)):
             if path.name.lower() == f"test_{task}.jsonl":
                 return path
-        if folder and attempt == 1 and not (DATA / folder / "test.jsonl").exists():
-            importlib.import_module(f"data.{folder}.prepare").main()
+        if folder and attempt == 1:
+            with examples.alone(DATA / folder):
+                if not (DATA / folder / "test.jsonl").exists():  # which prepare.py writes last
+                    importlib.import_module(f"data.{folder}.prepare").main()
     if folder:
         raise UserError(f"data/{folder} has no test_{task}.jsonl: run its prepare.py, or give --tasks=FILE")
     try:
@@ -102,28 +108,33 @@ def problems(path, limit):
     """[(Example, row)] of a task's file: those that have an answer, or, HumanEval's, a test."""
     out = []
     for where, row in examples.read_rows(path):
-        if isinstance(row, dict) and "test" in row and "entry_point" in row:
+        if isinstance(row, dict) and is_program(row):
             row = {"response": row.get("canonical_solution", ""), **row}
         example = examples.parse(row, where)
-        if example.answer or "test" in row:
+        if example.answer or is_program(row):
             out.append((example, row))
     if not out:
         raise UserError(f"{path} has no problem with an \"answer\" to compare with")
     return out[:limit or None]
 
 
+def is_program(row):
+    """HumanEval's rows: a function to write, and what tests it."""
+    return "test" in row and "entry_point" in row
+
+
 def default_tokens(task):
     """How many tokens an answer gets: LLM-Adapters' numbers, and 512 for a function."""
     example, row = task[0]
-    return 512 if "test" in row else 32 if re.fullmatch(r"true|false|[a-z]+\d", example.answer) else 256
+    return 512 if is_program(row) else 32 if re.fullmatch(r"true|false|[a-z]+\d", example.answer) else 256
 
 
 def prompt_ids(example, row, tokenizer, prompt_format):
     """A function to complete is continued as it stands in the plain format; in a chat it needs a request."""
-    if "test" in row and prompt_format != "plain":
+    if is_program(row) and prompt_format != "plain":
         request = "Complete this Python function. Give the whole function in one code block.\n\n"
         example = example._replace(prompt=f"{request}```python\n{example.prompt.strip()}\n```")
-    elif "test" in row:  # the line break before the body is the model's to write, as in its training text
+    elif is_program(row):  # the line break before the body is the model's to write, as in its training text
         example = example._replace(prompt=example.prompt.strip())
     return data.prompt_ids(example, tokenizer, prompt_format)
 
@@ -215,7 +226,7 @@ def answer(model, tokenizer, task, name, todo, total, o, part, mark):
                 example, row = task[i]
                 text = tokenizer.decode(out)
                 p = dict(id=i, fingerprint=mark, prompt=example.prompt, text=text, tokens=len(out))
-                if "test" not in row:
+                if not is_program(row):
                     p["answer"] = example.answer
                     p["said"], p["correct"] = answers.judge(p["text"], example.answer)
                     judged, right = judged + 1, right + p["correct"]
@@ -262,7 +273,7 @@ def evaluate(model, tokenizer, weights, name, o, folder):
         time.sleep(1)  # the other ranks are not ready
     chosen = [done[i] for i in range(len(task))]
     if o["execute"]:
-        execute(task, [p for p in chosen if "test" in task[p["id"]][1]], name)
+        execute(task, [p for p in chosen if is_program(task[p["id"]][1])], name)
     file = folder / f"{name}.jsonl"
     write_text(file, lines(done[i] for i in sorted(done)))
     for old in folder.glob(f"{name}.part*.jsonl"):
@@ -323,7 +334,8 @@ def complete(path, o):
     run = run_config(path) if os.path.isdir(path) else {}
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     o = {**o, "rank": rank, "world": world, "dataset": run.get("dataset", "")}
-    o["own_tests"] = run.get("val_dataset") or ("" if os.path.isfile(o["dataset"]) else o["dataset"])
+    is_file = os.path.isfile(o["dataset"]) or o["dataset"].endswith(".jsonl")
+    o["own_tests"] = run.get("val_dataset", "") if is_file else o["dataset"]  # as data.load_split has it
     o["prompt_format"] = o["prompt_format"] or run.get("prompt_format", "plain")
     o["max_new_tokens"] = o["max_new_tokens"] or run.get("max_new_tokens", 0)
     if o["device"] == "auto":
@@ -332,6 +344,8 @@ def complete(path, o):
     for name, low in dict(batch_size=1, limit=0, max_new_tokens=0, temperature=0, threads=0).items():
         if not o[name] >= low:
             raise UserError(f"--{name}={o[name]} must be at least {low}")
+    if not 0 < o["top_p"] <= 1:
+        raise UserError(f"--top_p={o['top_p']} must be above 0 and at most 1")
     if o["dtype"] not in ("float32", "bfloat16", "float16"):
         raise UserError(f"--dtype={o['dtype']} must be float32, bfloat16 or float16")
     if o["prompt_format"] not in data.FORMATS:

@@ -5,8 +5,8 @@ A multiplication and an addition are two. Attention counts as the blocks that ar
 GPU, where it is fused, as the whole (B, S, S), as torch counts it; a recomputation is not counted. Equal to
 torch.utils.flop_counter's number (tools/test_bench.py).
 
-A product of n rows with (a, b) takes 2 n a b forward and as much again for its input's gradient, where that is
-needed, and for its weight's, where that is trained. The first block's input needs none with LoRA.
+A product of n rows with (a, b) takes 2 n a b forward and as much again for its input's gradient, where that
+is needed, and for its weight's, where that is trained. The first block's input needs none with LoRA.
 """
 import sparse
 

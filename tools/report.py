@@ -66,9 +66,9 @@ def report(run, log, pending):
         say(f"step {m['step']}: loss {m['loss']} or gradient norm {m['grad_norm']} is not finite; "
             "the step is skipped")
         if skipped >= 3:
-            write_text(run.out / "bad_batch.jsonl",
-                       "".join(json.dumps(run.tokenizer.decode(run.tokenized["train"][j].tokens)) + "\n"
-                               for j in batch))
+            if dist.rank() == 0:
+                texts = (run.tokenizer.decode(run.tokenized["train"][j].tokens) for j in batch)
+                write_text(run.out / "bad_batch.jsonl", "".join(json.dumps(t) + "\n" for t in texts))
             raise UserError("three steps in a row were not finite; "
                             f"the last batch is in {run.out}/bad_batch.jsonl: lower the learning rate "
                             f"({run.cfg.learning_rate}), or use bfloat16 or float32 where dtype is float16")

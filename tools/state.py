@@ -30,8 +30,9 @@ from tools.report import say
 
 FORMAT = 1
 # Options that may be others on resume: they say where and how fast a run computes and how much it tells, not
-# what it computes (but for rounding, and that each micro-batch has its own choice of channels) The contents of model and dataset are compared instead of their paths (fingerprint),
-# `published` by the ratios that came of it.
+# what it computes (but for rounding, and that each micro-batch has its own choice of channels). The contents
+# of model and dataset are compared instead of their paths (fingerprint), `published` by the ratios that came
+# of it.
 FREE = {"model", "dataset", "published", "out_dir", "resume", "debug", "threads", "device",
         "micro_batch_size", "recompute", "fsdp", "timeout", "log_interval", "eval_interval", "eval_examples",
         "save_interval"}
@@ -121,6 +122,7 @@ def sync(folder):
 
 def sealed(info, tensors):
     """What state.json holds. tensors: SHA-256 of state.safetensors."""
+    info = json.loads(json.dumps(info))  # as it will be read: a block's number as a key becomes text
     text = json.dumps(info, sort_keys=True)
     return {"format": FORMAT, "info": info, "tensors": tensors,
             "checksum": hashlib.sha256(f"{FORMAT} {tensors} {text}".encode()).hexdigest()}

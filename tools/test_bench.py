@@ -164,6 +164,22 @@ def test_hf_and_ours_do_the_same_work(tiny_run, kind, tied):
     assert all(torch.equal(a, b) for a, b in zip(before, run.model.parameters()))
 
 
+def test_rows_that_run_out_of_memory_are_said(tiny_run, tmp_path, monkeypatch, capsys):
+    """Dense LoRA's too, on which other numbers lean."""
+    step = bench.Ours.step
+
+    def small_card(self, *args):
+        if self.name in ("dense LoRA", "+ MLP, svd"):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return step(self, *args)
+
+    monkeypatch.setattr(bench.Ours, "step", small_card)
+    bench.main(tiny_run + ["--steps=1", "--kernels=False", "--real=False"])
+    out = json.loads((tmp_path / "out.json").read_text())
+    assert set(out["missing"]) >= {"dense LoRA", "+ MLP, svd"} and "+ MLP, svd" not in out["predictor_ms"]
+    assert "+ MLP, measured" in capsys.readouterr().out and "| + MLP, measured |" in bench_report.section([out])
+
+
 def test_one_run(tiny_run, tmp_path, capsys):
     bench.main(tiny_run + ["--steps=2", "--kernels=False"])
     out = json.loads((tmp_path / "out.json").read_text())

@@ -511,6 +511,16 @@ def test_empty_responses_where_they_make_sense(tmp_path):
         data.load(path, "train")
 
 
+def test_equal_prompts_are_not_held_out_and_trained_on(tmp_path):
+    rows = [{"prompt": str(i // 3), "response": f"answer {i}"} for i in range(60)]
+    cfg = config.Config(dataset=str(write(tmp_path / "a.jsonl", *rows)), val_fraction=.1)
+    train, val = (data.load_split(cfg, split) for split in ("train", "val"))
+    assert (len(train), len(val)) == (54, 6) and not {e.prompt for e in train} & {e.prompt for e in val}
+    rows = [{"prompt": "", "response": f"text {i}"} for i in range(20)]  # texts to pretrain on
+    cfg = config.Config(dataset=str(write(tmp_path / "b.jsonl", *rows)), val_fraction=.1)
+    assert [len(data.load_split(cfg, split)) for split in ("train", "val")] == [18, 2]
+
+
 def test_held_out_part_of_a_file(tmp_path):
     path = write(tmp_path / "a.jsonl", *[{"prompt": str(i), "response": "b"} for i in range(50)])
     cfg = config.Config(dataset=str(path), val_fraction=.1)

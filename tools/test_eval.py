@@ -99,7 +99,9 @@ COMPLETIONS = dict(
     body="```python\n    return math.pi * r * r\n```",
     cut_off="```python\ndef area(r):\n    return math.pi * r * r\n",
     no_language="```\nimport math\ndef area(r):\n    return math.pi * r * r\n```",
-    multi_line="    return (math.pi\n            * r * r\n)\n")
+    multi_line="    return (math.pi\n            * r * r\n)\n",
+    blank_line_first="    \n    return math.pi * r * r\n",
+    repeated="    return math.pi * r * r\n\n\ndef area(r):\n    return math.pi * r * r\n")
 
 
 @pytest.mark.parametrize("kind", COMPLETIONS)
@@ -308,6 +310,32 @@ def test_programs_run_only_when_asked(run, capsys):
     assert "0.0% of 1" in capsys.readouterr().out
 
 
+def test_a_field_called_test_makes_no_program(run, capsys):
+    (run.parent / "notes.jsonl").write_text(json.dumps(dict(prompt="1 + 1?", response="2", answer="2", test="a note")) + "\n")
+    evaluate(run, "--execute=True", task="notes.jsonl")
+    assert "of 1, 95 %" in capsys.readouterr().out and "said" in predictions(run, "notes")[0]
+
+
+def test_the_run_decides_its_own_tests(run, base, tmp_path):
+    """As the training did: val_dataset only where dataset is a file."""
+    def own(number, **options):
+        write_state(run, number, options)
+        return tool.complete(str(run), dict(prompt_format="", max_new_tokens=0, device="cpu", dtype="", batch_size=1, limit=0,
+                                            temperature=0, threads=0, top_p=1))["own_tests"]
+    assert own(2, dataset="math", val_dataset="v.jsonl") == own(3, dataset="math") == "math"
+    assert own(4, dataset="a.jsonl", val_dataset="v.jsonl") == "v.jsonl" and own(5, dataset="a.jsonl") == ""
+
+
+def test_humaneval_comes_without_the_rest(tmp_path, monkeypatch):
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code/prepare.py").write_text("")
+    monkeypatch.setattr(tool, "DATA", tmp_path)
+    monkeypatch.setattr("data.examples.HERE", str(tmp_path))
+    monkeypatch.setattr("data.code.prepare.test", lambda: (tmp_path / "code/test.jsonl").write_text(""))
+    monkeypatch.setattr("data.code.prepare.main", lambda: pytest.fail("370 MB were downloaded"))
+    assert tool.find_task("humaneval") == tmp_path / "code/test.jsonl"
+
+
 def test_prompt_streams(base, run, capsys, monkeypatch):
     tool.main([str(run), "--prompt=What is 1 + 1?\\nAnswer:", "--max_new_tokens=12", "--device=cpu"])
     model, tokenizer, _ = tool.load(run, "", torch.float32, "cpu")
@@ -341,7 +369,8 @@ def test_errors(run, base):
     (run.parent / "empty.jsonl").write_text('{"prompt": "a", "response": "b"}\n')
     for args, message in (((base,), "no test set of its own"), ((base, f"--tasks={run.parent / 'empty.jsonl'}"), "no problem with an"),
                           ((run, "--taks=gsm8k"), "did you mean --tasks"), ((run, "--prompt=x", f"--model={run.parent}"), "config.json"),
-                          ((run, "--batch_size=0", "--prompt=x"), "at least 1"), ((run, "--limit=x"), "of type int")):
+                          ((run, "--batch_size=0", "--prompt=x"), "at least 1"),
+                          ((run, "--top_p=0", "--prompt=x"), "above 0 and at most 1"), ((run, "--limit=x"), "of type int")):
         with pytest.raises(UserError, match=message):
             tool.main(list(map(str, args)))
 

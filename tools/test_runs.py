@@ -213,6 +213,24 @@ def tamper(path):
     path.write_text(json.dumps(s))
 
 
+def test_blocks_may_be_numbers(home, tmp_path):
+    """In a saved state they are text; its checksum has to hold."""
+    changes = dict(out_dir=tmp_path / "a", mlp_sparsity={1: .5, "0": .5}, save_interval=2)
+    train.main(options(home, max_steps=4, **changes))
+    newest = tmp_path / f"a/state/{state.numbers(tmp_path / 'a/state')[-1]:06d}"
+    assert state.read(newest)[1]["finished"]  # Damaged, where the checksum does not hold
+    assert train.main(options(home, max_steps=4, resume=True, **changes)) is None  # the same run, and finished
+
+
+def test_a_run_that_ends_dense_can_be_finished(home, tmp_path, monkeypatch):
+    """Stopped between its last step and the timing of its sparse steps, with `measured`."""
+    changes = dict(out_dir=tmp_path / "a", predictor="measured", sparse_start=.25, sparse_end=.75, max_steps=4)
+    with monkeypatch.context() as m:
+        m.setattr(train, "time_ratio", lambda *a: (_ for _ in ()).throw(train.Interrupted))
+        assert train.main(options(home, **changes)) is None
+    assert train.main(options(home, resume=True, **changes))["time_ratio"] > 0
+
+
 DAMAGE = {"weights cut off": lambda d: cut(d / "state.safetensors"), "a bit of the weights": lambda d: flip(d / "state.safetensors"),
           "no weights": lambda d: (d / "state.safetensors").unlink(), "empty weights": lambda d: (d / "state.safetensors").write_bytes(b""),
           "json cut off": lambda d: cut(d / "state.json"), "no json": lambda d: (d / "state.json").unlink(), "step changed": lambda d: tamper(d / "state.json"),

@@ -108,6 +108,7 @@ def time_ratio(run, batches):
     """Seconds of forward and backward, sparse over dense, median over the same batches in turn. batches:
     lists of example numbers."""
     run.model.eval()
+    sum_energies(run)  # of a run that ended dense, and was resumed here
     ratios = []
     for k, idx in enumerate(batches):
         look(run)

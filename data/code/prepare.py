@@ -34,13 +34,18 @@ def example(row):
     return {"prompt": row["query"].strip(), "response": response}
 
 
-def main(source=None):
+def test(source=None):
+    """HumanEval alone: it serves evaluation without the 370 MB of the rest."""
     names, fields = ["HumanEval.jsonl.gz", "HumanEval.jsonl"], ["prompt", "canonical_solution", "test"]
-    test = download.records(names, fields, source, TEST, sha256=TEST_SHA256, optional=True)
-    if test:  # written first: it serves evaluation without the 370 MB below
+    rows = download.records(names, fields, source, TEST, sha256=TEST_SHA256, optional=True)
+    if rows:
         download.write(__file__, "test", [
             {"prompt": row["prompt"], "response": row["canonical_solution"], "task_id": row["task_id"],
-             "entry_point": row["entry_point"], "test": row["test"]} for row in test])
+             "entry_point": row["entry_point"], "test": row["test"]} for row in rows])
+
+
+def main(source=None):
+    test(source)
     originals = download.records([f"{REPO.partition('/')[2]}.jsonl"], ["query", "answer"], source, repo=REPO)
     rows = [row for row in map(example, originals) if row][:N_TRAIN + N_VAL]
     n_val = min(N_VAL, len(rows) // 10)

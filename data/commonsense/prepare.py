@@ -30,8 +30,9 @@ def main(source=None):
     train, val = download.split(rows, 1000, tests.values())
     test = [row for rows in tests.values() for row in rows]
     test = random.Random(0).sample(test, min(1000, len(test)))
-    download.write_all(__file__, {"train": train, "val": val, "test": test})
     download.write_all(__file__, {f"test_{name}": rows for name, rows in tests.items()})
+    # test.jsonl last: it says that all is there
+    download.write_all(__file__, {"train": train, "val": val, "test": test})
 
 
 if __name__ == "__main__":

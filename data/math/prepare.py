@@ -24,8 +24,9 @@ def main(source=None):
     tests = download.llm_adapters_tests(["gsm8k", "SVAMP", "mawps", "AQuA"], source)
     train, val = download.split(rows, 200, tests.values())
     test = tests.get("gsm8k") or [row for rows in tests.values() for row in rows]
-    download.write_all(__file__, {"train": train, "val": val, "test": test})
     download.write_all(__file__, {f"test_{name}": rows for name, rows in tests.items()})
+    # test.jsonl last: it says that all is there
+    download.write_all(__file__, {"train": train, "val": val, "test": test})
 
 
 if __name__ == "__main__":
