@@ -1,6 +1,6 @@
 """What fits where: counts the bytes of a training step, without a GPU.
 
-    python -m results.memory            writes results/memory.md (about ten minutes on one core)
+    python -m results.memory            writes results/memory.md (three minutes of one core)
 
 The step is run for real, on the meta device: every tensor that model.py and sparse.py make is there, with its
 shape and type but without storage, and a dispatch mode follows how many bytes are alive at once, in forward
