@@ -31,7 +31,7 @@ COSTS = (("tiny", "embedded default", ("after", "test_loss"), "after",
           {**fewer(54, 48, 42), "measured, MLP 0.9 in blocks 20-28": SHIPPED, **budgets(.95, .9, .85, .75)}))
 # and the one of channels and tokens: (base, title, quantity, label of a selector)
 CHANNELS = (("tiny", "embedded default, MLP .9", "after", "{}, MLP 0.9"),
-            ("tiny", "the same, MLP .97", "after", "{}, MLP 0.97"),
+            ("tiny", "MLP .95", "after", "{}, MLP 0.95"), ("tiny", "MLP .97", "after", "{}, MLP 0.97"),
             ("lists", "lists of words, MLP .9", "after", "{}, MLP 0.9"),
             ("multihead", "multi-head base, MLP .9", "after", "{}, MLP 0.9"),
             ("smollm2", "SmolLM2, GSM8K, MLP .5: loss", "val_loss", "{}, MLP 0.5"),
