@@ -54,7 +54,7 @@ def load_split(cfg, split):
     val_fraction of the prompts is held out, the same for every seed, and is both "val" and "test", or
     val_dataset is. Where nothing can be held out (val_fraction 0, a single prompt), both are the training
     examples."""
-    is_file = os.path.isfile(cfg.dataset) or cfg.dataset.endswith(".jsonl")
+    is_file = names_a_file(cfg.dataset)
     empty = cfg.prompt_weight > 0
     if split == "val" and cfg.val_dataset or split == "test" and cfg.val_dataset and is_file:
         return load(cfg.val_dataset, split, empty)
@@ -69,6 +69,11 @@ def load_split(cfg, split):
     n = min(math.ceil(cfg.val_fraction * len(keys)), len(keys) - 1)
     held_out = {keys[i] for i in random.Random(0).sample(range(len(keys)), n)}
     return [e for e in examples if n == 0 or (key(e) in held_out) == (split != "train")]
+
+
+def names_a_file(dataset):
+    """Whether this is one file, which brings no splits of its own, and not a folder."""
+    return os.path.isfile(dataset) or dataset.endswith(".jsonl")
 
 
 def locate(name, split):

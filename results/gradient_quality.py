@@ -119,7 +119,7 @@ def one_step(r, idx, step, steps):
                     train.sparsity(r.cfg, step, steps))
     if not predictor.predictors(r.model):
         scale = 0.0
-    elif scale and not r.sparse and step == 0:
+    elif scale and step == 0:
         predictor.measure(r.model, micro)
     elif scale and r.sparse and r.cfg.predictor_refresh and step % r.cfg.predictor_refresh == 0:
         predictor.forget(r.model)  # and measure anew in this dense step, as train.loop does

@@ -91,9 +91,7 @@ def find_task(name, dataset=""):
             if path.name.lower() == f"test_{task}.jsonl":
                 return path
         if folder and attempt == 1:
-            with examples.alone(DATA / folder):
-                if not (DATA / folder / "test.jsonl").exists():  # which prepare.py writes last
-                    importlib.import_module(f"data.{folder}.prepare").main()
+            examples.locate(folder, "test")  # prepares a set that is missing: test.jsonl comes last
     if folder:
         raise UserError(f"data/{folder} has no test_{task}.jsonl: run its prepare.py, or give --tasks=FILE")
     try:
@@ -334,8 +332,8 @@ def complete(path, o):
     run = run_config(path) if os.path.isdir(path) else {}
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     o = {**o, "rank": rank, "world": world, "dataset": run.get("dataset", "")}
-    is_file = os.path.isfile(o["dataset"]) or o["dataset"].endswith(".jsonl")
-    o["own_tests"] = run.get("val_dataset", "") if is_file else o["dataset"]  # as data.load_split has it
+    own_file = examples.names_a_file(o["dataset"])
+    o["own_tests"] = run.get("val_dataset", "") if own_file else o["dataset"]  # as data.load_split has it
     o["prompt_format"] = o["prompt_format"] or run.get("prompt_format", "plain")
     o["max_new_tokens"] = o["max_new_tokens"] or run.get("max_new_tokens", 0)
     if o["device"] == "auto":
