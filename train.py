@@ -162,6 +162,17 @@ def sparsity(cfg, step, max_steps):
     return min(1.0, (f - cfg.sparse_start + 1 / max_steps) / cfg.sparse_ramp) if cfg.sparse_ramp else 1.0
 
 
+def scale_now(run):
+    """The schedule's value at step run.info["step"]; but 0 where no part has a ratio, and in the steps, every
+    predictor_refresh-th, that measure the channels anew."""
+    cfg, step = run.cfg, run.info["step"]
+    scale = sparsity(cfg, step, run.max_steps) if predictor.predictors(run.model) else 0.0
+    if scale and run.info["sparse"] and cfg.predictor_refresh and step % cfg.predictor_refresh == 0:
+        predictor.forget(run.model)
+        scale = 0.0
+    return scale
+
+
 # ---- the loop ----------------------------------------------------------------------------------------------
 
 def main(cfg, command="python train.py"):
@@ -254,7 +265,6 @@ def loop(run, lengths, per_epoch):
     """From the step of run.info to the last. Raises Interrupted between steps when a signal came."""
     cfg, model, info, pending, order = run.cfg, run.model, run.info, None, None
     log = open(run.out / "metrics.jsonl", "a", buffering=1) if dist.rank() == 0 else None
-    sparsifiable = bool(predictor.predictors(model))
     while info["step"] < run.max_steps:
         step = info["step"]
         if evaluation_due(run):
@@ -267,16 +277,11 @@ def loop(run, lengths, per_epoch):
         batch = order[i]
         micro = make_batches(run, "train", batch, seed=step * cfg.batch_size)
 
-        scale = sparsity(cfg, step, run.max_steps)  # dense or sparse: this line
-        if not sparsifiable:
-            scale = 0.0
-        elif scale and not info["sparse"]:
+        scale = scale_now(run)  # dense or sparse: this line
+        if scale and not info["sparse"]:
             report(run, log, pending)
             pending = None
             start_sparse(run, micro, scale, log)
-        elif scale and cfg.predictor_refresh and step % cfg.predictor_refresh == 0:
-            predictor.forget(model)  # and measure anew in one dense step
-            scale = 0.0
         info["sparse"] = scale > 0
         run.unsummed |= scale == 0
         if pending is None:

@@ -45,7 +45,7 @@ def setup(cfg):
     r.model = train.load_model(cfg, folder, r.device, r.tokenizer)
     r.flat, r.grad, matrices = train.flatten([p for p in r.model.parameters() if p.requires_grad])
     r.optimizer = train.make_optimizer(cfg, r.flat, r.grad, matrices)
-    r.sparse = False  # was the last step?
+    r.info = dict(step=0, sparse=False)
     return r
 
 
@@ -96,39 +96,36 @@ def train_and_look(r, ratios, kinds, every, n):
                             f"{len(r.tokenized[split])}: lower it")
     lengths = [len(t.tokens) for t in r.tokenized["train"]]
     order = data.batches(lengths, cfg.batch_size, cfg.seed, 0, cfg.length_window)
-    steps, per_epoch = cfg.max_steps or math.ceil(cfg.epochs * len(order)), len(order)
+    r.max_steps, per_epoch = cfg.max_steps or math.ceil(cfg.epochs * len(order)), len(order)
     batches = [b for i in range(n)
                for b in train.make_batches(r, "val", range(i * cfg.batch_size, (i + 1) * cfg.batch_size))]
     warm = [b for i in range(n)
             for b in train.make_batches(r, "train", range(i * cfg.batch_size, (i + 1) * cfg.batch_size))]
-    for step in range(steps + 1):
-        if step % every == 0 or step == steps:
+    for step in range(r.max_steps + 1):
+        if step % every == 0 or step == r.max_steps:
             looks.append(dict(step=step, kinds=look(r, ratios, kinds, batches, warm)))
             print(f"step {step}: cosine of the whole gradient "
                   + ", ".join(f"{k} {v['all'][0]:.3f}" for k, v in looks[-1]["kinds"].items()), flush=True)
         epoch, i = divmod(step, per_epoch)
         if i == 0:
             order = data.batches(lengths, cfg.batch_size, cfg.seed, epoch, cfg.length_window)
-        if step < steps:
-            one_step(r, order[i], step, steps)
+        if step < r.max_steps:
+            one_step(r, order[i])
     return looks
 
 
-def one_step(r, idx, step, steps):
-    micro, scale = (train.make_batches(r, "train", idx, seed=step * r.cfg.batch_size),
-                    train.sparsity(r.cfg, step, steps))
-    if not predictor.predictors(r.model):
-        scale = 0.0
-    elif scale and step == 0:
+def one_step(r, idx):
+    """train.loop's step."""
+    step = r.info["step"]
+    micro = train.make_batches(r, "train", idx, seed=step * r.cfg.batch_size)
+    scale = train.scale_now(r)
+    if scale and step == 0 and r.cfg.predictor == "measured":
         predictor.measure(r.model, micro)
-    elif scale and r.sparse and r.cfg.predictor_refresh and step % r.cfg.predictor_refresh == 0:
-        predictor.forget(r.model)  # and measure anew in this dense step, as train.loop does
-        scale = 0.0
-    r.sparse = scale > 0
+    r.info = dict(step=step + 1, sparse=scale > 0)
     r.model.train()
     r.model.set_sparsity(scale)
     train.forward_backward(r, micro)
-    train.update(r, train.learning_rate(r.cfg, step, steps))
+    train.update(r, train.learning_rate(r.cfg, step, r.max_steps))
 
 
 def markdown(everything):
