@@ -25,19 +25,15 @@ head of its group (keep_attention).
     T, n rows    D model width    H query heads    K key/value heads    G = H / K    hd head dim
     I MLP width    r SVD rank
 """
-import hashlib
-import os
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 import kernels
 from config import UserError
 from sparse import Keep, KeepAttention, KeepMLP, energy
+from tools import cache
 
 KINDS = ("svd", "measured", "oracle", "random", "worst")
 
@@ -160,48 +156,23 @@ def whole(model, name):
 
 
 def factors(model, parts, rank, agree):
-    """{name: tensor} of P and Q for all parts, from the cache (~/.cache/nanosparselora, XDG_CACHE_HOME) when
-    these very weights were factorized before. The key hashes every bit of the weights, so a changed model
-    never meets stale factors. agree: see attach."""
-    key = hashlib.sha256(f"1 {rank} ".encode())
+    """{name: tensor} of P and Q for all parts, from the cache when these very weights were factorized before.
+    The key has a checksum of all their bits, so a changed model never meets stale factors. agree: see
+    attach."""
+    key = [f"1 {rank}"]
     for name, part in parts:
         with whole(model, name):
-            for w in part.predicted_weights():
-                key.update(f"{name} {tuple(w.shape)} {checksum(w)} ".encode())
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "nanosparselora"
-    path = folder / f"svd-{key.hexdigest()[:24]}.safetensors"
-    out = {}
-    try:
-        with safe_open(path, "pt") as f:
-            out = {k: f.get_tensor(k) for k in f.keys()}
-    except Exception:  # none yet, or damaged: make it
-        pass
+            key += [f"{name} {tuple(w.shape)} {cache.checksum(w)}" for w in part.predicted_weights()]
+    file = cache.path(" ".join(key))
+    out = cache.load(file)
     if agree(bool(out)):
         return out
     for name, part in parts:
         with whole(model, name):
             for i, w in enumerate(part.predicted_weights()):
                 out[f"{name}.P{i}"], out[f"{name}.Q{i}"] = (t.cpu() for t in factorize(w, rank))
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tmp = path.with_suffix(f".{os.getpid()}.tmp")
-        save_file(out, tmp)
-        os.replace(tmp, path)
-    except OSError:  # a cache is not worth a failure: a read-only home, a full disk
-        pass
+    cache.save(file, out)
     return out
-
-
-def checksum(w):
-    """A 64-bit position-dependent sum of the bits of w (N, D), computed where w lies, in row blocks."""
-    ints = {2: torch.int16, 4: torch.int32, 8: torch.int64}[w.element_size()]
-    total = torch.zeros((), dtype=torch.int64, device=w.device)
-    odd = torch.arange(w.shape[1], device=w.device) * 0x9E3779B97F4A7C1 + 1  # (D,), wraps
-    for i in range(0, w.shape[0], 1024):
-        rows = w[i:i + 1024].detach().view(ints).to(torch.int64)
-        total += ((rows * odd).sum(1)
-                  * (torch.arange(i, i + len(rows), device=w.device) * 0x2545F4914F6CDD1D + 3)).sum()
-    return int(total)
 
 
 # ---- a part's predictor, and the public functions ----------------------------------------------------------

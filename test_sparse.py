@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 import data
@@ -418,6 +419,14 @@ def test_cached_factors_never_serve_changed_weights(tmp_path, monkeypatch):
     path.write_bytes(b"damaged")
     predictor.attach(build(dtype=torch.float32), .5, .5)  # made anew
     assert path.stat().st_size > 100
+
+    def full(tensors, file):
+        file.write_bytes(b"half")
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr(predictor.cache, "save_file", full)
+    predictor.attach(build(dtype=torch.float32), .5, .5, rank=2)  # not kept, and no failure
+    assert len(list(path.parent.iterdir())) == 2
 
 
 def test_errors_of_attach():

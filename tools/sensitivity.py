@@ -49,6 +49,7 @@ import predictor
 import train
 from config import UserError
 from tools import run, split_options
+from tools.cache import checksum
 from tools.checkpoint import resolve, write_text
 from tools.flops import flops_by_part
 from tools.report import clock
@@ -106,7 +107,7 @@ def fingerprint(model, cfg, warm):
                          f"{list(map(digest, warm))}".encode())
     for name, p in model.named_parameters():
         if not name.endswith("/A"):  # with B = 0 an adapter changes nothing; with a trained B, B differs too
-            key.update(f"{name} {predictor.checksum(p if p.dim() == 2 else p[None])}".encode())
+            key.update(f"{name} {checksum(p if p.dim() == 2 else p[None])}".encode())
     return key.hexdigest()[:16]
 
 
