@@ -16,7 +16,6 @@ import predictor
 from config import UserError
 from results import ablations, gradient_quality, overlap, patterns, plot, predictor_quality, tables
 from tools import sensitivity
-from tools.test_runs import home  # noqa: F401 (a fixture)
 
 FAST = ["--batches=2", "--ratios=.25,.5,.75"]
 
