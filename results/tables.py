@@ -90,8 +90,8 @@ def readme(everything):
 
 
 def costs(entries, title, keys, goal, names):
-    """One base, from the dearest run to the cheapest. Beside each sparse run what dense LoRA reaches with so
-    many steps that it takes the same time, on a line between the dense runs there are."""
+    """One base, from the dearest run to the cheapest, folded. Beside each sparse run what dense LoRA reaches
+    with so many steps that it takes the same time, on a line between the dense runs there are."""
     some = {label: entries[label]["summary"] for label in names if label in entries}
     if not some:
         return ""
@@ -100,7 +100,8 @@ def costs(entries, title, keys, goal, names):
     dense = {label: e["summary"] for label, e in entries.items()
              if label.startswith("dense LoRA") and 7 in e["rows"]}
     line = sorted((s["time_share"]["mean"], s[goal]["mean"]) for s in dense.values())
-    lines = [f"| {title} | seeds | " + " | ".join(c[1] for c in shown)
+    lines = [f"<details><summary>{title}, run by run</summary>", "",
+             "| | seeds | " + " | ".join(c[1] for c in shown)
              + f" | {what} of dense LoRA in that time |", "|---" * (len(shown) + 3) + "|"]
     for label in sorted(some, key=lambda k: -some[k]["flops_share"]["mean"]):
         s = some[label]
@@ -108,7 +109,7 @@ def costs(entries, title, keys, goal, names):
                  for k, _, f in shown]
         cells.append("" if label in dense else form.format(between(line, s["time_share"]["mean"])))
         lines.append(" | ".join([f"| {names[label]}", str(len(entries[label]["seeds"])), *cells]) + " |")
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines) + "\n\n</details>\n"
 
 
 def between(points, x):

@@ -1,6 +1,7 @@
 """What a run looks at between its steps: loss and answers, both dense; what the selected channels are worth;
 what a step takes. `run` is described at train.main.
 """
+import statistics
 import time
 
 import torch
@@ -123,8 +124,7 @@ def time_ratio(run, batches):
             seconds[scale] = time.perf_counter() - t
         ratios.append(seconds[1] / seconds[0])
     run.grad.zero_()
-    ratios = sorted(ratios[1:] or ratios)  # the first warms up
-    return ratios[len(ratios) // 2]
+    return statistics.median(ratios[1:] or ratios)  # the first warms up
 
 
 def synchronize(device):
