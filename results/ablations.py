@@ -5,8 +5,10 @@ collects what they wrote.
                                                                      three for the others
     python -m results.ablations config/tiny.py --rows=1,4 --seeds=3 --name=lists --dataset=tiny_lists
                                        --model=out/lists_base        (made as data/tiny/prepare.py says)
-    python -m results.ablations config/smollm2.py --rows=1,4,7 --seeds=1 --name=smollm2 --mlp=.25,.5
-                                       --model=DIR
+    python -m results.ablations config/smollm2.py --rows=1,4,7 --seeds=3 --name=smollm2 --mlp=.5 --attn=
+                                       --budgets=.9,.95,.85,.75 --model=DIR --save_interval=0 --dtype=bfloat16
+                                       --max_steps=30 --test_examples=0 --max_new_tokens=1 --eval_examples=48
+                                       --eval_interval=30            (DIR: a link to the model)
 
     --rows=1,2,...     1 selectors  2 MLP, attention, both  3 where the ratios come from  4 split
                        5 when it is sparse  6 rank and refresh  7 budgets, and dense LoRA stopped early
@@ -30,7 +32,7 @@ import shlex
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import accumulate
 from pathlib import Path
 
@@ -171,8 +173,7 @@ def train_all(commands, jobs):
     def one(key):
         command, args, _ = commands[key]
         out = Path(ROOT, command[-1].partition("=")[2])
-        if not (out / "result.json").exists() and all(Path(ROOT, a).exists()
-                                                      for a in args if a.endswith(".py")):
+        if not finished(command) and all(Path(ROOT, a).exists() for a in args if a.endswith(".py")):
             if execute(command + ["--resume=True"], out / "log.txt"):
                 print(f"done: {key[0]}, seed {key[1]}", flush=True)
 
@@ -183,11 +184,25 @@ def train_all(commands, jobs):
 
 # ---- collect -----------------------------------------------------------------------------------------------
 
-def read(out):
-    """What one run wrote -> {quantity: number}, and "losses", its training losses. None if it
-    has not finished."""
+def finished(command):
+    """Whether the run of this command line has. UserError where its directory holds one of other options, or
+    of ratios that were chosen anew since."""
+    out = Path(ROOT, command[-1].partition("=")[2])
     if not (out / "result.json").exists():
-        return None
+        return False
+    states = sorted((out / "state").glob("*/state.json"))
+    if states and all(Path(ROOT, a).exists() for a in command[2:] if a.endswith(".py")):
+        there = vars(config.Config()) | json.loads(states[-1].read_text())["info"]["config"]
+        here = json.loads(json.dumps(asdict(config.load(command[2:]))))
+        odd = [f"{k} = {there[k]!r}, not {v!r}" for k, v in here.items()
+               if k not in ("out_dir", "resume", "device") and there[k] != v]
+        if odd:
+            raise UserError(f"{out} holds a run with {odd[0]}: remove it, or give another --name")
+    return True
+
+
+def read(out):
+    """What a finished run wrote -> {quantity: number}, and "losses", its training losses."""
     result = json.loads((out / "result.json").read_text())
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     r = {k: result.get(k) for k in ("after", "before", "test_loss", "val_loss", "seconds", "flops",
@@ -211,19 +226,18 @@ def read(out):
 
 
 def compare(r, dense):
-    """Adds what needs the dense run of the same seed: its difference in accuracy, share of FLOPs and of time,
-    and the spike: by how much the training loss of the first five sparse steps lies over that of the dense
+    """Adds what needs the dense run of the same seed: the share of its FLOPs and of its time, and the spike:
+    by how much the training loss of the first five sparse steps lies over that of the dense
     run on the same batches. A sparse step's time is counted as time_ratio dense ones: the two were timed in
     turn, so what else the machine did meanwhile hit both. What needs the course of a run is left as it is
     where ablations.json alone remembers the run."""
-    if "after" in r and "after" in dense:
-        r["vs_dense"] = r["after"] - dense["after"]
     # against the dense FLOPs that the run itself counted: whatever a version counts, it counts in both
     r["flops_share"] = r["flops"] / r["dense_flops"] * r["steps"] / dense["steps"]
     if "times" in r:
         r["time_share"] = r["times"][-1] / dense["steps"]
     if "switch" in r and {"losses"} <= r.keys() & dense.keys():
-        both = list(zip(r["losses"], dense["losses"]))[r["switch"]:r["switch"] + 5]
+        both = [(a, b) for a, b in list(zip(r["losses"], dense["losses"]))[r["switch"]:r["switch"] + 5]
+                if a is not None and b is not None]  # a step that was skipped has none
         r["spike"] = sum(a - b for a, b in both) / max(1, len(both))
     if min(len(x.get("evaluations", ())) for x in (r, dense)) > 9:
         # 20 losses down to the last that both reach: a single one, late and so on a flat curve, says little
@@ -266,9 +280,8 @@ def collect(commands, rows, base, known):
                               rows=[n for n in rows if label in dict(rows[n])], seeds={})
             if old.get("command") == out[label]["command"]:
                 out[label]["seeds"].update(old["seeds"])
-        r = read(Path(ROOT, command[-1].partition("=")[2]))
-        if r:
-            out[label]["seeds"][str(seed)] = r
+        if finished(command):
+            out[label]["seeds"][str(seed)] = read(Path(ROOT, command[-1].partition("=")[2]))
     out = {label: entry for label, entry in out.items() if entry["seeds"]}
     # else the dense run of usual length
     reference = {label: rows[n][0][0] for n in (8, 9) for label, _ in rows[n]}
@@ -277,7 +290,7 @@ def collect(commands, rows, base, known):
             dense = out.get(reference.get(label, "dense LoRA"), {"seeds": {}})["seeds"].get(seed)
             if dense:
                 compare(r, dense)
-    for entry in out.values():
+    for label, entry in out.items():
         entry["seeds"] = dict(sorted(entry["seeds"].items(), key=lambda item: int(item[0])))
         some = entry["seeds"].values()
         for r in some:
@@ -285,8 +298,19 @@ def collect(commands, rows, base, known):
                 r.pop(key, None)
         keys = dict.fromkeys(k for r in some for k in r if k != "switch")
         entry["summary"] = {k: summary([r[k] for r in some if k in r]) for k in keys}
+    for label, entry in out.items():
+        against(entry["summary"], out.get(reference.get(label, "dense LoRA"), {}).get("summary", {}))
     # at the end those of other options, as --mlp
     return out | {label: entry for label, entry in known.items() if (label, 0) not in commands}
+
+
+def against(s, dense):
+    """Adds the difference in accuracy of two summaries. Seeds are no pairs: rounding alone makes another run
+    (results/README.md)."""
+    if "after" in s and "after" in dense and s is not dense:
+        errors = [x["after"]["error"] for x in (s, dense)]
+        s["vs_dense"] = dict(mean=s["after"]["mean"] - dense["after"]["mean"], n=s["after"]["n"],
+                             error=None if None in errors else math.hypot(*errors))
 
 
 def numbers(own, key, kind=float):
@@ -327,11 +351,16 @@ def main(argv):
     rows, commands, keys, folder = command_lines(base, own)
     if own["dry"]:
         return print("\n".join(shlex.join(commands[k][0]) for k in keys))
-    if not own["collect"]:
-        run_all({k: commands[k] for k in keys}, folder, base, own["jobs"])
     path = ROOT / "results" / "ablations.json"
     everything = json.loads(path.read_text()) if path.exists() else {}
-    found = collect(commands, rows, base, everything.get(own["name"], {}))
+    known, line = everything.get(own["name"], {}), shlex.join(["python", "train.py", *base])
+    for entry in known.values():
+        if entry["base"] != line:
+            raise UserError(f"{path} holds runs of `{entry['base']}` as {own['name']}, not of `{line}`: "
+                            "give another --name")
+    if not own["collect"]:
+        run_all({k: commands[k] for k in keys}, folder, base, own["jobs"])
+    found = collect(commands, rows, base, known)
     if not found:
         raise UserError(f"no run under {folder} has finished: nothing to collect")
     everything[own["name"]] = found

@@ -1,5 +1,7 @@
 """The tables and pictures of results/ablations.py: ablations.md, the README's part of it, the budgets' curve.
 """
+import math
+
 from predictor import KINDS
 
 RATIO_OPTIONS = ("--predictor=", "--budget=", "--init_adapter=", "--out=")  # by which files of ratios differ
@@ -29,7 +31,7 @@ COSTS = (("tiny", "embedded default", ("after", "test_loss"), "after",
           {**fewer(27, 24, 21), "as configured": SHIPPED, **budgets(.95, .9, .85, .75)}),
          ("smollm2_math", "SmolLM2, LLM-Adapters' math", ("val_loss", "after"), "val_loss",
           {**fewer(54, 48, 42), "measured, MLP 0.9 in blocks 20-28": SHIPPED, **budgets(.95, .9, .85, .75)}))
-# and the one of channels and tokens: (base, title, quantity, label of a selector)
+# and the ones of channels and tokens: (base, title, quantity, label of a selector); (.., label of the default)
 CHANNELS = (("tiny", "embedded default, MLP .9", "after", "{}, MLP 0.9"),
             ("tiny", "MLP .95", "after", "{}, MLP 0.95"), ("tiny", "MLP .97", "after", "{}, MLP 0.97"),
             ("lists", "lists of words, MLP .9", "after", "{}, MLP 0.9"),
@@ -37,6 +39,10 @@ CHANNELS = (("tiny", "embedded default, MLP .9", "after", "{}, MLP 0.9"),
             ("smollm2", "SmolLM2, GSM8K, MLP .5: loss", "val_loss", "{}, MLP 0.5"),
             ("smollm2_math", "SmolLM2, math, MLP .9 in 20-28: loss", "val_loss",
              "{}, MLP 0.9 in blocks 20-28"))
+TOKENS = (("tiny", "embedded default", "after", "svd, MLP 0.9"),
+          ("lists", "lists of words", "after", "svd, MLP 0.9"),
+          ("smollm2", "SmolLM2, GSM8K: loss", "val_loss", "as configured"),
+          ("smollm2_math", "SmolLM2, math: loss", "val_loss", "measured, MLP 0.9 in blocks 20-28"))
 
 
 def cell(s, form):
@@ -51,7 +57,7 @@ def markdown(everything, titles):
     lines = ["# Ablations", "",
              "Made by results/ablations.py; all numbers are in ablations.json. Mean ± standard error over n "
              "seeds. accuracy: greedy answers to test problems, after training, dense. against dense: "
-             "the paired difference to dense LoRA with the same seed. rise: of one validation batch's loss "
+             "the difference of the means, its error that of two independent ones. rise: of one validation batch's loss "
              "when its context runs sparse. spike: training loss of the first five sparse steps over the "
              "dense run's. time to a loss: over dense LoRA's (under 100%: sooner), of the mean over 20 "
              "validation losses, from the first measured down to the last that both reach. FLOPs, time "
@@ -85,8 +91,11 @@ def markdown(everything, titles):
 def readme(everything):
     """The README's tables: what is reached at which cost, a base each, and which channels and tokens matter.
     The rest is in ablations.md."""
+    selectors = {k: k for k in ("dense LoRA", "oracle", "measured", *KINDS)}
+    splits = {"tokens in the loss dense": "{}", "random ones": "split random",
+              "a rectangle": "split rectangle", "none": "split none"}
     done = [costs(everything[name], *rest) for name, *rest in COSTS if name in everything]
-    return "\n".join(t for t in [*done, channels(everything)] if t)
+    return "\n".join([*done, across(everything, CHANNELS, selectors), across(everything, TOKENS, splits)])
 
 
 def costs(entries, title, keys, goal, names):
@@ -99,7 +108,7 @@ def costs(entries, title, keys, goal, names):
     shown = [c for c in COLUMNS if c[0] in (*keys, "flops_share", "time_share")]
     dense = {label: e["summary"] for label, e in entries.items()
              if label.startswith("dense LoRA") and 7 in e["rows"]}
-    line = sorted((s["time_share"]["mean"], s[goal]["mean"]) for s in dense.values())
+    line = sorted((s["time_share"]["mean"], s[goal]["mean"], s[goal]["error"]) for s in dense.values())
     lines = [f"<details><summary>{title}, run by run</summary>", "",
              "| | seeds | " + " | ".join(c[1] for c in shown)
              + f" | {what} of dense LoRA in that time |", "|---" * (len(shown) + 3) + "|"]
@@ -107,34 +116,32 @@ def costs(entries, title, keys, goal, names):
         s = some[label]
         cells = [cell(s.get(k) and (dict(s[k], error=None) if k.endswith("share") else s[k]), f)
                  for k, _, f in shown]
-        cells.append("" if label in dense else form.format(between(line, s["time_share"]["mean"])))
+        cells.append("" if label in dense else cell(between(line, s["time_share"]["mean"]), form))
         lines.append(" | ".join([f"| {names[label]}", str(len(entries[label]["seeds"])), *cells]) + " |")
     return "\n".join(lines) + "\n\n</details>\n"
 
 
 def between(points, x):
-    """y at x on the line through points, sorted (x, y); at the ends theirs."""
-    for (a, y), (b, z) in zip(points, points[1:]):
+    """The mean and error at x on the line through points, sorted (x, mean, error or None); at its ends
+    theirs."""
+    for (a, y, e), (b, z, f) in zip(points, points[1:]):
         if x <= b:
-            return y + (z - y) * max(0, x - a) / (b - a)
-    return points[-1][1]
+            w = max(0, x - a) / (b - a)
+            return dict(mean=y + (z - y) * w, error=None if None in (e, f) else math.hypot(e * (1 - w), f * w))
+    return dict(mean=points[-1][1], error=points[-1][2])
 
 
-def channels(everything):
-    """Selectors and splits down, bases across."""
-    some = [c for c in CHANNELS if c[0] in everything]
+def across(everything, columns, names):
+    """names, {name of a row: what its label's {} stands for, or its label}, down, bases across."""
+    some = [c for c in columns if c[0] in everything]
     lines = ["| | " + " | ".join(title for _, title, _, _ in some) + " |", "|---" * (len(some) + 1) + "|"]
-    for name, shown in {"dense LoRA": "dense LoRA", **{k: k for k in ("oracle", "measured", *KINDS)},
-                        "split random": "random tokens dense", "split none": "no token dense"}.items():
-        cells, seen = [], set()
+    for name, what in names.items():
+        cells = []
         for base, _, key, label in some:
-            e = everything[base].get(label.format(name) if name in KINDS else name)
-            form = next(f for k, _, f in COLUMNS if k == key)
-            new = name in KINDS or base not in seen  # what does not depend on the ratio stands once a base
-            cells.append(cell(e["summary"].get(key), form) if e and new else "")
-            seen.add(base)
-        lines.append(f"| {shown} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n" if some else ""
+            e = everything[base].get(label.format(what) if what in KINDS or what == "{}" else what)
+            cells.append(cell(e["summary"].get(key), next(f for k, _, f in COLUMNS if k == key)) if e else "")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
 
 
 def draw_budgets(entries, path):
