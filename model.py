@@ -349,7 +349,8 @@ class LLaMA(nn.Module):
             t = p.detach()[lo:lo + rows]
             tensors[name] = (t.T if transposed else t).contiguous().cpu()
         write_safetensors(Path(path) / "model.safetensors", tensors, {"format": "pt"})
-        raw = {**self.config.raw, "torch_dtype": str(self.dtype).removeprefix("torch.")}
+        raw = {k: v for k, v in self.config.raw.items() if k != "dtype"}  # transformers 5's name for it
+        raw["torch_dtype"] = str(self.dtype).removeprefix("torch.")
         write_text(Path(path) / "config.json", json.dumps(raw, indent=2) + "\n")
 
     def train_all(self):

@@ -4,6 +4,7 @@ tested in tools/test_*.py.
 The central test is `masked`: the sparse model's loss and every LoRA gradient equal plain autograd through a
 dense model whose context rows are multiplied by 0/1 masks, in fp64 to 1e-9, for every kind of block.
 """
+import json
 import math
 import random
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ import predictor
 import sparse
 from config import UserError
 from model import Chosen, LLaMA, ModelConfig, inverse_frequencies
+from tools.generate import at_once
 
 SMALL = dict(model_type="llama", vocab_size=61, hidden_size=48, intermediate_size=80, num_hidden_layers=3,
              num_attention_heads=6, num_key_value_heads=2, head_dim=16, rms_norm_eps=1e-6, rope_theta=10000.0,
@@ -509,3 +511,27 @@ def test_generation_stops_and_batches_of_any_length_agree():
     assert (m.generate(prompts, 5, temperature=1.0, top_p=1e-6)
             == [a[:5] for a in m.generate(prompts, 5, stop=())] or m.config.eos_token_id)
     assert m.generate([], 5) == []
+
+
+def test_generation_looks_back_no_further_than_the_sliding_window(tmp_path, monkeypatch):
+    monkeypatch.setitem(HF, "mistral", ("Mistral", dict(sliding_window=8)))
+    theirs, ours = hugging_face("mistral", tmp_path), LLaMA.from_pretrained(tmp_path)
+    for p, new in zip(prompts := [[1, 2, 3, 4, 5, 6], [7, 8]], ours.generate(prompts, 30)):
+        assert new == theirs.generate(torch.tensor([p]), max_new_tokens=30, do_sample=False)[0, len(p):].tolist()
+
+
+def test_a_saved_checkpoint_names_its_own_dtype(tmp_path):
+    """transformers 5 writes "dtype", older ones "torch_dtype": of a base in bf16 neither may stay."""
+    transformers = pytest.importorskip("transformers")
+    hugging_face("llama grouped", tmp_path / "base")
+    path = tmp_path / "base/config.json"
+    path.write_text(json.dumps(dict(json.loads(path.read_text()), dtype="bfloat16", torch_dtype="bfloat16")))
+    LLaMA.from_pretrained(tmp_path / "base", torch.float32).save_pretrained(tmp_path / "copy")
+    assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "copy").dtype == torch.float32
+
+
+def test_texts_are_written_together_as_memory_allows():
+    sizes = dict(num_hidden_layers=32, num_key_value_heads=8, head_dim=128)  # LLaMA-3-8B: 131 kB a token
+    m = SimpleNamespace(config=SimpleNamespace(**sizes), dtype=torch.bfloat16)
+    assert at_once(m, 456) == 2 * 10**9 // (456 * 131072) == 33
+    assert at_once(m, 20) == 128 and at_once(m, 10**6) == 1

@@ -34,7 +34,7 @@ from model import LLaMA, ModelConfig, load_adapter
 from tools import dist, state
 from tools.checkpoint import resolve, write_text
 from tools.validate import Interrupted, accuracy, evaluate, make_batches, mean_loss, selection, time_ratio
-from tools.report import read_later, record, report, say, say_plan, say_result
+from tools.report import finite, read_later, record, report, say, say_plan, say_result
 
 
 # ---- the parts of a run ------------------------------------------------------------------------------------
@@ -77,6 +77,8 @@ def load_model(cfg, folder, device, tokenizer):
         mlp = attn = [0.0] * L  # a weight that is trained needs all its rows
     elif cfg.init_adapter:
         load_adapter(model, cfg.init_adapter)
+        say(f"goes on from {cfg.init_adapter}: rank {model.lora_r}, alpha {model.lora_alpha:g} on "
+            f"{','.join(model.lora_targets)}, whatever lora_r, lora_alpha and lora_targets say")
     else:
         model.add_lora(cfg.lora_r, cfg.lora_alpha, cfg.lora_targets)
     model.recompute = cfg.recompute
@@ -358,7 +360,7 @@ def finish(run, lengths):
     info["finished"] = True
     state.save_run(run)
     if dist.rank() == 0:
-        write_text(out / "result.json", json.dumps(result, indent=2) + "\n")
+        write_text(out / "result.json", json.dumps(finite(result), indent=2) + "\n")
     say_result(run, result)
     return result
 

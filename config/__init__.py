@@ -37,7 +37,7 @@ class Config:
     # run
     out_dir: str = "out"  # adapter, metrics.jsonl and the state to resume from
     resume: bool = False  # go on from out_dir's state, if there is one
-    init_adapter: str = ""  # directory of a PEFT adapter to start from
+    init_adapter: str = ""  # directory of a PEFT adapter to start from, with its rank, alpha and targets
     seed: int = 0  # of the order of examples, LoRA's A and every random choice
     device: str = "auto"  # auto (a GPU if there is one) | cpu | cuda | cuda:N
     dtype: str = "bfloat16"  # float32 | bfloat16 | float16, of weights and activations; LoRA is float32
@@ -202,6 +202,7 @@ def check(cfg):
     need("max_steps", cfg.max_steps or cfg.epochs, "above 0 where epochs is 0")
     # half a step of bfloat16 is .2 % of a weight: most updates would vanish
     need("dtype", cfg.lora_r or cfg.dtype == "float32", "float32 where lora_r is 0: the weights are trained")
+    need("init_adapter", cfg.lora_r or not cfg.init_adapter, "empty where lora_r is 0: there is no LoRA")
     whole = isinstance(cfg.warmup_steps, int)
     need("warmup_steps", whole or cfg.warmup_steps < 1, "an int or a fraction below 1")
     need("predictor_refresh", not cfg.predictor_refresh or cfg.predictor == "measured",

@@ -139,7 +139,9 @@ def parse(row, where):
     """A JSON object in one of the three forms -> Example."""
     if not isinstance(row, dict):
         raise UserError(f'{where}: has to be an object with "prompt" and "response", not {short(row)}')
-    answer = row.get("answer", "")
+    answer = row.get("answer")
+    if answer is None:
+        answer = ""
     if isinstance(answer, (int, float)) and not isinstance(answer, bool):
         answer = str(answer)
     answer = text_of(answer, "answer", where)
@@ -154,6 +156,7 @@ def parse(row, where):
     if not isinstance(history, list) or not all(isinstance(t, list) and len(t) == 2 for t in history):
         raise UserError(f'{where}: the field "history" has to be [[prompt, response]], not {short(history)}')
     turns = tuple(tuple(text_of(t, f"history[{i}]", where) for t in turn) for i, turn in enumerate(history))
+    not_empty(turns, "history", where)
     prompt, response = field(row, "prompt", where), field(row, "response", where)
     return Example(prompt, response, answer, turns, field(row, "system", where, ""))
 
@@ -175,17 +178,22 @@ def from_messages(messages, answer, where):
     if not texts or len(texts) % 2:
         raise UserError(f'{where}: the field "messages" has to end with an answer of the assistant')
     turns = list(zip(texts[::2], texts[1::2]))
-    empty = [i for i, (_, response) in enumerate(turns[:-1]) if not response.strip()]
-    if empty:
-        raise UserError(f'{where}: answer {empty[0] + 1} in "messages" is empty')
+    not_empty(turns[:-1], "messages", where)
     return Example(*turns[-1], answer, tuple(turns[:-1]), system)
 
 
+def not_empty(turns, name, where):
+    for i, (_, response) in enumerate(turns, 1):
+        if not response.strip():
+            raise UserError(f'{where}: answer {i} in "{name}" is empty')
+
+
 def field(row, name, where, default=None):
-    """row[name], which has to be text."""
+    """row[name], which has to be text; where there is a default, null means that."""
     if name not in row and default is None:
         raise UserError(f'{where}: the field "{name}" is missing')
-    return text_of(row.get(name, default), name, where)
+    value = row.get(name)
+    return text_of(default if value is None and default is not None else value, name, where)
 
 
 def text_of(value, name, where):

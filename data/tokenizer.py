@@ -308,6 +308,8 @@ def default_system(path, settings):
     if os.path.exists(file):
         with open(file, encoding="utf-8", errors="replace") as f:
             template = f.read()
+    if isinstance(template, list):  # several, by name
+        template = next((t.get("template") for t in template if t.get("name") == "default"), "")
     found = re.search(r"<\|im_start\|>system(?:\n|\\n)([^'\"{}<]+)<\|im_end\|>", str(template))
     return found.group(1) if found else ""
 

@@ -88,5 +88,6 @@ class ModelConfig:
         c = read_json(Path(path) / "config.json")
         generation = Path(path) / "generation_config.json"
         if generation.exists():
-            c = {**c, "eos_token_id": read_json(generation).get("eos_token_id", c.get("eos_token_id"))}
+            ids = read_json(generation).get("eos_token_id")
+            c = c if ids is None else {**c, "eos_token_id": ids}
         return ModelConfig.from_dict(c, f"{path}/config.json")

@@ -53,23 +53,33 @@ ALIASES = {"siqa": "social_i_qa", "arc-e": "arc-easy", "arc-c": "arc-challenge",
 def run_config(path):
     """The options of the training that made this directory, {} if none did."""
     states = Path(path, "state")
-    newest = state.numbers(states)[-1:]
-    return read_json(states / f"{newest[0]:06d}" / "state.json")["info"]["config"] if newest else {}
+    for n in reversed(state.numbers(states)):
+        try:
+            return read_json(states / f"{n:06d}" / "state.json")["info"]["config"]
+        except (UserError, KeyError):  # damaged: the one before it
+            pass
+    return {}
 
 
 def load(path, base, dtype, device):
-    """Directory or hub id -> (model, tokenizer, the files that its weights came from)."""
+    """Directory or hub id -> (model, tokenizer, the files that they came from)."""
     folder = resolve(path)
     if not (folder / "adapter_config.json").exists():
         model = LLaMA.from_pretrained(folder, dtype, device)
-        return model, data.tokenizer.load(str(folder)), weight_files(folder)
+        return model, data.tokenizer.load(str(folder)), base_files(folder)
     base = base or read_json(folder / "adapter_config.json").get("base_model_name_or_path")
     if not base:
         raise UserError(f"{path}/adapter_config.json names no base model: give it with --model=DIR")
     home = resolve(base)
     model = LLaMA.from_pretrained(home, dtype, device)
     load_adapter(model, folder)
-    return model, data.tokenizer.load(str(home)), [*weight_files(home), folder / "adapter_model.safetensors"]
+    own = [folder / name for name in ("adapter_config.json", "adapter_model.safetensors")]
+    return model, data.tokenizer.load(str(home)), [*base_files(home), *own]
+
+
+def base_files(folder):
+    names = ("config.json", "tokenizer.json", "tokenizer.model")
+    return [*weight_files(folder), *(folder / name for name in names if (folder / name).exists())]
 
 
 def find_task(name, dataset=""):
@@ -137,11 +147,12 @@ def prompt_ids(example, row, tokenizer, prompt_format):
     return data.prompt_ids(example, tokenizer, prompt_format)
 
 
-def fingerprint(weights, task_file, settings):
-    """Tells evaluations apart: by the task's file, the settings, each weight file's size and 64 samples."""
+def fingerprint(files, task_file, settings):
+    """Tells evaluations apart: by the task's file, the settings, each file of the model: its size and 64
+    samples."""
     h = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     h.update(Path(task_file).read_bytes())
-    for path in weights:
+    for path in files:
         size = os.path.getsize(path)
         h.update(f"{size}".encode())
         with open(path, "rb") as f:

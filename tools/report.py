@@ -25,13 +25,19 @@ def say(*args):
 
 
 def record(log, m):
-    """One line of metrics.jsonl. A full disk does not end a training. (JSON has no NaN.)"""
+    """One line of metrics.jsonl. A full disk does not end a training."""
     try:
         if log:
-            log.write(json.dumps({k: None if isinstance(v, float) and not math.isfinite(v) else v
-                                  for k, v in m.items()}) + "\n")
+            log.write(json.dumps(finite(m)) + "\n")
     except OSError as e:
         say(f"warning: metrics.jsonl could not be written ({e.strerror})")
+
+
+def finite(m):
+    """None for what is not finite, in nested dicts too: JSON has no NaN."""
+    if isinstance(m, dict):
+        return {k: finite(v) for k, v in m.items()}
+    return None if isinstance(m, float) and not math.isfinite(m) else m
 
 
 def read_later(t):
@@ -101,7 +107,8 @@ def say_plan(run):
     sample = data.collate(run.tokenized["train"][:cfg.batch_size], cfg.split)
     dense, sparse = model.flops(sample)
     model.set_sparsity(0)
-    first, end = math.ceil(cfg.sparse_start * run.max_steps), math.ceil(cfg.sparse_end * run.max_steps)
+    first, end = (sum(step / run.max_steps < f for step in range(run.max_steps))
+                  for f in (cfg.sparse_start, cfg.sparse_end))
     say(f"dense for {first} steps, then sparse ({cfg.predictor}; ratios: {cfg.ratio_source()}) until step "
         f"{end}: a sparse step computes {sparse / dense:.0%} of a dense one's {dense / 1e9:,.1f} GFLOP"
         if predictor.predictors(model) else "dense throughout")
@@ -112,7 +119,7 @@ def say_result(run, r):
     if r.get("after") is not None:
         say(f"accuracy      before {r['before']:.1%}, after {r['after']:.1%}, "
             f"of {r['test_examples']} test problems")
-    if "time_ratio" in r:
+    if r["flops"] < r["dense_flops"]:
         say(f"FLOPs saved   {1 - r['flops'] / r['dense_flops']:.1%} of dense LoRA's over the whole run")
         say(f"time saved    {1 - r['time_ratio']:.1%} of a dense step's forward and backward, "
             "timed in turn on the same batches")

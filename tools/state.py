@@ -146,6 +146,10 @@ def load(out_dir, identity):
         if odd:
             raise UserError(f"the state in {folder} is of another run ({'; '.join(odd)}): set these back, "
                             "or choose another --out_dir")
+        for bad in (k for k in numbers(folder) if k > n):  # else the next save would keep it, not this one
+            aside = folder / f"{bad:06d}.damaged"
+            shutil.rmtree(aside, ignore_errors=True)
+            os.rename(folder / f"{bad:06d}", aside)
         return tensors, info
     if numbers(folder):
         raise UserError(f"every state in {folder} is damaged: start again with another --out_dir")
@@ -177,10 +181,12 @@ def differences(there, here):
                   for k, v in here["prints"].items() if there["prints"].get(k) != v]
 
 
-def fingerprint(folder):
-    """Of a model's safetensors files, in any directory: their sizes and 64 KB at 16 places of each. Another
-    model of the same architecture differs in nearly every weight, so the whole 16 GB need not be read."""
-    sha = hashlib.sha256()
+def fingerprint(folder, architecture):
+    """Of a model, in any directory: its ModelConfig, and of each safetensors file the size and 64 KB at 16
+    places. Another model of the same architecture differs in nearly every weight, so the whole 16 GB need not
+    be read."""
+    own = {k: v for k, v in vars(architecture).items() if k not in ("raw", "eos_token_id")}
+    sha = hashlib.sha256(json.dumps(own, sort_keys=True).encode())
     for path in sorted(Path(folder).glob("*.safetensors")):
         size = path.stat().st_size
         sha.update(f"{path.name} {size} ".encode())
@@ -225,7 +231,8 @@ def identity(run):
     """What a state and a run have to agree on: the options, and the contents of what `model`
     and `dataset` name."""
     if not hasattr(run, "prints"):  # once a run: the tokens of 170,000 examples take seconds
-        run.prints = {"model": fingerprint(run.folder), "dataset": digest(run.tokenized["train"])}
+        run.prints = {"model": fingerprint(run.folder, run.model.config),
+                      "dataset": digest(run.tokenized["train"])}
     return {"config": asdict(run.cfg), "prints": run.prints}
 
 

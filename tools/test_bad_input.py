@@ -206,6 +206,7 @@ BAD = {
     "empty response": (rows(GOOD, {"prompt": "a", "response": " "}), "line 2: the response is empty"),
     "answer of the wrong type": (rows({**GOOD, "answer": ["b"]}), 'the field "answer" has to be text'),
     "history of the wrong form": (rows({**GOOD, "history": ["a"]}), 'the field "history" has to be'),
+    "history with an empty answer": (rows({**GOOD, "history": [["a", ""]]}), 'answer 1 in "history" is empty'),
     "messages in the wrong order": (rows({"messages": [{"role": "assistant", "content": "a"}]}), 'messages.0..role" has to be "user"'),
     "half a surrogate pair": (rows('{"prompt": "\\ud800", "response": "b"}'), "surrogate"),
     "all too long": (rows({"prompt": "word " * 200, "response": "b"}), "no example is left .*1 too long.*max_seq_len is 64"),
@@ -221,6 +222,7 @@ BAD = {
     "adapter's config is not JSON": (adapter(lambda a: (a / "adapter_config.json").write_text("{")), "adapter_config.json is not valid JSON"),
     "adapter of rank 0": (adapter(config=dict(r=0)), "positive r"),
     "adapter without lora": (adapter(state=lambda s: {"x": torch.zeros(2)}), "changes none of"),
+    "adapter for trained weights": (flags("--lora_r=0", "--dtype=float32", "--init_adapter=x"), "init_adapter has to be empty where lora_r is 0"),
     # out_dir
     "out_dir below a file": (lambda home, tmp: [f"--out_dir={home}/data.jsonl/x"], "out_dir = .* cannot be written to"),
 }

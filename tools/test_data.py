@@ -248,13 +248,16 @@ TEMPLATES = {"llama3": ("llama3", LLAMA3_TEMPLATE), "qwen3": ("qwen", NO_DEFAULT
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-@pytest.mark.parametrize("where", ["tokenizer_config.json", "chat_template.jinja"])
+@pytest.mark.parametrize("where", ["a string", "a list", "a file"])
 def test_chat_formats_equal_apply_chat_template(name, where, tmp_path):
     from transformers import PreTrainedTokenizerFast
     kind, template = TEMPLATES[name]
     hf_like(kind, tmp_path)
-    text = template if where.endswith("jinja") else json.dumps({"chat_template": template})
-    (tmp_path / where).write_text(text)
+    several = [dict(name="tool_use", template="x"), dict(name="default", template=template)]
+    file, text = {"a string": ("tokenizer_config.json", json.dumps({"chat_template": template})),
+                  "a list": ("tokenizer_config.json", json.dumps({"chat_template": several})),
+                  "a file": ("chat_template.jinja", template)}[where]
+    (tmp_path / file).write_text(text)
     bos = "<|begin_of_text|>" if kind == "llama3" else None
     theirs = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"), bos_token=bos)
     theirs.chat_template = template

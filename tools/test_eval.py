@@ -257,6 +257,11 @@ def test_the_runs_options_are_found(run, base):
     (run / "state" / "tmp").mkdir()
     (run / "state" / "tmp" / "state.json").write_text("{")
     assert tool.run_config(run) == {"max_new_tokens": 7} and tool.run_config(base) == {}
+    write_state(run, 3, {"max_new_tokens": 8})
+    newest = max((run / "state").glob("0*")) / "state.json"
+    assert tool.run_config(run) == {"max_new_tokens": 8}
+    newest.write_text("{")  # damaged: the one before it
+    assert tool.run_config(run) == {"max_new_tokens": 7}
 
 
 def test_limit_is_extended(run):
@@ -281,6 +286,11 @@ def test_foreign_predictions_are_not_overwritten(run, capsys):
     with pytest.raises(UserError, match="another adapter"):
         evaluate(run)
     evaluate(run, f"--output={run / 'new'}")
+    evaluate(run, "--overwrite=True")
+    config = run / "adapter_config.json"
+    config.write_text(config.read_text().replace('"lora_alpha": ', '"lora_alpha": 9'))
+    with pytest.raises(UserError, match="another adapter"):
+        evaluate(run)
     evaluate(run, "--overwrite=True")
     after = predictions(run)
     assert len(after) == 9 and after[0]["fingerprint"] != before[0]["fingerprint"]

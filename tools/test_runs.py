@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 
 import train
 from config import UserError
-from tools import dist, state, validate
+from model import LLaMA
+from tools import dist, report, state, validate
 from tools.testing import (ROOT, at_step, cut, env, equal, flip, make_base, metrics, metrics_lines, newest,
                            options, same_run, start, term, tree, weights)
 
@@ -141,6 +142,19 @@ def test_resume_from_the_older_state(home, half, tmp_path, capsys):
     assert tree(out) == before
 
 
+def test_a_damaged_state_is_not_the_one_before(home, half, tmp_path, monkeypatch):
+    """After a resume from the older of two states the next save keeps that one, not the damaged one."""
+    out = copy_half(half, tmp_path)
+    cut(out / "state/000002/state.safetensors")
+    at_step(monkeypatch, 1, term)  # saves after step 5
+    train.main(options(home, out_dir=out, resume=True))
+    monkeypatch.undo()
+    assert sorted(p.name for p in (out / "state").iterdir()) == ["000001", "000002", "000002.damaged"]
+    flip(out / "state/000002/state.safetensors")
+    train.main(options(home, out_dir=out, resume=True))
+    same_run(half / "whole", out)
+
+
 def test_torn_metrics(home, half, tmp_path):
     out = copy_half(half, tmp_path)
     with open(out / "metrics.jsonl", "a") as f:
@@ -170,6 +184,9 @@ def test_other_contents_are_refused(home, half, tmp_path):
     w = load_file(home / "base/model.safetensors")
     save_file({k: v * 2 for k, v in w.items()}, tmp_path / "other/model.safetensors")
     with pytest.raises(UserError, match="model = .*base' there, .*other' here, with other contents"):
+        train.main(options(home, out_dir=out, resume=True, model=tmp_path / "other"))
+    save_file(w, tmp_path / "other/model.safetensors", {"format": "pt"})  # the same weights, another rope_theta
+    with pytest.raises(UserError, match="with other contents"):
         train.main(options(home, out_dir=out, resume=True, model=tmp_path / "other"))
     lines = (home / "data.jsonl").read_text()
     (tmp_path / "d.jsonl").write_text(lines.replace("Tom", "Tim"))
@@ -211,6 +228,16 @@ def full(path, data):
     raise OSError(28, "No space left on device")
 
 
+def test_measured_needs_context(home, tmp_path):
+    """Where none of the dense steps had a context token it says so, and keeps no arbitrary channels."""
+    lines = [json.dumps(dict(prompt="", response=f"{i} apples")) for i in range(8)]
+    (tmp_path / "d.jsonl").write_text("\n".join(lines) + "\n")
+    (tmp_path / "v.jsonl").write_text(json.dumps(dict(prompt="How many? " * 5, response="3")) + "\n")
+    with pytest.raises(UserError, match="has measured nothing yet"):
+        train.main(options(home, out_dir=tmp_path / "a", dataset=tmp_path / "d.jsonl", test_examples=0, max_steps=2,
+                           val_dataset=tmp_path / "v.jsonl", sparse_start=.5, batch_size=4))
+
+
 # ---- what a run says ---------------------------------------------------------------------------------------
 
 def test_each_step_has_its_own_seconds(home, tmp_path, monkeypatch):
@@ -222,6 +249,29 @@ def test_each_step_has_its_own_seconds(home, tmp_path, monkeypatch):
     seconds = {m["step"]: m["seconds"] for m in metrics_lines(tmp_path / "a") if "seconds" in m}
     assert [k for k, s in seconds.items() if s >= 1] == [1, 6] and len(seconds) == 12
     assert abs(sum(seconds.values()) - result["seconds"]) < 1e-6
+
+
+def test_the_plan_counts_the_dense_steps_that_come(home, tmp_path, capsys):
+    train.main(options(home, out_dir=tmp_path / "a", max_steps=100, sparse_start=.07, eval_interval=0, test_examples=0))
+    out = capsys.readouterr().out
+    assert "dense for 7 steps" in out and "sparse from step 7 on" in out
+
+
+def test_json_has_no_nan():
+    assert report.finite({"a": float("nan"), "b": {"c": [1], "d": -float("inf"), "e": 2.5}}) == {
+        "a": None, "b": {"c": [1], "d": None, "e": 2.5}}
+
+
+def test_a_prompt_over_max_seq_len_is_not_answered(home, tmp_path, monkeypatch):
+    """One long prompt would give every text that is written beside it as long a cache."""
+    lines = [dict(prompt="word " * n, response="3", answer="3") for n in (300, 5, 6, 7)]
+    (tmp_path / "v.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    seen, real = [], LLaMA.generate
+    monkeypatch.setattr(validate, "at_once", lambda model, tokens: 2)
+    monkeypatch.setattr(LLaMA, "generate", lambda self, prompts, *a, **k: (seen.append(len(prompts)), real(self, prompts, *a, **k))[1])
+    result = train.main(options(home, out_dir=tmp_path / "a", val_dataset=tmp_path / "v.jsonl", max_steps=1, eval_interval=1,
+                                test_examples=0))
+    assert seen == [2, 1] and result["val_accuracy"] is not None
 
 
 def test_a_named_gpu_becomes_the_current_one(home, monkeypatch):

@@ -3,12 +3,14 @@ what a step takes. `run` is described at train.main.
 """
 import statistics
 import time
+from itertools import islice
 
 import torch
 
 import data
 import predictor
 from tools import dist
+from tools.generate import at_once
 from tools.report import record, say
 
 
@@ -51,18 +53,20 @@ def mean_loss(run, split, n):
 
 def accuracy(run, split, n):
     """(share that greedy generation gets right of the split's first n examples with an answer, their number);
-    (None, 0) without any."""
+    (None, 0) without any. A prompt of more than max_seq_len tokens is left out, as in training."""
     run.model.eval()
-    examples = [e for e in run.examples[split] if e.answer][:n]
+    asked = ((data.prompt_ids(e, run.tokenizer, run.cfg.prompt_format), e)
+             for e in run.examples[split] if e.answer)
+    asked = list(islice(((ids, e) for ids, e in asked if len(ids) <= run.cfg.max_seq_len), n))
     # FSDP: all ranks generate the same, in step
-    mine = examples if run.cfg.fsdp else examples[dist.rank()::dist.world()]
-    prompts = [data.prompt_ids(e, run.tokenizer, run.cfg.prompt_format) for e in mine]
-    order, right = sorted(range(len(mine)), key=lambda i: len(prompts[i])), 0
-    for i in range(0, len(mine) if run.cfg.fsdp else -(-len(examples) // dist.world()), 128):
+    mine = sorted(asked if run.cfg.fsdp else asked[dist.rank()::dist.world()], key=lambda a: len(a[0]))
+    longest = max((len(ids) for ids, _ in asked), default=0)
+    size, right = at_once(run.model, longest + run.cfg.max_new_tokens), 0
+    for i in range(0, len(mine) if run.cfg.fsdp else -(-len(asked) // dist.world()), size):
         look(run)
-        some = order[i:i + 128]
-        outs = run.model.generate([prompts[j] for j in some], run.cfg.max_new_tokens, stop=run.tokenizer.stop)
-        right += sum(data.is_correct(run.tokenizer.decode(o), mine[j].answer) for j, o in zip(some, outs))
+        some = mine[i:i + size]
+        outs = run.model.generate([ids for ids, _ in some], run.cfg.max_new_tokens, stop=run.tokenizer.stop)
+        right += sum(data.is_correct(run.tokenizer.decode(o), e.answer) for (_, e), o in zip(some, outs))
     total = (torch.tensor([right, len(mine)], dtype=torch.float64, device=run.device)
              / (dist.world() if run.cfg.fsdp else 1))
     dist.all_reduce(total)
@@ -101,7 +105,7 @@ def sum_energies(run):
     for _, p in predictor.predictors(run.model):
         if run.unsummed and p.energies is not None:
             dist.all_reduce(p.energies)
-            p.fresh = True
+            p.fresh = bool(p.energies.any())  # no context so far: nothing was measured
     run.unsummed = False
 
 
