@@ -14,7 +14,7 @@ x W.T + b for an attention channel of q, k or v, of h = silu(g) u for an MLP cha
     measured  ours: true energies, summed by the dense steps that the schedule runs anyway, then fixed. No
               factors, no estimate in the step, and the kept rows of W can be copied out once. On the
               embedded base it keeps .85 of the best channels at MLP .9 where svd keeps .49
-              and chance .10 (results/predictor_quality.md).
+              and chance .13 (results/predictor_quality.md).
     oracle    true energies of this very batch: as dear as the dense layer, the bound for every other
     random, worst    for ablations
 

@@ -133,6 +133,12 @@ def split(rows, n_val, tests=(), seed=0):
     return train, [row for row in kept if row["prompt"] in held_out]
 
 
+def unseen(rows, train):
+    """Without the rows whose prompt is among the training's: for sets that are cut by their order."""
+    seen = {row["prompt"] for row in train}
+    return [row for row in rows if row["prompt"] not in seen]
+
+
 def write(prepare_file, name, rows):
     """name.jsonl beside the prepare.py that asks; under a temporary name first: whole or absent."""
     path = os.path.join(os.path.dirname(os.path.abspath(prepare_file)), name + ".jsonl")

@@ -45,7 +45,7 @@ def setup(cfg):
     r.model = train.load_model(cfg, folder, r.device, r.tokenizer)
     r.flat, r.grad, matrices = train.flatten([p for p in r.model.parameters() if p.requires_grad])
     r.optimizer = train.make_optimizer(cfg, r.flat, r.grad, matrices)
-    r.info = dict(step=0, sparse=False)
+    r.info, r.measured = dict(step=0, sparse=False), None
     return r
 
 
@@ -72,8 +72,13 @@ def look(r, ratios, kinds, batches, warm):
     model.eval()
     for kind in kinds:
         predictor.attach(model, *ratios, r.cfg.predictor_rank, kind)
-        if kind == "measured":
-            predictor.measure(model, warm)
+        if kind == "measured":  # at the first look, and kept: as a run fixes its channels
+            if r.measured is None:
+                predictor.measure(model, warm)
+                r.measured = {name: e.clone() for name, e in predictor.energies(model).items()}
+            for name, p in predictor.predictors(model):
+                p.energies.copy_(r.measured[name])
+                p.fresh = True
             model.eval()
         model.set_sparsity(0)
         dense = gradients(model, batches)

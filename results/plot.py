@@ -86,10 +86,10 @@ def main(argv):
     runs = {f: read(f) for f in folders}
     lowest = [min(e["val_loss"] for e in evaluations) for _, evaluations in runs.values() if evaluations]
     try:
-        target = float(o["target"]) if o["target"] else max(lowest, default=0.0)
+        target = float(o["target"]) if o["target"] else max(lowest) if lowest else None
     except ValueError:
         raise UserError(f"--target={o['target']} has to be a validation loss") from None
-    for name, (_, evaluations) in runs.items():
+    for name, (_, evaluations) in runs.items() if target else ():  # no evaluation, nothing to say
         at = reach(evaluations, target)
         print(f"{name}: " + (f"validation loss {target:.4f} after {at[0]:.0f} s and {at[1] / 1e12:.2f} TFLOP"
                              if at else f"never at {target:.4f}"))

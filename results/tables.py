@@ -31,7 +31,7 @@ COSTS = (("tiny", "embedded default", ("after", "test_loss"), "after",
           {**fewer(27, 24, 21), "as configured": SHIPPED, **budgets(.95, .9, .85, .75)}),
          ("smollm2_math", "SmolLM2, LLM-Adapters' math", ("val_loss", "after"), "val_loss",
           {**fewer(54, 48, 42), "measured, MLP 0.9 in blocks 20-28": SHIPPED, **budgets(.95, .9, .85, .75)}))
-# and the ones of channels and tokens: (base, title, quantity, label of a selector); (.., label of the default)
+# and those of channels and of tokens: (base, title, quantity, label of a selector, or of the default)
 CHANNELS = (("tiny", "embedded default, MLP .9", "after", "{}, MLP 0.9"),
             ("tiny", "MLP .95", "after", "{}, MLP 0.95"), ("tiny", "MLP .97", "after", "{}, MLP 0.97"),
             ("lists", "lists of words, MLP .9", "after", "{}, MLP 0.9"),
@@ -57,7 +57,7 @@ def markdown(everything, titles):
     lines = ["# Ablations", "",
              "Made by results/ablations.py; all numbers are in ablations.json. Mean ± standard error over n "
              "seeds. accuracy: greedy answers to test problems, after training, dense. against dense: "
-             "the difference of the means, its error that of two independent ones. rise: of one validation batch's loss "
+             "the difference of the means, as of independent runs. rise: of one validation batch's loss "
              "when its context runs sparse. spike: training loss of the first five sparse steps over the "
              "dense run's. time to a loss: over dense LoRA's (under 100%: sooner), of the mean over 20 "
              "validation losses, from the first measured down to the last that both reach. FLOPs, time "
@@ -127,7 +127,8 @@ def between(points, x):
     for (a, y, e), (b, z, f) in zip(points, points[1:]):
         if x <= b:
             w = max(0, x - a) / (b - a)
-            return dict(mean=y + (z - y) * w, error=None if None in (e, f) else math.hypot(e * (1 - w), f * w))
+            error = None if None in (e, f) else math.hypot(e * (1 - w), f * w)
+            return dict(mean=y + (z - y) * w, error=error)
     return dict(mean=points[-1][1], error=points[-1][2])
 
 

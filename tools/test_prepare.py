@@ -116,13 +116,14 @@ def test_code(tmp_path):
     module, folder = prepare("code", tmp_path)
     answer = "Here:\n```python\nx = {}\n```\nand\n```python\ny\n```\nend"
     rows = [{"query": f"Write {i}", "answer": answer.format(i)} for i in range(20)]
+    rows[19]["query"] = "Write 3"  # held out, but trained on: dropped
     rows += [{"query": "no code", "answer": "text"}, {"query": "long", "answer": f"```\n{'x' * 5000}\n```"}]
     human = [{"task_id": "HumanEval/0", "prompt": "def f():\n", "canonical_solution": "    return 1\n",
               "entry_point": "f", "test": "def check(f): assert f() == 1"}]
     files = {"CodeFeedback-Filtered-Instruction__jsonl": rows, "HumanEval__jsonl__gz": human}
     module.main(source=originals(tmp_path, **files))
     train, val, test = (read(folder / f"{name}.jsonl") for name in ("train", "val", "test"))
-    assert (len(train), len(val)) == (18, 2)
+    assert (len(train), len(val)) == (18, 1)
     assert train[0] == {"prompt": "Write 0", "response": "Here:\n```python\nx = 0\n```"}
     assert test[0]["prompt"] == "def f():\n" and test[0]["entry_point"] == "f"
 
@@ -130,12 +131,13 @@ def test_code(tmp_path):
 def test_instruct_filter(tmp_path, capsys):
     module, folder = prepare("instruct", tmp_path)
     rows = [{"instruction": f"Do {i}", "output": f"Done {i}"} for i in range(30)]
+    rows[29]["instruction"] = "Do 3"  # held out, but trained on: dropped
     for output in ("I'm Sorry, but", "Well, as an AI I", " ", "x" * 9000):
         rows.append({"instruction": "Do it", "output": output})
     module.main(source=originals(tmp_path, alpaca_evol_instruct_70k__json=rows))
     assert "dropped 4 of 34" in capsys.readouterr().out
     parts = [read(folder / f"{name}.jsonl") for name in ("train", "val", "test")]
-    assert [len(part) for part in parts] == [27, 2, 1]
+    assert [len(part) for part in parts] == [27, 2, 0]
 
 
 @real_files

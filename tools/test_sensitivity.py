@@ -227,7 +227,7 @@ def test_what_is_known_of_other_seeds_stays(tmp_path, monkeypatch):
     second = collect(first)
     assert second["dense LoRA"] == first["dense LoRA"] and list(second["split none"]["seeds"]) == ["0", "1"]
     assert second["split none"]["summary"]["after"]["mean"] == .6
-    assert second["split none"]["summary"]["vs_dense"] == dict(mean=.5 - .8, error=None, n=1)
+    assert second["split none"]["summary"]["vs_dense"] == dict(mean=.6 - .8, error=None, n=2)
     assert second["split none"]["seeds"]["0"]["time_share"] == .75 and "spike" not in second["split none"]["seeds"]["0"]
     # another command line is another run; what other options made stays
     known = {"split none": dict(second["split none"], command="python train.py"), "svd, MLP 0.1": first["dense LoRA"]}
@@ -241,8 +241,10 @@ def test_the_tables_say_what_the_numbers_do():
     everything = json.loads((ablations.ROOT / "results" / "ablations.json").read_text())
     assert (ablations.ROOT / "results" / "ablations.md").read_text() == tables.markdown(everything, ablations.TITLES)
     assert tables.readme(everything).strip() in (ablations.ROOT / "README.md").read_text()
-    assert tables.between([(.5, 60), (.8, 90), (1, 100)], .6) == 70 and tables.between([(.5, 60), (1, 100)], 1.2) == 100
-    assert tables.between([(.5, 60), (1, 100)], .4) == 60
+    line = [(.5, 60, 3), (.8, 90, 4), (1, 100, None)]
+    between = lambda x: tuple(tables.between(line, x).values())
+    assert between(.65) == pytest.approx((75, 2.5)) and between(.9) == (95, None)
+    assert between(.4) == (60, 3) and between(1.2) == (100, None)
 
 
 def test_nothing_finished_leaves_the_tables_alone(home):
@@ -297,7 +299,7 @@ def test_quality_overlap_and_gradients(home, tmp_path, monkeypatch, capsys):
     assert said[-2].startswith("MLP 0.5 in 1 ") and said[-1].startswith("MLP 0.75 in 0-1") and said[-1].endswith("of the FLOPs")
     with pytest.raises(UserError, match="BLOCKS:RATIO"):
         patterns.main([*base, "--batches=1", "--mlp=1"])
-    gradient_quality.main([*base, "--every=6", "--batches=1", "--kinds=oracle,random", "--max_steps=6"])
+    gradient_quality.main([*base, "--every=6", "--batches=1", "--kinds=oracle,measured,random", "--max_steps=6"])
     looks = json.loads((tmp_path / "gradient_quality.json").read_text())["tiny"]
     assert [look["step"] for look in looks] == [0, 6] and all(-1 <= c <= 1 for c, _ in looks[0]["kinds"]["oracle"].values())
     for name in ("predictor_quality", "overlap", "gradient_quality"):

@@ -49,8 +49,9 @@ def main(source=None):
     originals = download.records([f"{REPO.partition('/')[2]}.jsonl"], ["query", "answer"], source, repo=REPO)
     rows = [row for row in map(example, originals) if row][:N_TRAIN + N_VAL]
     n_val = min(N_VAL, len(rows) // 10)
-    download.write(__file__, "train", rows[:len(rows) - n_val])
-    download.write(__file__, "val", rows[len(rows) - n_val:])
+    train = rows[:len(rows) - n_val]
+    download.write(__file__, "train", train)
+    download.write(__file__, "val", download.unseen(rows[len(rows) - n_val:], train))
 
 
 if __name__ == "__main__":

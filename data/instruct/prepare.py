@@ -36,8 +36,9 @@ def main(source=None):
     print(f"dropped {len(originals) - len(rows):,} of {len(originals):,}: refusals, empty or long answers")
     rows = rows[:N_TRAIN + N_HELD_OUT]
     n_held_out = min(N_HELD_OUT, len(rows) // 10)
-    train, held_out = rows[:len(rows) - n_held_out], rows[len(rows) - n_held_out:]
-    n_test = n_held_out // 3
+    train = rows[:len(rows) - n_held_out]
+    held_out = download.unseen(rows[len(rows) - n_held_out:], train)
+    n_test = len(held_out) // 3
     download.write_all(__file__, {"train": train, "val": held_out[n_test:], "test": held_out[:n_test]})
 
 
