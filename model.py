@@ -78,8 +78,8 @@ class Part(nn.Module):
         return keep
 
     def energy_buffer(self, n):
-        """Where this forward adds its true energies, with predictor "measured" in a dense training step (they
-        then count as new); else None."""
+        """Where this forward adds its true energies, with predictor "measured" in a dense training step, and
+        the next sparse one chooses anew; else None."""
         if self.predictor is None or not self.predictor.measures() or not n:
             return None
         self.predictor.fresh = True
@@ -234,8 +234,8 @@ class Block(nn.Module):
         return F.rms_norm(x, w.shape, w, self.eps)
 
     def forward(self, x, batch, rope, last, chosen, cache=None):
-        """x (T, D) -> (T, D), in the last block (T_loss, D). chosen: an empty Chosen; a recomputation of
-        this forward gets it filled, so that it keeps the same channels and measures nothing twice."""
+        """x (T, D) -> (T, D), in the last block (T_loss, D). chosen: a Chosen, where a forward writes its
+        channels and a recomputation reads them, so that it keeps the same and measures nothing twice."""
         n = batch.n_sparse
         h = self.norm(x, self.attn_norm)
         keep, energies = self.choose("attn", h, n, chosen)

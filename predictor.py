@@ -185,8 +185,7 @@ class Predictor:
         self.part, self.ratio, self.kind, self.estimate, self.keep = part, ratio, kind, estimate, keep
         self.n_channels, self.n_energies = n_channels, n_energies  # I and I, or Nkv and Nq + 2 Nkv
         self.c = 0  # how many of them a forward keeps now; 0: dense
-        # of `measured`: summed true energies, whether any were summed since channels were last fixed,
-        # and those channels
+        # of `measured`: summed true energies, whether channels have to be chosen from them, those channels
         w = part.fused()
         high = torch.promote_types(w.dtype, torch.float32)
         self.energies = torch.zeros(n_energies, dtype=high, device=w.device) if kind == "measured" else None

@@ -143,7 +143,7 @@ def lora_backward(dy, x, z, dx, spans, lora, s):
 
 # ---- projections -------------------------------------------------------------------------------------------
 # Arguments that all three share: keep, a Keep (SwiGLU: a KeepMLP), or None where all rows are dense; n, how
-# many rows come first and are sparse (ignored without keep); s = alpha / R; *lora, A, B, A, B, ... in fp32,
+# many rows come first and are sparse (without keep only measured); s = alpha / R; *lora, A, B, A, B, ... in fp32,
 # whose gradients are fp32 too (fp64 for fp64), SwiGLU's six of gate, up and down. The projections' spans are
 # the output columns (lo, hi) of each LoRA.
 

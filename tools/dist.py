@@ -51,15 +51,16 @@ def setup(cfg):
             raise UserError("fsdp = True shards the frozen weights over the processes of torchrun: "
                             "start with torchrun --nproc_per_node=N train.py ...")
         return device
-    if not td.is_initialized():
-        td.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-                              timeout=timedelta(seconds=cfg.timeout))
-    if cfg.batch_size < world():
-        raise UserError(f"batch_size = {cfg.batch_size} is less than one example for each of {world()} "
+    n = int(os.environ["WORLD_SIZE"])  # before they meet: who comes late would find the others gone, not why
+    if cfg.batch_size < n:
+        raise UserError(f"batch_size = {cfg.batch_size} is less than one example for each of {n} "
                         "processes: raise it, or start fewer")
     if cfg.fsdp and cfg.lora_r == 0:
         raise UserError("fsdp = True shards frozen weights, and with lora_r = 0 none is frozen: use LoRA, "
                         "or --fsdp=False")
+    if not td.is_initialized():
+        td.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+                              timeout=timedelta(seconds=cfg.timeout))
     return device
 
 
@@ -116,7 +117,8 @@ def lost():
 
 
 def lost_message(e):
-    return (f"rank {rank()} of {world()} lost the others: one ended, or did not answer within the timeout; "
+    here = os.environ.get("RANK", rank()), os.environ.get("WORLD_SIZE", world())  # they may not have met yet
+    return (f"rank {here[0]} of {here[1]} lost the others: one ended, or did not answer within the timeout; "
             f"the cause is in its own message ({str(e).splitlines()[0][:200]})")
 
 
