@@ -212,6 +212,10 @@ def load(dir_or_repo):
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, regex.error) as e:
         raise UserError(f"the tokenizer in {path} is damaged ({type(e).__name__}: {e})") from e
     tokenizer.system = default_system(path, settings)
+    pad = settings.get("pad_token")
+    pad = tokenizer.special.get(pad.get("content") if isinstance(pad, dict) else pad)
+    if pad == tokenizer.n_vocab - 1 and pad not in tokenizer.stop:
+        tokenizer.n_vocab = pad  # nothing is padded here: LLaMA-2's with an added <pad> fit their embedding
     return tokenizer
 
 

@@ -175,8 +175,9 @@ def test_sentencepiece(tmp_path, monkeypatch):
     sentencepiece.SentencePieceTrainer.train(
         input=str(corpus), model_prefix=str(tmp_path / "tokenizer"), vocab_size=420, model_type="bpe",
         byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2)
-    (tmp_path / "tokenizer_config.json").write_text(
-        json.dumps({"added_tokens_decoder": {"1": {"content": "<s>"}, "420": {"content": "<|im_end|>"}}}))
+    added = {"1": {"content": "<s>"}, "420": {"content": "<|im_end|>"}, "421": {"content": "<pad>"}}
+    settings = {"added_tokens_decoder": added, "pad_token": "<pad>"}  # which has no row in the embedding
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     t = tok.load(tmp_path)
     assert (t.bos, t.eot, t.n_vocab) == (1, 2, 421) and t.special["<|im_end|>"] == 420
     for text in ["Anna has 3 boxes", " two  spaces", "é 한국\n", "</s> is text"]:
