@@ -60,7 +60,8 @@ def plain(prompt, system="", first=True):
 
 
 def alpaca(prompt, system="", first=True):
-    """Stanford Alpaca's, which LLM-Adapters uses too. A system prompt replaces its first two sentences."""
+    """Stanford Alpaca's for rows without an input, which LLM-Adapters uses too (here an input follows the
+    instruction). A system prompt replaces its first two sentences."""
     intro = system or ("Below is an instruction that describes a task. Write a response that appropriately "
                        "completes the request.")
     return (intro if first else "") + f"\n\n### Instruction:\n{prompt}\n\n### Response:\n"
