@@ -40,6 +40,7 @@ import config
 from config import UserError
 from predictor import KINDS
 from results import plot, tables
+from results.tables import summary
 from tools import run, split_options
 from tools.checkpoint import resolve, write_section, write_text
 
@@ -253,13 +254,6 @@ def reach(r, high, low, n=20):
     points = [dict(val_loss=value, time=r["times"][step]) for step, value in r["evaluations"]]
     # max: rounding must not put the last target below what both reach
     return sum(plot.reach(points, max(low, high - (high - low) * i / n))[0] for i in range(1, n + 1)) / n
-
-
-def summary(values):
-    """-> mean, standard error (None for one value), n."""
-    n, mean = len(values), sum(values) / len(values)
-    return dict(mean=mean,
-                error=math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1) / n) if n > 1 else None, n=n)
 
 
 def collect(commands, rows, base, known):

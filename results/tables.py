@@ -7,6 +7,7 @@ from predictor import KINDS
 RATIO_OPTIONS = ("--predictor=", "--budget=", "--init_adapter=", "--out=")  # by which files of ratios differ
 COLUMNS = (("after", "accuracy", "{:.1%}"), ("vs_dense", "against dense", "{:+.1%}"),
            ("test_loss", "test loss", "{:.4f}"), ("val_loss", "validation loss", "{:.4f}"),
+           ("over", "above dense LoRA's, same seed", "{:+.4f}"),
            ("sooner", "time to a loss", "{:.0%}"), ("rise_at_switch", "rise at switch", "{:+.3f}"),
            ("rise_at_end", "rise at end", "{:+.3f}"), ("spike", "spike", "{:+.3f}"),
            ("flops_share", "FLOPs", "{:.0%}"), ("time_share", "time", "{:.0%}"))
@@ -27,9 +28,9 @@ SHIPPED = "as configured: measured, MLP .9 in blocks 20-28"
 COSTS = (("tiny", "embedded default", ("after", "test_loss"), "after",
           {**fewer(360, 320, 280, 240), "svd, MLP 0.9": "as configured: svd, MLP .9 in blocks 1-4",
            **budgets(.9, .85, .8, .75, .7)}),
-         ("smollm2", "SmolLM2, GSM8K", ("val_loss",), "val_loss",
+         ("smollm2", "SmolLM2, GSM8K", ("val_loss", "over"), "over",
           {**fewer(27, 24, 21), "as configured": SHIPPED, **budgets(.95, .9, .85, .75)}),
-         ("smollm2_math", "SmolLM2, LLM-Adapters' math", ("val_loss", "after"), "val_loss",
+         ("smollm2_math", "SmolLM2, LLM-Adapters' math", ("val_loss", "after", "over"), "over",
           {**fewer(54, 48, 42), "measured, MLP 0.9 in blocks 20-28": SHIPPED, **budgets(.95, .9, .85, .75)}))
 # and those of channels and of tokens: (base, title, quantity, label of a selector, or of the default)
 CHANNELS = (("tiny", "embedded default, MLP .9", "after", "{}, MLP 0.9"),
@@ -43,6 +44,13 @@ TOKENS = (("tiny", "embedded default", "after", "svd, MLP 0.9"),
           ("lists", "lists of words", "after", "svd, MLP 0.9"),
           ("smollm2", "SmolLM2, GSM8K: loss", "val_loss", "as configured"),
           ("smollm2_math", "SmolLM2, math: loss", "val_loss", "measured, MLP 0.9 in blocks 20-28"))
+
+
+def summary(values):
+    """-> mean, standard error (None for one value), n."""
+    n, mean = len(values), sum(values) / len(values)
+    return dict(mean=mean,
+                error=math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1) / n) if n > 1 else None, n=n)
 
 
 def cell(s, form):
@@ -100,25 +108,30 @@ def readme(everything):
 
 def costs(entries, title, keys, goal, names):
     """One base, from the dearest run to the cheapest, folded. Beside each sparse run what dense LoRA reaches
-    with so many steps that it takes the same time, on a line between the dense runs there are."""
-    some = {label: entries[label]["summary"] for label in names if label in entries}
-    if not some:
-        return ""
-    (_, what, form), = (c for c in COLUMNS if c[0] == goal)
+    with so many steps that it takes the same time, on a line between the dense runs there are. "over": of
+    losses with the same seed, which are pairs on SmolLM2 (differences spread by .0006, losses by .006)."""
+    dense = {label for label, e in entries.items() if label.startswith("dense LoRA") and 7 in e["rows"]}
+    some = {label: dict(e["summary"], over=above(e["seeds"], entries["dense LoRA"]["seeds"]))
+            for label, e in entries.items() if label in dense | names.keys()}
+    form = next(f for k, _, f in COLUMNS if k == goal)
     shown = [c for c in COLUMNS if c[0] in (*keys, "flops_share", "time_share")]
-    dense = {label: e["summary"] for label, e in entries.items()
-             if label.startswith("dense LoRA") and 7 in e["rows"]}
-    line = sorted((s["time_share"]["mean"], s[goal]["mean"], s[goal]["error"]) for s in dense.values())
+    line = sorted((s["time_share"]["mean"], s[goal]["mean"], s[goal]["error"])
+                  for s in map(some.get, dense))
     lines = [f"<details><summary>{title}, run by run</summary>", "",
              "| | seeds | " + " | ".join(c[1] for c in shown)
-             + f" | {what} of dense LoRA in that time |", "|---" * (len(shown) + 3) + "|"]
-    for label in sorted(some, key=lambda k: -some[k]["flops_share"]["mean"]):
+             + " | dense LoRA's in that time |", "|---" * (len(shown) + 3) + "|"]
+    for label in sorted(some.keys() & names.keys(), key=lambda k: -some[k]["flops_share"]["mean"]):
         s = some[label]
-        cells = [cell(s.get(k) and (dict(s[k], error=None) if k.endswith("share") else s[k]), f)
-                 for k, _, f in shown]
+        exact = ("flops_share", "time_share") if label in dense else ("flops_share",)
+        cells = [cell(s.get(k) and (dict(s[k], error=None) if k in exact else s[k]), f) for k, _, f in shown]
         cells.append("" if label in dense else cell(between(line, s["time_share"]["mean"]), form))
         lines.append(" | ".join([f"| {names[label]}", str(len(entries[label]["seeds"])), *cells]) + " |")
     return "\n".join(lines) + "\n\n</details>\n"
+
+
+def above(seeds, dense):
+    """Validation losses less dense LoRA's with the same seed, a summary."""
+    return summary([r["val_loss"] - dense[s]["val_loss"] for s, r in seeds.items() if s in dense])
 
 
 def between(points, x):
