@@ -123,8 +123,7 @@ def llm_adapters_tests(names, source):
 
 def split(rows, n_val, tests=(), seed=0):
     """(train, val). Prompts that a test set holds are dropped; equal prompts stay on one side."""
-    tested = {row["prompt"] for test in tests for row in test}
-    kept = [row for row in rows if row["prompt"] not in tested]
+    kept = unseen(rows, (row for test in tests for row in test))
     if len(kept) < len(rows):
         print(f"dropped {len(rows) - len(kept)} examples whose prompt is in a test set")
     prompts = sorted({row["prompt"] for row in kept})
@@ -133,9 +132,9 @@ def split(rows, n_val, tests=(), seed=0):
     return train, [row for row in kept if row["prompt"] in held_out]
 
 
-def unseen(rows, train):
-    """Without the rows whose prompt is among the training's: for sets that are cut by their order."""
-    seen = {row["prompt"] for row in train}
+def unseen(rows, others):
+    """The rows whose prompt is none of the others'."""
+    seen = {row["prompt"] for row in others}
     return [row for row in rows if row["prompt"] not in seen]
 
 

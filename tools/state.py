@@ -31,9 +31,8 @@ from tools.report import say
 FORMAT = 1
 # Options that may be others on resume: they say where and how fast a run computes and how much it tells, not
 # what it computes (device and micro_batch_size change the rounding, the latter also whose rows choose
-# channels together). The contents
-# of model and dataset are compared instead of their paths (fingerprint), `published` by the ratios that came
-# of it.
+# channels together). The contents of model and dataset are compared instead of their paths (fingerprint),
+# `published` by the ratios that came of it.
 FREE = {"model", "dataset", "published", "out_dir", "resume", "debug", "threads", "device",
         "micro_batch_size", "recompute", "fsdp", "timeout", "log_interval", "eval_interval", "eval_examples",
         "save_interval"}
