@@ -1,6 +1,6 @@
 """LLaMA, written out: weights from a Hugging Face directory or hub id, LoRA, generation with a KV cache,
 adapters in PEFT's format. (How files are read, what a cache holds and how FLOPs are counted:
-tools/architecture.py, checkpoint.py, generate.py, flops.py.)
+lib/architecture.py, checkpoint.py, generate.py, flops.py.)
 
     block:  x += attention(norm(x));  x += mlp(norm(x))
             norm: RMSNorm; attention: RoPE, grouped queries; mlp: SwiGLU
@@ -36,11 +36,11 @@ from torch.utils.checkpoint import checkpoint
 import kernels
 import sparse
 from config import UserError
-from tools.architecture import ModelConfig
-from tools.checkpoint import (load_weights, read_adapter, resolve, weight_files, write_safetensors,
+from lib.architecture import ModelConfig
+from lib.files import (load_weights, read_adapter, resolve, weight_files, write_safetensors,
                               write_text)
-from tools.flops import flops_by_part
-from tools.generate import KVCache, prompt_batch, sample
+from lib.flops import flops_by_part
+from lib.generate import KVCache, prompt_batch, sample
 
 # cuDNN's attention, torch's first choice on an H100 since 2.11, makes a plan for every new shape, and here
 # nearly every batch and every generated token has one (tens of ms each, others say; UNMEASURED here).
@@ -536,7 +536,7 @@ class LLaMA(nn.Module):
 
     def flops(self, batch):
         """(dense, sparse): FLOPs of one training step of this batch, forward and backward, at the present
-        set_sparsity (tools/flops.py)."""
+        set_sparsity (lib/flops.py)."""
         return tuple(sum(flops_by_part(self, batch, on).values()) for on in (False, True))
 
 

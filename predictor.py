@@ -33,7 +33,7 @@ import torch
 import kernels
 from config import UserError
 from sparse import Keep, KeepAttention, KeepMLP, energy
-from tools import cache
+from lib import cache
 
 KINDS = ("svd", "measured", "oracle", "random", "worst")
 

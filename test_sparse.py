@@ -1,5 +1,5 @@
 """What proves it: `pytest -q -m "not slow"`. Whole runs and the tools are
-tested in tools/test_*.py.
+tested in tests/test_*.py.
 
 The central test is `masked`: the sparse model's loss and every LoRA gradient equal plain autograd through a
 dense model whose context rows are multiplied by 0/1 masks, in fp64 to 1e-9, for every kind of block.
@@ -20,7 +20,7 @@ import predictor
 import sparse
 from config import UserError
 from model import Chosen, LLaMA, ModelConfig, inverse_frequencies
-from tools.generate import at_once
+from lib.generate import at_once
 
 SMALL = dict(model_type="llama", vocab_size=61, hidden_size=48, intermediate_size=80, num_hidden_layers=3,
              num_attention_heads=6, num_key_value_heads=2, head_dim=16, rms_norm_eps=1e-6, rope_theta=10000.0,

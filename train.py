@@ -31,10 +31,10 @@ import data.tokenizer
 import predictor
 from config import UserError
 from model import LLaMA, ModelConfig, load_adapter
-from tools import dist, state
-from tools.checkpoint import resolve, write_text
-from tools.validate import Interrupted, accuracy, evaluate, make_batches, mean_loss, selection, time_ratio
-from tools.report import finite, read_later, record, report, say, say_plan, say_result
+from lib import dist, state
+from lib.files import resolve, write_text
+from lib.evaluate import Interrupted, accuracy, evaluate, make_batches, mean_loss, selection, time_ratio
+from lib.log import finite, read_later, record, report, say, say_plan, say_result
 
 
 # ---- the parts of a run ------------------------------------------------------------------------------------

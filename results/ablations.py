@@ -41,8 +41,8 @@ from config import UserError
 from predictor import KINDS
 from results import plot, tables
 from results.tables import summary
-from tools import run, split_options
-from tools.checkpoint import resolve, write_section, write_text
+from lib.cli import run, split_options
+from lib.files import resolve, write_section, write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 OWN = dict(rows="1,2,3,4,5,6,7,8,9", seeds=0, name="tiny", mlp=".9,.95,.97", attn=".25,.5", blocks="",

@@ -16,7 +16,7 @@ import torch
 
 import data
 import data.tokenizer
-import tools
+from lib import cli
 from config import UserError
 from model import LLaMA
 
@@ -44,7 +44,7 @@ def measure(f, device):
 
 
 def main(argv):
-    _, o = tools.options(argv, __doc__, (0, 0), model="", prompts=32, new_tokens=64, rounds=5, threads=2,
+    _, o = cli.options(argv, __doc__, (0, 0), model="", prompts=32, new_tokens=64, rounds=5, threads=2,
                          device="cpu", dtype="float32", static=False)
     if not o["model"]:
         raise UserError("name a model's directory: --model=DIR")
@@ -78,4 +78,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    tools.run(main)
+    cli.run(main)

@@ -26,8 +26,8 @@ import data.tokenizer
 import predictor
 import train
 from config import UserError
-from tools import run, split_options
-from tools.checkpoint import resolve, write_text
+from lib.cli import run, split_options
+from lib.files import resolve, write_text
 
 OWN = dict(every=40, batches=4, kinds="oracle,measured,svd,random", probe="", name="tiny")
 HERE = Path(__file__).resolve().parent

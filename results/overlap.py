@@ -25,8 +25,8 @@ import config
 import predictor
 from config import UserError
 from results.predictor_quality import load, recall
-from tools import run, split_options
-from tools.checkpoint import write_text
+from lib.cli import run, split_options
+from lib.files import write_text
 from tools.sensitivity import calibration
 
 OWN = dict(data="", batches=4, ratio=".5,.9", name="tiny")

@@ -13,8 +13,8 @@ import config
 import data
 import data.tokenizer
 from config import UserError
-from tools import run, split_options
-from tools.checkpoint import resolve
+from lib.cli import run, split_options
+from lib.files import resolve
 from tools.sensitivity import flops, losses, mean_and_error, setup
 
 OWN = dict(mlp="20-28:.9", files="", batches=4)

@@ -11,8 +11,8 @@ import json
 from pathlib import Path
 
 from config import UserError
-from tools import options, run
-from tools.state import read_lines
+from lib.cli import options, run
+from lib.state import read_lines
 
 
 def read(out_dir):

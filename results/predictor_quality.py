@@ -24,8 +24,8 @@ import config
 import data.tokenizer
 import predictor
 import train
-from tools import run, split_options
-from tools.checkpoint import resolve, write_text
+from lib.cli import run, split_options
+from lib.files import resolve, write_text
 from tools.sensitivity import calibration
 
 OWN = dict(ranks="1,2,4,8,16,64", ratios=".5,.75,.9,.97", batches=4, name="tiny")

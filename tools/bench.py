@@ -52,8 +52,10 @@ import predictor
 import train
 from config import UserError
 from model import TARGETS, LLaMA, ModelConfig
-from tools import bench_kernels, bench_report, dist, run, split_options
-from tools.checkpoint import read_json, write_text
+from lib import dist
+from lib.cli import run, split_options
+from tools import bench_kernels, bench_report
+from lib.files import read_json, write_text
 from tools.bench_measure import (grid_times, load_average, machine, measure, predictor_times, traffic,
                                  unique_bytes)
 

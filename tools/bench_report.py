@@ -5,7 +5,7 @@ from pathlib import Path
 import config
 from config import UserError
 from tools.bench_measure import quantile
-from tools.checkpoint import read_json, write_section
+from lib.files import read_json, write_section
 
 ROOT = Path(config.ROOT)
 PHASES = ("forward", "backward", "optimizer")

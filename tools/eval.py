@@ -35,12 +35,13 @@ import torch
 
 import data
 import data.tokenizer
-import tools
+from lib import cli
 from config import ROOT, UserError
 from data import examples
 from model import LLaMA, load_adapter
-from tools import answers, dist, sandbox, state
-from tools.checkpoint import read_json, resolve, weight_files, write_text
+from lib import dist, state
+from tools import answers, sandbox
+from lib.files import read_json, resolve, weight_files, write_text
 
 DATA = Path(ROOT, "data")
 SETS = {"math": ("gsm8k", "svamp", "mawps", "aqua"), "code": ("humaneval",), "commonsense": (
@@ -364,7 +365,7 @@ def complete(path, o):
 
 
 def main(argv):
-    (path,), o = tools.options(
+    (path,), o = cli.options(
         argv, __doc__, (1, 1), tasks="", prompt="", limit=0, batch_size=32, max_new_tokens=0,
         prompt_format="", dtype="", device="auto", model="", output="", overwrite=False, execute=False,
         temperature=0.0, top_p=1.0, seed=0, threads=0)
@@ -395,4 +396,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    tools.run(main)
+    cli.run(main)

@@ -20,9 +20,9 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-import tools
+from lib import cli
 from config import UserError
-from tools.checkpoint import read_adapter, resolve, weight_files, write_safetensors
+from lib.files import read_adapter, resolve, weight_files, write_safetensors
 
 COPIED = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json",
           "added_tokens.json", "vocab.json", "merges.txt", "chat_template*", "LICENSE*", "USE_POLICY*",
@@ -151,11 +151,11 @@ def flush(folder):
 
 
 def main(argv):
-    (adapter, target), o = tools.options(argv, __doc__, (2, 2), model="", shard_gb=5.0)
+    (adapter, target), o = cli.options(argv, __doc__, (2, 2), model="", shard_gb=5.0)
     if not o["shard_gb"] > 0:
         raise UserError(f"--shard_gb={o['shard_gb']} must be positive")
     export(adapter, target, o["model"], o["shard_gb"])
 
 
 if __name__ == "__main__":
-    tools.run(main)
+    cli.run(main)

@@ -48,11 +48,11 @@ import data.tokenizer
 import predictor
 import train
 from config import UserError
-from tools import run, split_options
-from tools.cache import checksum
-from tools.checkpoint import resolve, write_text
-from tools.flops import flops_by_part
-from tools.report import clock
+from lib.cli import run, split_options
+from lib.cache import checksum
+from lib.files import resolve, write_text
+from lib.flops import flops_by_part
+from lib.log import clock
 
 OWN = dict(budget=0.75, ratios=".5,.75,.9,.97", batches=8, out="")
 # mean |rise| of the loss below which the shade is used

@@ -23,10 +23,10 @@ import torch
 
 import predictor
 from config import Config, UserError
-from tools import dist
-from tools.checkpoint import write_text
-from tools.validate import sum_energies
-from tools.report import say
+from lib import dist
+from lib.files import write_text
+from lib.evaluate import sum_energies
+from lib.log import say
 
 FORMAT = 1
 # Options that may be others on resume: they say where and how fast a run computes and how much it tells, not

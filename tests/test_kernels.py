@@ -297,7 +297,7 @@ def compiled(tmp_path, *args):
     if K.triton is None:
         pytest.skip("no triton")
     env = dict(os.environ, TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
-    run = subprocess.run([sys.executable, "-m", "tools.test_kernels", *map(str, args)], env=env, cwd=ROOT,
+    run = subprocess.run([sys.executable, "-m", "tests.test_kernels", *map(str, args)], env=env, cwd=ROOT,
                          capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
     return [json.loads(line) for line in run.stdout.splitlines()]
@@ -325,7 +325,7 @@ def test_others_compile(dtype, tmp_path):
         assert r["kernel"] != "mlp_scores_kernel" or dtype == "fp32" or r["mma"] + r["wgmma"] > 0, r
 
 
-if __name__ == "__main__":  # python -m tools.test_kernels matmuls bf16 4096: one JSON line a configuration
+if __name__ == "__main__":  # python -m tests.test_kernels matmuls bf16 4096: one JSON line a configuration
     what, dtype, *D = sys.argv[1:]
     for arch in LIMITS:
         results = compile_matmuls(arch, dtype, int(*D)) if what == "matmuls" else compile_others(arch, dtype)

@@ -9,9 +9,9 @@ import torch
 
 import data
 import predictor
-from tools import dist
-from tools.generate import at_once
-from tools.report import record, say
+from lib import dist
+from lib.generate import at_once
+from lib.log import record, say
 
 
 def make_batches(run, split, idx, seed=0):

@@ -5,10 +5,10 @@ import random
 
 import pytest
 
-pytest.register_assert_rewrite("tools.testing")  # its asserts say what differs
+pytest.register_assert_rewrite("tests.testing")  # its asserts say what differs
 
 import train  # noqa: E402
-from tools.testing import OPTIONS, at_step, crash, make_base, options  # noqa: E402
+from tests.testing import OPTIONS, at_step, crash, make_base, options  # noqa: E402
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,5 @@
 """The data sets: each prepare.py on a small made-up folder of originals, on the real files where they are at
-hand, and the generator of the embedded default. No network. python -m pytest tools/test_prepare.py"""
+hand, and the generator of the embedded default. No network. python -m pytest tests/test_prepare.py"""
 import gzip
 import hashlib
 import importlib.util

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 import config
 import train
 from model import LLaMA, ModelConfig
-from tools import state
+from lib import state
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZES = dict(model_type="llama", vocab_size=768, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
@@ -112,7 +112,7 @@ def flip(path):
 def start(target, *args):
     import multiprocessing
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tools.test_runs", "tools.test_ranks"])
+    context.set_forkserver_preload(["tests.test_runs", "tests.test_ranks"])
     p = context.Process(target=target, args=args)
     p.start()
     return p

@@ -3,7 +3,7 @@
 All that is computed, forward and backward, and nothing that is not: LoRA, the predictor, attention, the loss.
 A multiplication and an addition are two. Attention counts as the blocks that are computed on a CPU, and on a
 GPU, where it is fused, as the whole (B, S, S), as torch counts it; a recomputation is not counted. Equal to
-torch.utils.flop_counter's number (tools/test_bench.py).
+torch.utils.flop_counter's number (tests/test_bench.py).
 
 A product of n rows with (a, b) takes 2 n a b forward and as much again for its input's gradient, where that
 is needed, and for its weight's, where that is trained. The first block's input needs none with LoRA.

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 import train
 from config import UserError
 from model import LLaMA
-from tools import dist
-from tools.testing import ROOT, at_step, cut, env, make_base, options, tree
+from lib import dist
+from tests.testing import ROOT, at_step, cut, env, make_base, options, tree
 
 
 def flags(*args):

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 
 import train
 from model import LLaMA
-from tools import dist
-from tools.testing import ROOT, at_step, env, equal, metrics, newest, options, start, term, weights
+from lib import dist
+from tests.testing import ROOT, at_step, env, equal, metrics, newest, options, start, term, weights
 
 
 def rank_child(home, changes, rank, world, port, hook):
@@ -119,7 +119,7 @@ def test_fsdp_equals_data_parallel(home, tmp_path, kind):
 
 def hook_shards(rank):
     """Writes down how many rows of each frozen weight this rank holds once the model is loaded, and how many it read from the files."""
-    from tools import checkpoint
+    from lib import files as checkpoint
     real, read = train.load_model, {}
 
     def load_model(*args):

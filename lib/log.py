@@ -11,8 +11,8 @@ import config
 import data
 import predictor
 from config import UserError
-from tools import dist
-from tools.checkpoint import write_text
+from lib import dist
+from lib.files import write_text
 
 # dense bf16
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40": 181e12, "A6000": 155e12, "4090": 165e12,

@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 import train
 from config import UserError
 from model import LLaMA
-from tools import dist, report, state, validate
-from tools.testing import (ROOT, at_step, cut, env, equal, flip, make_base, metrics, metrics_lines, newest,
+from lib import dist, evaluate as validate, log as report, state
+from tests.testing import (ROOT, at_step, cut, env, equal, flip, make_base, metrics, metrics_lines, newest,
                            options, same_run, start, term, tree, weights)
 
 

@@ -1,4 +1,4 @@
-"""Tests of config/ and data/: python -m pytest tools/test_data.py (a few seconds, no network)."""
+"""Tests of config/ and data/: python -m pytest tests/test_data.py (a few seconds, no network)."""
 import base64
 import importlib.util
 import json

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from config import UserError
-from tools.checkpoint import read_json
+from lib.files import read_json
 
 
 @dataclass
