@@ -23,7 +23,8 @@ Two products serve the forward and the backward of everything (w never gets a gr
 Each operation: formula, torch reference, Triton kernel, launcher. CUDA tensors in fp32, bf16, fp16 take the
 kernel (fp32 accumulation), all others the reference, which is the CPU path and written to be fast there. With
 TRITON_INTERPRET=1 set before the import CPU tensors take the kernels too: so tests see them without a GPU.
-The paper's code copies the picked rows and calls the library; `use_library` says where we do so too.
+(The paper's code copies the picked rows and calls the library. Where rows are worth a copy for many steps, sparse.py
+keeps one and calls the library too; which of the two is faster on a GPU is unmeasured: tools.bench times both.)
 """
 import os
 
@@ -52,17 +53,17 @@ def tuned(*configs):
         configs = [(32, 32, 32, 1, 4)]  # a single config is never timed, and odd sizes meet every mask
     configs = [triton.Config(dict(BLOCK_M=m, BLOCK_N=n, BLOCK_K=k), num_stages=stages, num_warps=warps)
                for m, n, k, stages, warps in configs]
-    tune = triton.autotune(configs, key=["T_BUCKET", "C_BUCKET", "D", "MODE"],
+    tune = triton.autotune(configs, key=["T_BUCKET", "C_BUCKET", "D"],
                            prune_configs_by={"early_config_prune": fitting})
     return lambda f: tune(triton.jit(f, do_not_specialize=["T", "T_BUCKET", "C_BUCKET"]))
 
 
 def fitting(configs, args, **_):
-    """A gathered x passes through registers, two bytes a load: at 128 x 256 x 64 that spills on sm_80. Exact
-    fp32 has no tensor cores: its products are unrolled, and large tiles compile for minutes and spill."""
+    """Exact fp32 has no tensor cores: its products are unrolled, and large tiles compile for minutes and spill."""
     exact = args["x"].dtype == torch.float32 and args["PRECISION"] == "ieee"
-    most = 64 * 64 * 32 if exact else 128 * 128 * 64 if args["MODE"] == "gather" else 128 * 256 * 64
-    return [c for c in configs if c.kwargs["BLOCK_M"] * c.kwargs["BLOCK_N"] * c.kwargs["BLOCK_K"] <= most]
+    if not exact:
+        return configs
+    return [c for c in configs if c.kwargs["BLOCK_M"] * c.kwargs["BLOCK_N"] * c.kwargs["BLOCK_K"] <= 64 * 64 * 32]
 
 
 def bucket(n):
@@ -75,30 +76,17 @@ def on_kernel(x):
     return x.is_cuda and triton is not None and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
 
 
-def rows_of(x):
+def side_by_side(x):
     """The kernels step from row to row by x.stride(0) and expect the elements of a row side by side."""
-    return x if x.stride(1) == 1 else x.contiguous()
+    if x.stride(1) == 1:
+        return x
+    return x.contiguous()
 
 
 def precision(x):
     """fp32 products are exact unless the user has allowed TF32 for torch's own."""
     tf32 = x.dtype == torch.float32 and x.is_cuda and torch.backends.cuda.matmul.allow_tf32
     return "tf32" if tf32 else "ieee"
-
-
-def use_library(op, T, C, D):
-    """Whether index_select + library product (the *_ref functions) serves CUDA tensors instead of our kernel.
-    The one place for this rule. op: "nt" (compact), "nt_scatter", "nn" (compact), "nn_gather".
-    UNMEASURED: no GPU has run this yet, so all goes to our kernels. The kernel table of tools/bench.py times
-    both for a model's shapes: where the library wins by more than noise, condition and numbers go here."""
-    return False
-
-
-def gather_first(T, C, D):
-    """nn with a gathered x: copy x[:, idx] out first (one pass, 2 e T C more bytes) or gather in the product?
-    There, each of the D / BLOCK_N column blocks reads the scattered columns again, two bytes a load, where
-    cp.async moves no less than four. By that count the copy is better. UNMEASURED; the same table decides."""
-    return True
 
 
 @jit
@@ -125,22 +113,18 @@ def matmul_nt(x, w):
 # y = x w[idx].T (+ bias[idx]), compact (T, C), or written to columns idx of out (T, N)
 
 def gather_matmul_nt_ref(x, w, idx, out=None, bias=None):
-    y = x @ w.index_select(0, idx).T
+    y = x @ w.index_select(0, idx).T  # (T, C)
     if bias is not None:
         y += bias.index_select(0, idx)
-    return y if out is None else put_columns(out, idx, y)
-
-
-def put_columns(out, idx, y):
-    """out[:, idx] = y. CPU, 1024 of 4096 columns of 1536 rows: scatter_ .36 ms, index_copy_ .78,
-    out[:, idx] = y 1.25."""
-    return out.index_copy_(1, idx, y) if y.is_cuda else out.scatter_(1, idx.expand_as(y), y)
+    if out is None:
+        return y
+    return put_columns(out, idx, y)
 
 
 @tuned((128, 256, 64, 4, 8), (128, 128, 64, 4, 8), (128, 64, 64, 4, 4), (64, 128, 64, 4, 4),
        (64, 64, 64, 4, 4), (64, 64, 32, 4, 4))
 def nt_kernel(x, w, idx, bias, y, T, C, x_stride, w_stride, y_stride, T_BUCKET, C_BUCKET, D: tl.constexpr,
-              MODE: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
+              SCATTER: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
               BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
     m, n = tile(tl.program_id(0), tl.cdiv(T, BLOCK_M), tl.cdiv(C, BLOCK_N), 8)
     t = m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -154,7 +138,8 @@ def nt_kernel(x, w, idx, bias, y, T, C, x_stride, w_stride, y_stride, T_BUCKET, 
         acc += tl.load(bias + row).to(tl.float32)[None, :]
     for i in range(0, D, BLOCK_K):
         if D % BLOCK_K == 0:
-            a, b = tl.load(x_block), tl.load(w_block)
+            a = tl.load(x_block)
+            b = tl.load(w_block)
         else:
             a = tl.load(x_block, mask=k[None, :] < D - i, other=0.0)
             b = tl.load(w_block, mask=k[None, :] < D - i, other=0.0)
@@ -162,43 +147,34 @@ def nt_kernel(x, w, idx, bias, y, T, C, x_stride, w_stride, y_stride, T_BUCKET, 
         x_block += BLOCK_K
         w_block += BLOCK_K
     col = c
-    if MODE == "scatter":  # loaded again: `row`, kept over the loop, made Triton 3.6 spill 472 bytes a thread
+    if SCATTER:  # loaded again: `row`, kept over the loop, made Triton 3.6 spill 472 bytes a thread
         col = tl.load(idx + c, mask=c < C).to(tl.int32)
     y_rows = y + m.to(tl.int64) * BLOCK_M * y_stride + tl.arange(0, BLOCK_M)[:, None] * y_stride
     tl.store(y_rows + col[None, :], acc.to(y.dtype.element_ty), mask=(t < T)[:, None] & (c < C)[None, :])
 
 
-def nt_triton(x, w, idx, out=None, bias=None):
-    x, w, (T, D), C = rows_of(x), rows_of(w), x.shape, idx.shape[0]
+def gather_matmul_nt(x, w, idx, out=None, bias=None):
+    """x (T, D), w (N, D), idx (C,) -> x @ w[idx].T (+ bias[idx]), compact (T, C); or written into columns
+    idx of out (T, N), whose other columns keep what they hold. Only writes: run twice it gives the same."""
+    if not on_kernel(x):
+        return gather_matmul_nt_ref(x, w, idx, out, bias)
+    x = side_by_side(x)
+    w = side_by_side(w)
+    T, D = x.shape
+    C = len(idx)
     y = x.new_empty(T, C) if out is None else out
     assert y.stride(1) == 1 or y.numel() == 0
     if T and C:
         grid = lambda meta: (triton.cdiv(T, meta["BLOCK_M"]) * triton.cdiv(C, meta["BLOCK_N"]),)
-        mode = "compact" if out is None else "scatter"
-        nt_kernel[grid](x, w, idx, w if bias is None else bias, y, T, C, x.stride(0), w.stride(0),
-                        y.stride(0), bucket(T), bucket(C), D, mode, bias is not None, precision(x))
+        nt_kernel[grid](x, w, idx, w if bias is None else bias, y, T, C, x.stride(0), w.stride(0), y.stride(0),
+                        bucket(T), bucket(C), D, out is not None, bias is not None, precision(x))
     return y
 
 
-def gather_matmul_nt(x, w, idx, out=None, bias=None):
-    """x (T, D), w (N, D), idx (C,) -> x @ w[idx].T (+ bias[idx]), compact (T, C); or written into columns
-    idx of out (T, N), whose other columns keep what they hold. Only writes: run twice it gives the same."""
-    op = "nt" if out is None else "nt_scatter"
-    if not on_kernel(x) or x.is_cuda and use_library(op, x.shape[0], len(idx), x.shape[1]):
-        return gather_matmul_nt_ref(x, w, idx, out, bias)
-    return nt_triton(x, w, idx, out, bias)
-
-
 # ------------------------------------------------------------------------------------------------------------
-# y = x w[idx] with x compact (T, C), or gathered from (T, N): y = x[:, idx] w[idx]
+# y = x w[idx], x compact (T, C)
 
-def columns(x, idx):
-    """x[:, idx]. CPU, 1024 of 4096 columns of 1536 rows: gather .39 ms, index_select .64, x[:, idx] 1.17."""
-    return x.index_select(1, idx) if x.is_cuda else x.gather(1, idx.expand(x.shape[0], -1))
-
-
-def gather_matmul_nn_ref(x, w, idx, gather=False, out=None):
-    x = columns(x, idx) if gather else x
+def gather_matmul_nn_ref(x, w, idx, out=None):
     if out is None:
         return x @ w.index_select(0, idx)
     return torch.mm(x, w.index_select(0, idx), out=out)
@@ -209,8 +185,7 @@ def gather_matmul_nn_ref(x, w, idx, gather=False, out=None):
 @tuned((128, 256, 64, 5, 8), (128, 128, 64, 7, 8), (128, 128, 32, 7, 8), (64, 256, 32, 7, 8),
        (64, 128, 32, 7, 4), (64, 64, 64, 7, 4), (64, 64, 32, 7, 4))
 def nn_kernel(x, w, idx, y, T, C, x_stride, w_stride, y_stride, T_BUCKET, C_BUCKET, D: tl.constexpr,
-              MODE: tl.constexpr, PRECISION: tl.constexpr,
-              BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+              PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
     m, n = tile(tl.program_id(0), tl.cdiv(T, BLOCK_M), tl.cdiv(D, BLOCK_N), 8)
     t = m * BLOCK_M + tl.arange(0, BLOCK_M)
     d = n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -219,8 +194,7 @@ def nn_kernel(x, w, idx, y, T, C, x_stride, w_stride, y_stride, T_BUCKET, C_BUCK
     for i in range(0, C, BLOCK_K):
         c = i + tl.arange(0, BLOCK_K)
         row = tl.load(idx + c, mask=c < C, other=0)
-        col = row if MODE == "gather" else c
-        a = tl.load(x_rows + col[None, :], mask=(c < C)[None, :], other=0.0)
+        a = tl.load(x_rows + c[None, :], mask=(c < C)[None, :], other=0.0)
         w_block = w + row[:, None] * w_stride + d[None, :]
         if D % BLOCK_N == 0:
             b = tl.load(w_block)  # rows past C read row 0, times a zero of a
@@ -231,25 +205,40 @@ def nn_kernel(x, w, idx, y, T, C, x_stride, w_stride, y_stride, T_BUCKET, C_BUCK
     tl.store(y_rows + d[None, :], acc.to(y.dtype.element_ty), mask=(t < T)[:, None] & (d < D)[None, :])
 
 
-def nn_triton(x, w, idx, gather=False, out=None):
-    x, w, T, D, C = rows_of(x), rows_of(w), x.shape[0], w.shape[1], idx.shape[0]
+def gather_matmul_nn(x, w, idx, out=None):
+    """x (T, C), w (N, D), idx (C,) -> x @ w[idx] (T, D), into out where it is given."""
+    if not on_kernel(x):
+        return gather_matmul_nn_ref(x, w, idx, out)
+    x = side_by_side(x)
+    w = side_by_side(w)
+    T, C, D = len(x), len(idx), w.shape[1]
     y = x.new_empty(T, D) if out is None else out
     assert y.stride(1) == 1 or y.numel() == 0
     if T:  # C = 0 runs the loop no times and writes zeros
         grid = lambda meta: (triton.cdiv(T, meta["BLOCK_M"]) * triton.cdiv(D, meta["BLOCK_N"]),)
         nn_kernel[grid](x, w, idx, y, T, C, x.stride(0), w.stride(0), y.stride(0), bucket(T), bucket(C), D,
-                        "gather" if gather else "compact", precision(x))
+                        precision(x))
     return y
 
 
-def gather_matmul_nn(x, w, idx, gather=False, out=None):
-    """x (T, C), w (N, D), idx (C,) -> x @ w[idx] (T, D); with gather x is (T, N): x[:, idx] @ w[idx]."""
-    T, C, D = x.shape[0], len(idx), w.shape[1]
-    if not on_kernel(x) or x.is_cuda and use_library("nn_gather" if gather else "nn", T, C, D):
-        return gather_matmul_nn_ref(x, w, idx, gather, out)
-    if gather and x.is_cuda and gather_first(T, C, D):
-        return nn_triton(columns(x, idx), w, idx, False, out)
-    return nn_triton(x, w, idx, gather, out)
+# ------------------------------------------------------------------------------------------------------------
+# picked columns of an activation: one pass each, and the library's. (Gathering them inside the product reads
+# scattered columns two bytes a load in each of its D / BLOCK_N column blocks, where cp.async moves no less than four.)
+
+def columns(x, idx):
+    """x (T, N) -> x[:, idx] (T, C). CPU, 1024 of 4096 columns of 1536 rows: gather .39 ms, index_select .64,
+    x[:, idx] 1.17."""
+    if x.is_cuda:
+        return x.index_select(1, idx)
+    return x.gather(1, idx.expand(len(x), -1))
+
+
+def put_columns(out, idx, y):
+    """out[:, idx] = y. CPU, 1024 of 4096 columns of 1536 rows: scatter_ .36 ms, index_copy_ .78,
+    out[:, idx] = y 1.25."""
+    if y.is_cuda:
+        return out.index_copy_(1, idx, y)
+    return out.scatter_(1, idx.expand_as(y), y)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -312,7 +301,7 @@ def swiglu(gu):
     """gu (T, 2C) = [gate | up] -> h (T, C) = silu(gate) * up"""
     if not on_kernel(gu):
         return swiglu_ref(gu)
-    gu, T, C = rows_of(gu), gu.shape[0], gu.shape[1] // 2
+    gu, T, C = side_by_side(gu), gu.shape[0], gu.shape[1] // 2
     h = gu.new_empty(T, C)
     if T and C:
         grid, block = swiglu_blocks(T, C)
@@ -324,7 +313,7 @@ def swiglu_backward(dh, gu, out=None):
     """dh (T, C), gu (T, 2C) -> dgu (T, 2C). out may be gu itself, which the gradient then overwrites."""
     if not on_kernel(gu):
         return swiglu_backward_ref(dh, gu, out)
-    dh, gu, (T, C) = rows_of(dh), rows_of(gu), dh.shape
+    dh, gu, (T, C) = side_by_side(dh), side_by_side(gu), dh.shape
     out = torch.empty_like(gu) if out is None else out
     if T and C:
         grid, block = swiglu_blocks(T, C)
@@ -436,7 +425,7 @@ def rope_kernel(src, dst, cos, sin, rows, n_rot, n_heads, src_stride, dst_stride
 
 
 def rope_triton(src, dst, cos, sin, rows, n_rot, hd, scatter):
-    src, cos, sin, n_heads, block = rows_of(src), cos.contiguous(), sin.contiguous(), src.shape[1] // hd, 8
+    src, cos, sin, n_heads, block = side_by_side(src), cos.contiguous(), sin.contiguous(), src.shape[1] // hd, 8
     if len(rows):
         rope_kernel[(len(rows), triton.cdiv(n_heads, block))](
             src, dst, cos, sin, rows, n_rot, n_heads, src.stride(0), dst.stride(0), hd // 2, scatter, block,

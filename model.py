@@ -26,21 +26,22 @@ import json
 import math
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+import data
 import kernels
 import sparse
 from config import UserError
+from lib import dense
 from lib.architecture import ModelConfig
 from lib.files import (load_weights, read_adapter, resolve, weight_files, write_safetensors,
                               write_text)
 from lib.flops import flops_by_part
-from lib.generate import KVCache, prompt_batch, sample
+from lib.generate import generate
 
 # cuDNN's attention, torch's first choice on an H100 since 2.11, makes a plan for every new shape, and here
 # nearly every batch and every generated token has one (tens of ms each, others say; UNMEASURED here).
@@ -66,24 +67,26 @@ class Part(nn.Module):
         self.predictor = None
         self.channels = None  # the kept channels of the last forward, None when dense
 
-    def pairs(self, targets):
-        """[(target, A, B)] of those targets that have LoRA."""
-        return [(t, self.lora[t + "/A"], self.lora[t + "/B"]) for t in targets if t + "/A" in self.lora]
+    def lora_of(self, targets):
+        """[A, B, A, B, ...] of these targets, as sparse.py takes them: of rank 0 where a target has no LoRA."""
+        out = []
+        for t in targets:
+            if t + "/A" in self.lora:
+                out += [self.lora[t + "/A"], self.lora[t + "/B"]]
+            else:
+                n_in, n_out = self.shapes[t]
+                w = self.fused()
+                out += [w.new_empty(0, n_in), w.new_empty(n_out, 0)]
+        return out
 
     def select(self, x, n):
-        """x (T, D), n sparse rows -> what to keep of this part in this forward: None (all),
-        KeepMLP or KeepAttention."""
-        keep = self.predictor.select(x[:n]) if self.predictor is not None and self.predictor.c and n else None
+        """x (T, D), n sparse rows -> what to keep of this part in this forward: None (all), KeepMLP or
+        KeepAttention."""
+        keep = None
+        if self.predictor is not None and self.predictor.c and n:
+            keep = self.predictor.select(x[:n])
         self.channels = None if keep is None else keep.channels
         return keep
-
-    def energy_buffer(self, n):
-        """Where this forward adds its true energies, with predictor "measured" in a dense training step, and
-        the next sparse one chooses anew; else None."""
-        if self.predictor is None or not self.predictor.measures() or not n:
-            return None
-        self.predictor.fresh = True
-        return self.predictor.energies
 
     def sharded(self):
         """True where FSDP has cut the frozen weights up over ranks."""
@@ -91,79 +94,75 @@ class Part(nn.Module):
 
 
 class Attention(Part):
+    inputs = "qkv"  # the targets that read this part's input
+
     def __init__(self, c, **kw):
         super().__init__()
-        self.n_heads, self.n_kv_heads, self.head_dim, self.eps = (
-            c.num_attention_heads, c.num_key_value_heads, c.head_dim, c.rms_norm_eps)
-        q, kv = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
-        self.qkv = weight(q + 2 * kv, c.hidden_size, **kw)
-        self.qkv_bias = weight(q + 2 * kv, **kw) if c.qkv_bias else None
-        self.o = weight(q, c.hidden_size, **kw)
+        self.n_heads, self.n_kv_heads, self.head_dim = c.num_attention_heads, c.num_key_value_heads, c.head_dim
+        self.eps = c.rms_norm_eps
+        D, Nq, Nkv = c.hidden_size, c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+        self.shapes = {"q": (D, Nq), "k": (D, Nkv), "v": (D, Nkv), "o": (Nq, D)}  # in, out
+        self.spans = {"q": (0, Nq), "k": (Nq, Nq + Nkv), "v": (Nq + Nkv, Nq + 2 * Nkv)}  # rows of qkv
+        self.qkv = weight(Nq + 2 * Nkv, D, **kw)
+        self.qkv_bias = weight(Nq + 2 * Nkv, **kw) if c.qkv_bias else None
+        self.o = weight(Nq, D, **kw)
         self.q_norm = weight(self.head_dim, **kw) if c.qk_norm else None
         self.k_norm = weight(self.head_dim, **kw) if c.qk_norm else None
-        self.spans = {"q": (0, q), "k": (q, q + kv), "v": (q + kv, q + 2 * kv)}
 
-    def project(self, x, lo, hi, keep=None, n=0):
-        """x (T, D) -> (T, hi - lo): rows lo:hi of the fused weight, with the LoRA of the projections that
-        lie in them."""
-        whole = (lo, hi) == (0, self.qkv.shape[0])
-        w = self.qkv if whole else self.qkv[lo:hi]
-        b = self.qkv_bias if whole or self.qkv_bias is None else self.qkv_bias[lo:hi]
-        pairs = self.pairs([t for t, (a, z) in self.spans.items() if lo <= a and z <= hi])
-        spans = [(self.spans[t][0] - lo, self.spans[t][1] - lo) for t, _, _ in pairs]
-        y = sparse.ProjectOut.apply(x, w, b, keep and keep.qkv, n, self.lora_scale, spans,
-                                    *[p for _, A, B in pairs for p in (A, B)])
-        return y if self.q_norm is None else self.norm_heads(y, lo, hi)
+    def project(self, x, targets, keep=None, n=0, measure=None):
+        """x (T, D) -> (T, width): the projections "qkv", or only "q" or "kv", side by side."""
+        lo, hi = self.spans[targets[0]][0], self.spans[targets[-1]][1]
+        spans = [(self.spans[t][0] - lo, self.spans[t][1] - lo) for t in targets]
+        bias = None if self.qkv_bias is None else self.qkv_bias[lo:hi]
+        y = sparse.ProjectOut.apply(x, self.qkv[lo:hi], bias, keep and keep.qkv, n, self.lora_scale, spans, measure,
+                                    *self.lora_of(targets))
+        if self.q_norm is None:
+            return y
+        parts = [y[:, a:z] for a, z in spans]
+        return torch.cat([self.norm_heads(t, part) for t, part in zip(targets, parts)], 1)
 
-    def norm_heads(self, y, lo, hi):
-        """qwen3: RMSNorm of each query and each key head. y (T, hi - lo)."""
-        out = []
-        for t, w in (("q", self.q_norm), ("k", self.k_norm), ("v", None)):
-            a, z = self.spans[t]
-            if lo <= a and z <= hi:
-                part = y[:, a - lo:z - lo].view(len(y), -1, self.head_dim)  # (T, heads, hd)
-                out.append(
-                    (part if w is None else F.rms_norm(part, (self.head_dim,), w, self.eps)).flatten(1))
-        return torch.cat(out, 1)
+    def norm_heads(self, target, y):
+        """qwen3: RMSNorm of each query and each key head. y (T, heads hd)."""
+        if target == "v":
+            return y
+        w = self.q_norm if target == "q" else self.k_norm
+        heads = y.view(len(y), -1, self.head_dim)  # (T, heads, hd)
+        return F.rms_norm(heads, (self.head_dim,), w, self.eps).flatten(1)
 
     def output(self, x, keep=None, n=0):
         """x (T, Nq) -> (T, D)."""
-        pairs = self.pairs(["o"])
-        spans = [(0, self.o.shape[1])] * len(pairs)
-        return sparse.ProjectIn.apply(x, self.o, keep and keep.o, n, self.lora_scale, spans,
-                                      *[p for _, A, B in pairs for p in (A, B)])
+        return sparse.ProjectIn.apply(x, self.o, keep and keep.o, n, self.lora_scale, *self.lora_of("o"))
 
     def grid(self, y, batch, rope, rows, heads, n_rot):
-        """y (T', sum(heads) hd) -> one (B, h, S, hd) for each h of heads: the first n_rot heads rotated, each
-        row at its place, zeros elsewhere."""
-        return sparse.RopeScatter.apply(y, rope[0][rows], rope[1][rows], batch.rows[rows], n_rot,
-                                        self.head_dim, batch.shape, heads)
+        """y (T', sum(heads) hd), rows `rows` (a slice) of the stream -> one (B, h, S, hd) for each h of heads: the
+        first n_rot heads rotated, each row at its place, zeros elsewhere."""
+        cos, sin = rope
+        return dense.RopeScatter.apply(y, cos[rows], sin[rows], batch.rows[rows], n_rot, self.head_dim, batch.shape,
+                                       heads)
 
-    def forward(self, x, batch, rope, keep, energies, last, cache):
+    def forward(self, x, batch, rope, keep, measure, last, cache):
         """x (T, D) -> (T, D), in the last block (T_loss, D). rope: cos, sin (T, hd/2). keep: KeepAttention or
-        None. energies: += those of the context rows, (Nq + 2 Nkv,), or None. last: of the last block. cache:
-        a BlockCache to fill (generation), or None."""
-        H, K, N = self.n_heads, self.n_kv_heads, self.qkv.shape[0]
-        n, every, wanted = batch.n_sparse, slice(0, len(x)), batch.loss if last else slice(0, len(x))
-        if last:  # queries for the loss rows only
-            q, = self.grid(self.project(x[wanted], 0, H * self.head_dim), batch, rope, wanted, (H,), H)
-            k, v = self.grid(self.project(x, H * self.head_dim, N), batch, rope, every, (K, K), K)
+        None. measure: as in sparse.py. cache: a BlockCache to fill (generation), or None."""
+        H, K, n = self.n_heads, self.n_kv_heads, batch.n_sparse
+        every = slice(0, len(x))
+        wanted = every
+        if last:  # nothing reads the other rows' queries: 1.6 % of a sparse step with 512 / 3 tokens
+            wanted = batch.loss
+            q, = self.grid(self.project(x[wanted], "q"), batch, rope, wanted, (H,), H)
+            k, v = self.grid(self.project(x, "kv"), batch, rope, every, (K, K), K)
         else:
-            y = self.project(x, 0, N, keep, n)  # (T, N)
-            if energies is not None:
-                energies += sparse.energy(y[:n].detach())
+            y = self.project(x, "qkv", keep, n, measure)  # (T, Nq + 2 Nkv)
             q, k, v = self.grid(y, batch, rope, every, (H, K, K), H + K)  # (B, H, S, hd), twice (B, K, S, hd)
         if cache is not None:
             cache.fill(k, v)
         a = attend(q, k, v, batch.lengths)  # (B, H, S, hd)
-        # (T or T_loss, Nq)
-        a = sparse.Gather.apply(a.transpose(1, 2).flatten(2).flatten(0, 1), batch.rows[wanted])
-        return self.output(a, None if last else keep, n)
+        a = a.transpose(1, 2).flatten(2).flatten(0, 1)  # (B S, Nq)
+        return self.output(dense.Gather.apply(a, batch.rows[wanted]), keep, n)
 
     def decode(self, x, rope, cache):
         """One new token for each of B texts: x (B, D) -> (B, D). cache: this block's keys and values."""
         H, K, hd, B = self.n_heads, self.n_kv_heads, self.head_dim, len(x)
-        y = self.project(x, 0, self.qkv.shape[0])
+        y = self.project(x, "qkv")
         y = kernels.rope_scatter(y, *rope, cache.lanes, H + K, hd, B).view(B, -1, hd)  # (B, H + 2 K, hd)
         k, v = cache.append(y[:, H:H + K], y[:, H + K:])  # (B, K, S, hd)
         # the G query heads of a group stand in for query positions: no key or value is repeated
@@ -173,7 +172,7 @@ class Attention(Part):
 
     def activations(self, x):
         """The true q, k, v of x (n, D), LoRA and bias included: (n, Nq + 2 Nkv)."""
-        return self.project(x, 0, self.qkv.shape[0])
+        return self.project(x, "qkv")
 
     def fused(self):
         return self.qkv
@@ -186,29 +185,30 @@ def attend(q, k, v, lengths):
     """Causal attention, q (B, H, S, hd), k and v (B, K, S, hd). Rows behind an example's end are zero and
     come later: no mask."""
     if q.device.type == "cpu":
-        return sparse.CausalAttention.apply(q, k, v, lengths)
+        return dense.CausalAttention.apply(q, k, v, lengths)
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
 
 
 class MLP(Part):
+    inputs = ("gate", "up")
+
     def __init__(self, c, **kw):
         super().__init__()
-        self.gate_up = weight(2 * c.intermediate_size, c.hidden_size, **kw)
-        self.down = weight(c.intermediate_size, c.hidden_size, **kw)
+        D, I = c.hidden_size, c.intermediate_size
+        self.shapes = {"gate": (D, I), "up": (D, I), "down": (I, D)}
+        self.gate_up = weight(2 * I, D, **kw)
+        self.down = weight(I, D, **kw)
 
-    def lora_six(self):
-        return [self.lora[f"{t}/{m}"] if f"{t}/{m}" in self.lora else None
-                for t in ("gate", "up", "down") for m in "AB"]
-
-    def forward(self, x, n=0, keep=None, energies=None):
+    def forward(self, x, n=0, keep=None, measure=None):
         """x (T, D) -> (T, D)."""
-        return sparse.SwiGLU.apply(x, self.gate_up, self.down, keep, n, self.lora_scale, energies,
-                                   *self.lora_six())
+        return sparse.SwiGLU.apply(x, self.gate_up, self.down, keep, n, self.lora_scale, measure,
+                                   *self.lora_of(self.shapes))
 
     def activations(self, x):
-        """The true h = silu(g) u of x (n, D): (n, I)."""
-        return sparse.mlp_hidden(x, self.gate_up, None, sparse.kept_lora(self.lora_six(), None, x.dtype),
-                                 self.lora_scale)[2]
+        """The true h = silu(g) u of x (n, D), LoRA included: (n, I)."""
+        gu = x @ self.gate_up.T  # (n, 2I)
+        sparse.lora_forward(x, gu, sparse.halves(gu), self.lora_of(self.inputs), self.lora_scale)
+        return kernels.swiglu(gu)
 
     def fused(self):
         return self.gate_up
@@ -233,27 +233,25 @@ class Block(nn.Module):
     def norm(self, x, w):
         return F.rms_norm(x, w.shape, w, self.eps)
 
-    def forward(self, x, batch, rope, last, chosen, cache=None):
-        """x (T, D) -> (T, D), in the last block (T_loss, D). chosen: a Chosen, where a forward writes its
-        channels and a recomputation reads them, so that it keeps the same and measures nothing twice."""
+    def forward(self, x, batch, rope, last, measure, chosen, cache=None):
+        """x (T, D) -> (T, D), in the last block (T_loss, D). measure: whether the predictors are shown what this
+        dense pass computes. chosen: a Chosen, where a forward writes its channels and a recomputation reads them."""
         n = batch.n_sparse
         h = self.norm(x, self.attn_norm)
-        keep, energies = self.choose("attn", h, n, chosen)
-        a = self.attn(h, batch, rope, keep, energies, last, cache)
+        keep = self.choose("attn", h, n, chosen)
+        a = self.attn(h, batch, rope, keep, self.attn.predictor if measure else None, last, cache)
         if last:
             x, n = x[batch.loss], 0
         x = x + a
         h = self.norm(x, self.mlp_norm)
-        return x + self.mlp(h, n, *self.choose("mlp", h, n, chosen))
+        keep = self.choose("mlp", h, n, chosen)
+        return x + self.mlp(h, n, keep, self.mlp.predictor if measure else None)
 
     def choose(self, name, h, n, chosen):
-        """-> (what part `name` keeps for its normed input h (T, D), the buffer for its true energies or
-        None); both only once a step."""
-        if name in chosen:
-            return chosen[name], None
-        part = getattr(self, name)
-        chosen[name] = part.select(h, n)
-        return chosen[name], part.energy_buffer(n)
+        """What part `name` keeps for its normed input h (T, D): chosen once a step."""
+        if name not in chosen:
+            chosen[name] = getattr(self, name).select(h, n)
+        return chosen[name]
 
     def decode(self, x, rope, cache):
         x = x + self.attn.decode(self.norm(x, self.attn_norm), rope, cache)
@@ -372,17 +370,13 @@ class LLaMA(nn.Module):
         dtype = torch.promote_types(self.dtype, torch.float32)
         self.lora_r, self.lora_alpha, self.lora_targets, self.rslora = (
             r, alpha, tuple(t for t in TARGETS if t in targets), rslora)
-        c = self.config
-        Nq, Nkv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-        D, inner = c.hidden_size, c.intermediate_size
-        shape = dict(q=(D, Nq), k=(D, Nkv), v=(D, Nkv), o=(Nq, D), gate=(D, inner), up=(D, inner),
-                     down=(inner, D))
+        scale = alpha / (math.sqrt(r) if rslora else r)
         for b in self.blocks:
-            b.attn.lora_scale = b.mlp.lora_scale = alpha / (math.sqrt(r) if rslora else r)
+            b.attn.lora_scale = b.mlp.lora_scale = scale
             for t in self.lora_targets:
-                n_in, n_out = shape[t]
-                bound = 1 / math.sqrt(n_in)  # kaiming_uniform_ with a = sqrt(5)
                 part = b.attn if t in "qkvo" else b.mlp
+                n_in, n_out = part.shapes[t]
+                bound = 1 / math.sqrt(n_in)  # kaiming_uniform_ with a = sqrt(5)
                 part.lora[t + "/A"] = nn.Parameter(
                     torch.empty(r, n_in, dtype=dtype).uniform_(-bound, bound).to(self.device))
                 part.lora[t + "/B"] = nn.Parameter(torch.zeros(n_out, r, dtype=dtype, device=self.device))
@@ -452,17 +446,21 @@ class LLaMA(nn.Module):
         angles = positions.to(high)[:, None] * self.frequencies
         return angles.cos(), angles.sin()
 
-    def hidden(self, batch, cache=None, x=None, first=0):
+    def hidden(self, batch, cache=None, x=None, first=0, measure=False):
         """batch -> the final norm's output on the loss rows, (T_loss, D). x (T, D): go on from block `first`
-        with this input of it."""
+        with this input of it. measure: as of loss."""
         window = self.config.sliding_window
         if window and batch.shape[1] > window:
             raise UserError(f"a text of {batch.shape[1]} tokens is longer than the model's sliding window of "
                             f"{window}: lower max_seq_len")
         rope = self.rope(batch.positions)
-        x = F.embedding(batch.tokens, self.embed) if x is None else x  # (T, D)
-        for i, block in enumerate(list(self.blocks)[first:], first):
-            args = (x, batch, rope, i == len(self.blocks) - 1, Chosen(), cache and cache.blocks[i])
+        if x is None:
+            x = F.embedding(batch.tokens, self.embed)  # (T, D)
+        for i, block in enumerate(self.blocks):
+            if i < first:
+                continue
+            last = i == len(self.blocks) - 1
+            args = (x, batch, rope, last, measure, Chosen(), cache and cache.blocks[i])
             # nothing here draws random numbers, so their state need not be kept
             if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False)
@@ -470,25 +468,25 @@ class LLaMA(nn.Module):
                 x = block(*args)
         return F.rms_norm(x, self.final_norm.shape, self.final_norm, self.config.rms_norm_eps)
 
-    def loss(self, batch, x=None, first=0):
+    def loss(self, batch, x=None, first=0, measure=False):
         """batch (data.Batch, on the model's device) -> the weighted sum of the loss over its loss rows, a
         scalar in fp32; the training loop divides by the sum of weights. Obeys set_sparsity alone, in training
-        mode or not. x, first: as for hidden. UserError: sparse with "measured" before any dense step in
-        training mode, or a text longer than the sliding window."""
-        x = self.hidden(batch, None, x, first)
+        mode or not. measure: in the backward of this dense pass the predictors see which channels matter. x, first:
+        as for hidden. UserError: sparse with channels that nothing has measured, or a text longer than the sliding
+        window."""
+        x = self.hidden(batch, None, x, first, measure)
         head = self.head if torch.is_grad_enabled() else self.head.detach()
-        return sparse.CrossEntropy.apply(x, head, batch.targets, batch.weights)
+        return dense.CrossEntropy.apply(x, head, batch.targets, batch.weights)
 
     @torch.no_grad()
     def logits(self, tokens):
         """tokens (B, S) int64, right-padded -> logits (B, S, V). Always dense."""
         B, S = tokens.shape
         rows = torch.arange(B * S, device=tokens.device)
-        batch = SimpleNamespace(tokens=tokens.flatten(), positions=rows % S, rows=rows, n_sparse=0,
-                                loss=slice(0, B * S), shape=(B, S), lengths=[S] * B)
-        return (self.hidden(batch) @ self.head.T).view(B, S, -1)  # no sparse rows: dense at any set_sparsity
+        every = slice(0, B * S)
+        batch = data.Batch(tokens.flatten(), None, None, rows % S, rows, 0, every, [S] * B)  # no sparse rows
+        return (self.hidden(batch) @ self.head.T).view(B, S, -1)
 
-    @torch.no_grad()
     def generate(self, prompts, max_new_tokens, temperature=0.0, top_p=1.0, stop=None, seed=0, stream=None):
         """prompts: lists of token ids, of any lengths -> lists of new ids, without the one that ended
         them. Always dense.
@@ -496,32 +494,8 @@ class LLaMA(nn.Module):
         temperature 0 is greedy; top_p keeps the likeliest tokens that hold that share. stop: ids that end a
         text (default: all of the checkpoint's eos_token_id). stream: called with a list of (prompt number,
         token) after each step."""
-        if not prompts:
-            return []
-        if min(map(len, prompts)) == 0:
-            raise UserError("a prompt of no tokens cannot be continued: give at least one token")
         stop = set(self.config.eos_token_id if stop is None else stop)
-        rng = torch.Generator(self.device).manual_seed(seed)
-        # lanes: prompt numbers of the cache's rows
-        out, lanes = [[] for _ in prompts], list(range(len(prompts)))
-        ended = set()  # prompt numbers
-        cache = KVCache(self, prompts, max_new_tokens)
-        x = self.hidden(prompt_batch(prompts, self.device), cache)  # (B, D): each prompt's last row
-        for step in range(max_new_tokens):
-            new = sample(x @ self.head.T, temperature, top_p, rng).tolist()
-            ended.update(lane for lane, t in zip(lanes, new) if t in stop)
-            alive = [j for j, lane in enumerate(lanes) if lane not in ended]
-            for j in alive:
-                out[lanes[j]].append(new[j])
-            if stream is not None:
-                stream([(lanes[j], new[j]) for j in alive])
-            if not alive or step == max_new_tokens - 1:
-                break
-            if len(alive) <= .75 * len(lanes):  # ended texts leave the batch, in few copies of the cache
-                cache.select(alive)
-                lanes, new = [lanes[j] for j in alive], [new[j] for j in alive]
-            x = self.decode(torch.tensor(new, device=self.device), cache)
-        return out
+        return generate(self, prompts, max_new_tokens, temperature, top_p, stop, seed, stream)
 
     def decode(self, tokens, cache):
         """tokens (B,), the next of each text -> the final norm's output (B, D)."""
@@ -537,7 +511,9 @@ class LLaMA(nn.Module):
     def flops(self, batch):
         """(dense, sparse): FLOPs of one training step of this batch, forward and backward, at the present
         set_sparsity (lib/flops.py)."""
-        return tuple(sum(flops_by_part(self, batch, on).values()) for on in (False, True))
+        dense_step = flops_by_part(self, batch, sparse_on=False)
+        sparse_step = flops_by_part(self, batch, sparse_on=True)
+        return sum(dense_step.values()), sum(sparse_step.values())
 
 
 # ---- adapters in PEFT's format -----------------------------------------------------------------------------

@@ -1,22 +1,41 @@
 """Which channels to keep: from a layer's input (or from what was measured before), one set of channels a
 layer and a forward pass (so, with micro-batches, one for each).
 
-    n sparse rows x (n, D)  ->  energies, one a channel  ->  keep(...): the C largest, sorted
+    n sparse rows x (n, D)  ->  scores, one a channel  ->  the C largest, sorted
 
 Only sparse rows vote. The energy of a channel is the sum over those rows of its squared activation: of y =
-x W.T + b for an attention channel of q, k or v, of h = silu(g) u for an MLP channel. Five ways to come by it:
+x W.T + b for an attention channel of q, k or v, of h = silu(g) u for an MLP channel. Six ways to a score:
 
     svd       the paper's: W.T ~= P Q with P (D, r), Q (r, N), computed once from the weights, without data.
               Attention never builds (n, N): with Z = x P and M = Z.T Z (r, r), energy_j = q_j.T M q_j: the
               exact energy of the approximate activation, for 2 n D r + 2 n r^2 operations. A bias is one more
               column of ones in Z, one more row of Q. The MLP needs silu per token: sum over rows of
               (silu(Zg qg_i) (Zu qu_i))^2, in blocks (kernels.mlp_scores).
-    measured  ours: true energies, summed by the dense steps that the schedule runs anyway, then fixed. No
-              factors, no estimate in the step, and the kept rows of W can be copied out once. On the
-              embedded base it keeps .85 of the best channels at MLP .9 where svd keeps .49
-              and chance .13 (results/predictor_quality.md).
-    oracle    true energies of this very batch: as dear as the dense layer, the bound for every other
+    measured  ours, and the default. In the dense steps that the schedule runs anyway, a channel's score is what the
+              loss feels of it: the sum over context rows of |h dL/dh|, first-order Taylor (Molchanov et al. 2016,
+              arXiv 1611.06440). Then the channels are fixed, their rows of W are copied out once, and what the
+              dropped ones would have added is replaced by a low-rank map of the input (below).
+    energy    true energies, summed and fixed in the same way, without a map: the ablation of `measured`
+    oracle    true energies of this very batch: as dear as the dense layer
     random, worst    for ablations
+
+The map. For a context token a trained MLP is mostly a linear map of its normed input x plus a few channels that
+matter. So a sparse row computes, with k the kept channels,
+
+    y = h[k] Wd[k] + (x U) V + b        U (D, r), V (r, D), b (D,): frozen; backward  dx += (dy V.T) U.T
+
+fitted by ridge least squares to what is dropped, R = h[d] Wd[d], over the context rows of the dense steps (He et al.
+2017, arXiv 1707.06168; the bias as in FLAP, arXiv 2312.11983). Row t has weight w_t, so that no few loud rows decide.
+With Xc, Rc the centred rows (weighted means taken off):
+
+    W = (Xc.T Xc + l I)^-1 Xc.T Rc    V: the r leading eigenvectors of W.T Xc.T Rc    U = W V.T
+    b = mean R - mean X U V
+
+Xc.T Rc of any set of channels follows from one sum, X.T H (D, I), for R = H[:, d] Wd[d]: so scores and sums are taken
+in the same dense steps, and the channels are chosen after. Memory until then: D (D + I) numbers in fp32 a layer.
+
+Sinks: the first tokens of each text have MLP outputs of up to 100,000 times the others'. data.collate makes them dense
+rows (dense_first), so they neither vote nor enter the fit.
 
 Attention's channels hang together: q and k are kept in rotary pairs (d, d + hd/2) of a key/value head, the
 same for every query head that reads it; a value channel's output-projection rows are those of every query
@@ -26,103 +45,114 @@ head of its group (keep_attention).
     I MLP width    r SVD rank
 """
 from contextlib import contextmanager
-from functools import partial
 
 import torch
 
 import kernels
 from config import UserError
-from sparse import Keep, KeepAttention, KeepMLP, energy
-from lib import cache
+from lib import cache, dist
+from sparse import Keep, KeepAttention, KeepMLP
 
-KINDS = ("svd", "measured", "oracle", "random", "worst")
+KINDS = ("svd", "measured", "energy", "oracle", "random", "worst")
 
 
-# ---- energies -> kept channels -----------------------------------------------------------------------------
+# ---- scores -> kept channels -------------------------------------------------------------------------------
 
 def count(n, ratio, multiple=16):
     """How many of n channels stay at a sparsity ratio: n (1 - ratio), rounded up to a multiple, at least one
     multiple, at most n."""
     kept = round(n * (1 - ratio), 6)  # 6 digits: .1 of 480 is 48, not 48.000000000000007
-    return min(n, max(multiple, -int(-kept // multiple) * multiple))
+    rounded_up = -int(-kept // multiple) * multiple
+    return min(n, max(multiple, rounded_up))
 
 
-def top(scores, c, largest=True):
-    """The c largest (or smallest) of scores (N,), as sorted int64 positions (c,)."""
-    return scores.topk(c, largest=largest).indices.sort().values
+def top(scores, c):
+    """The c largest of scores (N,), as sorted int64 positions (c,)."""
+    return scores.topk(c).indices.sort().values
 
 
-def keep_mlp(mlp, energies, c, copy=False, largest=True):
-    """energies (I,), c channels -> KeepMLP. copy: with contiguous copies of the kept rows of the weights.
-    largest: False keeps those that matter least, the ablation "worst"."""
-    idx = top(energies, c, largest)  # (C,)
-    both = torch.cat([idx, idx + mlp.down.shape[0]])  # (2C,) rows of gate and of up
-    return KeepMLP(idx, rows_of(mlp.gate_up, both, copy), rows_of(mlp.down, idx, copy))
+def keep_mlp(mlp, channels, copy=False):
+    """channels (C,) -> KeepMLP; with copy, with contiguous copies of the kept rows of the weights."""
+    gate_and_up = torch.cat([channels, channels + len(mlp.down)])  # (2C,) rows of gate and of up
+    return KeepMLP(channels, keep_rows(mlp.gate_up, gate_and_up, copy), keep_rows(mlp.down, channels, copy))
 
 
-def keep_attention(attn, energies, c, copy=False, largest=True):
-    """energies of q, k, v (Nq + 2 Nkv,), c channels of k and as many of v -> KeepAttention. copy, largest: as
-    for keep_mlp.
-
-    q/k: for key/value head h and rotary pair p, score = |k_(h,p)| * mean over the group's query heads g of
-    |q_(g,p)|, norms over rows and both halves; the c/2 best pairs over all heads. A half-kept pair would lose
-    its cross terms q_d k_(d+hd/2).
-    v/o: score = |v_(h,d)|; the rows of o that read (h, d) are (g, d) for every g of the group."""
+def keep_attention(attn, k_channels, v_channels, copy=False):
+    """Channels of k and of v, (C,) each, numbered over the key/value heads -> KeepAttention. copy: as for keep_mlp.
+    The query channels are those of every query head that reads the key; the rows of o that read value channel
+    (h, d) are (g, d) for every query head g of the group."""
     H, K, hd = attn.n_heads, attn.n_kv_heads, attn.head_dim
-    G, half = H // K, hd // 2
-    q, k, v = energies.split([H * hd, K * hd, K * hd])
-    q_norm = q.view(K, G, 2, half).sum(2).sqrt().mean(1)  # (K, hd/2)
-    k_norm = k.view(K, 2, half).sum(1).sqrt()  # (K, hd/2)
-    pairs = top((q_norm * k_norm).flatten(), c // 2, largest)  # (C/2,) numbered h * hd/2 + p
-    h, p = pairs // half, pairs % half
-    k_idx = (h * hd + p)[:, None] + half * torch.arange(2, device=pairs.device)  # (C/2, 2)
-    k_idx = k_idx.flatten().sort().values  # (C,)
-    v_idx = top(v, c, largest)  # (C,)
-    q_idx, o_idx = every_head(k_idx, G, hd), every_head(v_idx, G, hd)  # (G C,)
-    qkv = torch.cat([q_idx, H * hd + k_idx, (H + K) * hd + v_idx])
-    return KeepAttention((q_idx, k_idx, v_idx), rows_of(attn.qkv, qkv, copy), rows_of(attn.o, o_idx, copy))
+    q_channels = every_head(k_channels, H // K, hd)  # (G C,)
+    o_rows = every_head(v_channels, H // K, hd)  # (G C,)
+    qkv_rows = torch.cat([q_channels, H * hd + k_channels, (H + K) * hd + v_channels])
+    return KeepAttention((q_channels, k_channels, v_channels), keep_rows(attn.qkv, qkv_rows, copy),
+                         keep_rows(attn.o, o_rows, copy))
 
 
 def every_head(idx, G, hd):
     """Channels (C,) numbered over key/value heads -> the same channels of all G query heads of each head's
     group, sorted (G C,)."""
     h, d = idx // hd, idx % hd
-    return ((h[:, None] * G + torch.arange(G, device=idx.device)) * hd + d[:, None]).flatten().sort().values
+    query_heads = h[:, None] * G + torch.arange(G, device=idx.device)  # (C, G)
+    return (query_heads * hd + d[:, None]).flatten().sort().values
 
 
-def rows_of(w, idx, copy):
-    return Keep(idx, w.detach().index_select(0, idx) if copy else None)
+def keep_rows(w, idx, copy):
+    if copy:
+        return Keep(idx, w.detach().index_select(0, idx))
+    return Keep(idx)
 
 
-# ---- energies, one function a kind: (part, x (n, D)) -> energies -------------------------------------------
+def attention_scores(attn, energies):
+    """Energies of q, k, v (Nq + 2 Nkv,) -> scores: one a rotary pair (h, p) of a key/value head, numbered
+    h * hd/2 + p, then one a value channel: (Nkv / 2 + Nkv,).
 
-def oracle(part, x):
-    return energy(part.activations(x))
+    A pair's is |k_(h,p)| * mean over the group's query heads g of |q_(g,p)|, norms over rows and both halves: what
+    it adds to the logits. A half-kept pair would lose its cross terms q_d k_(d+hd/2). A value channel's is its
+    energy."""
+    H, K, hd = attn.n_heads, attn.n_kv_heads, attn.head_dim
+    q, k, v = energies.split([H * hd, K * hd, K * hd])
+    q_norm = q.view(K, H // K, 2, hd // 2).sum(2).sqrt().mean(1)  # (K, hd/2)
+    k_norm = k.view(K, 2, hd // 2).sum(1).sqrt()  # (K, hd/2)
+    return torch.cat([(q_norm * k_norm).flatten(), v])
 
 
-def at_random(generator, part, x):
-    """Energies that mean nothing: the ablation "random"."""
-    return torch.rand(part.predictor.n_energies, generator=generator, device=x.device)
+def top_attention(attn, scores, c):
+    """scores as above -> (channels of k, channels of v), (c,) each, sorted: the c/2 best pairs over all heads, and the
+    c best value channels."""
+    n_pairs, half = attn.n_kv_heads * attn.head_dim // 2, attn.head_dim // 2
+    pairs = top(scores[:n_pairs], c // 2)  # (c/2,)
+    first = pairs // half * attn.head_dim + pairs % half  # channel (h, p); its partner is (h, p + hd/2)
+    return torch.cat([first, first + half]).sort().values, top(scores[n_pairs:], c)
 
 
-def svd_attention(attn, x):
-    """x (n, D) -> (Nq + 2 Nkv,): energies of q, k and v, each from its own factors."""
-    z, out = x @ attn.predictor.P, []  # (n, 3 r)
-    # z's parts (n, r); Q's (r, N), with a bias (r + 1, N)
-    for zi, q in zip(z.float().split(attn.predictor.ranks, 1), attn.predictor.Q):
-        if q.shape[0] > zi.shape[1]:
+# ---- energies, true ones and the SVD's ---------------------------------------------------------------------
+
+def energy(y):
+    """Sum over rows of y^2: y (n, N) -> (N,) in fp32 (fp64 for fp64). What is not finite counts as nothing: one bad
+    batch must not decide for all that follow."""
+    norm = torch.linalg.vector_norm(y, dim=0, dtype=torch.promote_types(y.dtype, torch.float32))
+    return norm.square_().nan_to_num_(0.0, 0.0, 0.0)
+
+
+def svd_attention(x, P, Q, ranks):
+    """x (n, D), P (D, sum of ranks), Q: one (r, N) of q, of k and of v, with a bias (r + 1, N) -> energies
+    (Nq + 2 Nkv,)."""
+    z = (x @ P).float()  # (n, sum of ranks)
+    energies = []
+    for zi, q in zip(z.split(ranks, 1), Q):
+        if len(q) > zi.shape[1]:  # the bias
             zi = torch.cat([zi, zi.new_ones(len(zi), 1)], 1)
-        out.append(((zi.T @ zi) @ q).mul_(q).sum(0))  # q_j.T M q_j for all j
-    return torch.cat(out).clamp_(min=0)  # rounding can take a vanishing energy below 0, where sqrt is NaN
+        gram = zi.T @ zi  # M (r, r)
+        energies.append((gram @ q).mul_(q).sum(0))  # q_j.T M q_j for all j
+    return torch.cat(energies).clamp_(min=0)  # rounding can take a vanishing energy below 0, where sqrt is NaN
 
 
-def svd_mlp(mlp, x):
-    """x (n, D) -> (I,)."""
-    zg, zu = (x @ mlp.predictor.P).chunk(2, 1)  # (n, r) each
-    return kernels.mlp_scores(zg, zu, *mlp.predictor.Q)
+def svd_mlp(x, P, Q):
+    """x (n, D), P (D, 2 r), Q: (r, I) of gate and of up -> energies (I,)."""
+    z_gate, z_up = (x @ P).chunk(2, 1)  # (n, r) each
+    return kernels.mlp_scores(z_gate, z_up, *Q)
 
-
-# ---- the factors -------------------------------------------------------------------------------------------
 
 def factorize(w, rank):
     """w (N, D) -> P (D, r), Q (r, N) fp32 with w.T ~= P Q, the best approximation of that rank to within 1e-3
@@ -143,122 +173,198 @@ def factorize(w, rank):
     return vh[:r].T.contiguous(), ((y @ u[:, :r]) * s[:r]).T.contiguous()
 
 
-@contextmanager
-def whole(model, name):
-    """Inside, the weights of part `name` have all their rows, where FSDP has cut them up over ranks (which
-    all have to come here)."""
-    block = model.blocks[int(name.split(".")[0])]
-    if hasattr(block, "unshard"):
-        block.unshard()
-    yield
-    if hasattr(block, "reshard"):
-        block.reshard()
+# ---- what dense steps measure ------------------------------------------------------------------------------
+
+def taylor_attention(attn, y, dy):
+    """y, dy (n, Nq + 2 Nkv): q, k, v before RoPE and their gradients -> scores as of attention_scores. |y dy| summed
+    over both halves of a pair does not depend on the rotation."""
+    H, K, hd = attn.n_heads, attn.n_kv_heads, attn.head_dim
+    felt = (y * dy).to(torch.promote_types(y.dtype, torch.float32))
+    q, k, v = felt.split([H * hd, K * hd, K * hd], 1)
+    q_pairs = q.view(len(y), K, H // K, 2, hd // 2).sum(3).abs().sum((0, 2))  # (K, hd/2)
+    k_pairs = k.view(len(y), K, 2, hd // 2).sum(2).abs().sum(0)  # (K, hd/2)
+    return torch.cat([(q_pairs + k_pairs).flatten(), v.abs().sum(0)])
 
 
-def factors(model, parts, rank, agree):
-    """{name: tensor} of P and Q for all parts, from the cache when these very weights were factorized before.
-    The key has a checksum of all their bits, so a changed model never meets stale factors. agree: see
-    attach."""
-    key = [f"1 {rank}"]
-    for name, part in parts:
-        with whole(model, name):
-            key += [f"{name} {tuple(w.shape)} {cache.checksum(w)}" for w in part.predicted_weights()]
-    file = cache.path(" ".join(key))
-    out = cache.load(file)
-    if agree(bool(out)):
-        return out
-    for name, part in parts:
-        with whole(model, name):
-            for i, w in enumerate(part.predicted_weights()):
-                out[f"{name}.P{i}"], out[f"{name}.Q{i}"] = (t.cpu() for t in factorize(w, rank))
-    cache.save(file, out)
-    return out
+def fit_map(xx, xh, down, kept, rank, ridge=.1):
+    """The map of the head of this file. xx (D+1, D+1) = sum of w [x 1].T [x 1], xh (D+1, I) = sum of w [x 1].T h,
+    down (I, D), kept (C,) channels -> U (D, r), V (r, D), b (D,) in fp64. ridge: l over the mean of the diagonal."""
+    xr = xh.index_fill(1, kept, 0).double() @ down.double()  # (D+1, D): sum of w [x 1].T R
+    xx = xx.double()
+    total = xx[-1, -1]
+    mean_x, mean_r = xx[-1, :-1] / total, xr[-1] / total  # (D,) each
+    xx = xx[:-1, :-1] - total * torch.outer(mean_x, mean_x)  # Xc.T Xc
+    xr = xr[:-1] - total * torch.outer(mean_x, mean_r)  # Xc.T Rc
+    xx.diagonal().add_(ridge * xx.diagonal().mean())
+    W = torch.cholesky_solve(xr, torch.linalg.cholesky(xx))  # (D, D)
+    leading = torch.linalg.eigh(W.T @ xr).eigenvectors[:, -rank:]  # (D, r)
+    U, V = W @ leading, leading.T
+    return U, V.contiguous(), mean_r - mean_x @ U @ V
 
 
-# ---- a part's predictor, and the public functions ----------------------------------------------------------
+# ---- a part's predictor ------------------------------------------------------------------------------------
 
 class Predictor:
-    """What attach() hangs on an attention or an MLP with a ratio above 0. model.py calls select(x) on the
-    sparse rows of a forward."""
+    """What attach() hangs on an attention or an MLP with a ratio above 0. model.py calls select(x) on the sparse rows
+    of a forward; sparse.py, in the backward of a dense step that measures, see_mlp or see_attention."""
 
-    def __init__(self, part, ratio, kind, estimate, keep, n_channels, n_energies):
-        self.part, self.ratio, self.kind, self.estimate, self.keep = part, ratio, kind, estimate, keep
-        self.n_channels, self.n_energies = n_channels, n_energies  # I and I, or Nkv and Nq + 2 Nkv
+    def __init__(self, part, ratio, kind, map_rank, rng):
+        self.part, self.ratio, self.kind, self.map_rank, self.rng = part, ratio, kind, map_rank, rng
+        self.is_mlp = hasattr(part, "down")
+        self.n_channels = len(part.down) if self.is_mlp else part.n_kv_heads * part.head_dim
         self.c = 0  # how many of them a forward keeps now; 0: dense
-        # of `measured`: summed true energies, whether channels have to be chosen from them, those channels
-        w = part.fused()
-        high = torch.promote_types(w.dtype, torch.float32)
-        self.energies = torch.zeros(n_energies, dtype=high, device=w.device) if kind == "measured" else None
-        self.fresh, self.fixed, self.fixed_c = False, None, 0
         self.P = self.Q = self.ranks = None  # of svd: load_factors()
-        # energy_held() puts a list here: select() then appends what share of the true energy it kept
-        self.watch = None
-
-    def set_scale(self, scale):
-        """Sparsity ratio * scale from now on; 0 is dense. With `measured` this is where the
-        channels are fixed."""
-        self.c = count(self.n_channels, self.ratio * scale) if scale > 0 else 0
-        if self.kind == "measured" and self.c and (self.fresh or (self.fixed and self.c != self.fixed_c)):
-            self.fixed = self.keep(self.part, self.energies, self.c, copy=self.copies())
-            self.fresh, self.fixed_c = False, self.c
-
-    def copies(self):
-        """Copying the kept rows out once turns every sparse product into a plain matmul of fixed shape,
-        for c / N of the weight's memory: worth it up to a half. A weight that is sharded over ranks has no
-        rows to copy."""
-        return 2 * self.c <= self.n_channels and not self.part.sharded()
+        self.sums = self.new_sums() if self.measures() else None  # {name: tensor}, until free()
+        self.fixed = None  # what fix() chose: KeepMLP or KeepAttention
+        self.seen = None  # watch() puts a list here: select() appends what it is given and what it keeps
 
     def measures(self):
-        """True in a dense forward in training mode, with `measured`: its activations belong into
-        self.energies."""
-        return self.kind == "measured" and self.c == 0 and self.part.training
+        """True for the kinds whose channels are measured in dense steps and then fixed."""
+        return self.kind in ("measured", "energy")
+
+    def new_sums(self):
+        w = self.part.fused()
+        high = torch.promote_types(w.dtype, torch.float32)
+        zeros = lambda *shape: torch.zeros(*shape, dtype=high, device=w.device)
+        if not self.is_mlp:
+            n = len(w) if self.kind == "energy" else self.n_channels // 2 + self.n_channels
+            return {"scores": zeros(n)}
+        sums = {"scores": zeros(self.n_channels)}
+        if self.kind == "measured" and self.map_rank:
+            D = w.shape[1]
+            sums.update(xx=zeros(D + 1, D + 1), xh=zeros(D + 1, self.n_channels), rows=zeros(1))
+        return sums
+
+    @property
+    def map(self):
+        """(U (D, r), V (r, D), b (D,)) of the dropped channels, or None."""
+        return self.fixed.map if self.is_mlp and self.fixed is not None else None
+
+    def map_rank_now(self):
+        """The rank of the map that a sparse forward adds: also before it is fitted, to count its FLOPs."""
+        if self.kind != "measured" or not self.is_mlp:
+            return 0
+        return min(self.map_rank, self.part.fused().shape[1])
+
+    # ---- measuring
+
+    def see_mlp(self, x, h, dh):
+        """x (n, D), h and its gradient dh (n, I) of a dense step's context rows."""
+        if self.kind == "energy":
+            self.sums["scores"] += energy(h)
+            return
+        high = self.sums["scores"].dtype
+        score = (h * dh).abs().sum(0, dtype=high)  # (I,)
+        self.sums["scores"] += score.nan_to_num_(0.0, 0.0, 0.0)
+        if "xx" in self.sums:
+            x, h = x.to(high), h.to(high)
+            x1 = torch.cat([x, x.new_ones(len(x), 1)], 1)  # (n, D+1)
+            weight = 1 / h.square().sum(1, keepdim=True).clamp_(min=1e-12)  # (n, 1)
+            xw = (x1 * weight).T  # (D+1, n)
+            self.sums["xx"].addmm_(xw, x1)
+            self.sums["xh"].addmm_(xw, h)
+            self.sums["rows"] += len(x)
+
+    def see_attention(self, y, dy):
+        """q, k, v side by side and their gradients, (n, Nq + 2 Nkv), of a dense step's context rows."""
+        score = energy(y) if self.kind == "energy" else taylor_attention(self.part, y, dy)
+        self.sums["scores"] += score.nan_to_num_(0.0, 0.0, 0.0)
+
+    def fix(self):
+        """Chooses the channels from what was measured, fits the map and copies the kept rows out."""
+        scores = self.sums["scores"]
+        if not self.is_mlp:
+            if self.kind == "energy":
+                scores = attention_scores(self.part, scores)
+            self.keep(*top_attention(self.part, scores, self.c))
+            return
+        channels = top(scores, self.c)
+        fitted = None
+        if "xx" in self.sums:
+            fitted = fit_map(self.sums["xx"], self.sums["xh"], self.part.down, channels, self.map_rank)
+        self.keep(channels, fitted=fitted)
+
+    def keep(self, *channels, fitted=None):
+        """Fixes these channels, of an MLP or of k and of v, and this map. Copying the kept rows out once turns every
+        sparse product into a plain matmul of fixed shape, for c / N of the weight's memory: worth it up to a half. A
+        weight that is sharded over ranks has no rows to copy."""
+        copy = 2 * self.c <= self.n_channels and not self.part.sharded()
+        if not self.is_mlp:
+            self.fixed = keep_attention(self.part, *channels, copy)
+            return
+        self.fixed = keep_mlp(self.part, *channels, copy)
+        if fitted is not None:
+            like = self.part.fused()
+            self.fixed = self.fixed._replace(map=tuple(t.to(like.device, like.dtype) for t in fitted))
+
+    # ---- selecting
+
+    def set_scale(self, scale):
+        """Sparsity ratio * scale from now on; 0 is dense. Channels that were measured are chosen anew where their
+        number changes."""
+        self.c = count(self.n_channels, self.ratio * scale) if scale > 0 else 0
+        if self.c and self.fixed is not None and self.c != self.n_kept():
+            if self.sums is None:
+                raise UserError(f"the channels were fixed at {self.n_kept()} of {self.n_channels} and what was "
+                                "measured is gone: predictor.measure(model, batches) measures again")
+            self.fix()
+
+    def n_kept(self):
+        channels = self.fixed.channels
+        return len(channels) if self.is_mlp else len(channels[1])
+
+    def scores(self, x):
+        """x (n, D) -> one score a channel of an MLP; of an attention as attention_scores has them."""
+        if self.kind == "random":
+            n = self.n_channels if self.is_mlp else self.n_channels // 2 + self.n_channels
+            return torch.rand(n, generator=self.rng, device=x.device)
+        if self.kind == "svd" and self.is_mlp:
+            return svd_mlp(x, self.P, self.Q)
+        if self.kind == "svd":
+            energies = svd_attention(x, self.P, self.Q, self.ranks)
+        else:  # oracle, worst
+            energies = energy(self.part.activations(x))
+        scores = energies if self.is_mlp else attention_scores(self.part, energies)
+        return -scores if self.kind == "worst" else scores
+
+    @torch.no_grad()
+    def select(self, x):
+        """x (n, D), the sparse rows -> KeepMLP or KeepAttention. Nothing here waits for the device."""
+        if self.measures() and self.fixed is None:
+            raise UserError(f"predictor={self.kind} has measured nothing yet: call predictor.measure(model, batches) "
+                            "before a sparse forward")
+        if self.measures():
+            kept = self.fixed
+        elif self.is_mlp:
+            kept = keep_mlp(self.part, top(self.scores(x), self.c))
+        else:
+            kept = keep_attention(self.part, *top_attention(self.part, self.scores(x), self.c))
+        if self.seen is not None:
+            self.seen.append((x, kept))
+        return kept
 
     def flops(self, n):
         """Of one estimate from n sparse rows."""
         N, D = self.part.fused().shape
         if self.kind in ("oracle", "worst"):
-            lora = self.part.pairs(("q", "k", "v", "gate", "up"))  # those of this part
-            return 2 * n * D * N + sum(2 * n * (A.numel() + B.numel()) for _, A, B in lora)
+            return 2 * n * D * N + sum(2 * n * p.numel() for p in self.part.lora_of(self.part.inputs))
         if self.kind != "svd":
             return 0
-        rank = [len(q) for q in self.Q]  # one more with a bias
-        if hasattr(self.part, "down"):
-            return 2 * n * self.P.shape[1] * D + 2 * n * rank[0] * N
-        return 2 * n * self.P.shape[1] * D + sum(2 * r * r * (n + q.shape[1]) for r, q in zip(rank, self.Q))
-
-    @torch.no_grad()
-    def select(self, x):
-        """x (n, D), the sparse rows -> KeepMLP or KeepAttention. Nothing here waits for the device."""
-        if self.kind == "measured":
-            if self.fixed is None:
-                raise UserError("predictor=measured has measured nothing yet: run a dense step in training "
-                                "mode first (model.set_sparsity(0); model.loss(batch)), "
-                                "then set_sparsity above 0")
-            kept = self.fixed
-        else:
-            kept = self.keep(self.part, self.estimate(self.part, x), self.c)
-        if self.watch is not None:
-            self.watch.append(share(self.part, kept, oracle(self.part, x)))
-        return kept
+        thin = 2 * n * D * self.P.shape[1]
+        if self.is_mlp:
+            return thin + 2 * n * len(self.Q[0]) * N
+        return thin + sum(2 * len(q) ** 2 * (n + q.shape[1]) for q in self.Q)
 
 
-def share(part, kept, true):
-    """What share of the true energies (N,) the kept channels hold; for attention the mean of q's, k's
-    and v's share."""
-    if isinstance(kept, KeepMLP):
-        return true[kept.idx].sum() / true.sum()
-    sizes = [n * part.head_dim for n in (part.n_heads, part.n_kv_heads, part.n_kv_heads)]
-    return torch.stack([t[i].sum() / t.sum() for t, i in zip(true.split(sizes), kept.channels)]).mean()
+# ---- the public functions ----------------------------------------------------------------------------------
 
-
-def attach(model, mlp_sparsity, attn_sparsity, rank=8, kind="svd", seed=0, agree=bool):
+def attach(model, mlp_sparsity, attn_sparsity, rank=8, kind="svd", map_rank=64, seed=0):
     """Gives every block but the last a ratio and a way to choose channels, and switches sparsity fully on.
 
     mlp_sparsity, attn_sparsity: a float for all blocks, or a list of n_layers floats in [0, 1). rank: of the
-    SVD. kind: one of KINDS. agree(found) says whether factors were found in the cache, by this process and,
-    under FSDP, by all that have to factorize together. The last block stays dense: only its loss rows compute
-    anything but keys and values. Errors: UserError for an unknown kind, a bad ratio, or attention sparsity in
-    a model with q/k norms, which would rescale what is left of a query."""
+    SVD. kind: one of KINDS. map_rank: of the map that `measured` fits, 0: none. The last block stays dense: only its
+    loss rows compute anything but keys and values. Errors: UserError for an unknown kind, a bad ratio, or attention
+    sparsity in a model with q/k norms, which would rescale what is left of a query."""
     n = len(model.blocks)
     mlp, attn = (r if isinstance(r, (list, tuple)) else [r] * n for r in (mlp_sparsity, attn_sparsity))
     for name, ratios in (("mlp_sparsity", mlp), ("attn_sparsity", attn)):
@@ -273,47 +379,19 @@ def attach(model, mlp_sparsity, attn_sparsity, rank=8, kind="svd", seed=0, agree
         raise UserError(f"attn_sparsity = {max(attn)} cannot be used with a {model.config.model_type} model: "
                         "its q/k norms would rescale the channels that are left; set attn_sparsity = 0 (MLP "
                         "sparsity works)")
-    generator = torch.Generator(model.embed.device).manual_seed(seed)
-    # estimate(part, x (n, D)) -> energies (N,); keep(part, energies, c, copy) -> KeepMLP or KeepAttention
-    estimates = {"svd": (svd_attention, svd_mlp), "oracle": (oracle, oracle), "worst": (oracle, oracle),
-                 "measured": (None, None), "random": (partial(at_random, generator),) * 2}
-    e_attn, e_mlp = estimates[kind]
-    keep_a, keep_m = (partial(keep, largest=kind != "worst") for keep in (keep_attention, keep_mlp))
-    parts = []
+    model.selection_rng = torch.Generator(model.embed.device).manual_seed(seed)
     for i, block in enumerate(model.blocks):
-        a, m = block.attn, block.mlp
-        a.predictor = m.predictor = None
-        if attn[i] > 0 and i < n - 1:
-            a.predictor = Predictor(a, attn[i], kind, e_attn, keep_a, a.n_kv_heads * a.head_dim,
-                                    a.qkv.shape[0])
-            parts.append((f"{i}.attn", a))
-        if mlp[i] > 0 and i < n - 1:
-            m.predictor = Predictor(m, mlp[i], kind, e_mlp, keep_m, m.down.shape[0], m.down.shape[0])
-            parts.append((f"{i}.mlp", m))
-    if kind == "svd" and parts:
-        load_factors(model, factors(model, parts, rank, agree), parts)
-    model.selection_rng = generator
+        for part, ratio in ((block.attn, attn[i]), (block.mlp, mlp[i])):
+            part.predictor = None
+            if ratio > 0 and i < n - 1:
+                part.predictor = Predictor(part, ratio, kind, map_rank, model.selection_rng)
+    if kind == "svd":
+        load_factors(model, rank)
     model.set_sparsity(1.0)
 
 
-def load_factors(model, tensors, parts):
-    """Puts P of all weights of a part side by side, P (D, k r), so that the estimate is one thin product."""
-    for name, part in parts:
-        like, p = part.fused(), part.predictor
-        P = [tensors[f"{name}.P{i}"] for i in range(3 if hasattr(part, "qkv") else 2)]
-        Q = [tensors[f"{name}.Q{i}"].to(like.device) for i in range(len(P))]
-        p.P = torch.cat(P, 1).to(like.device, like.dtype)  # (D, 3 r) or (D, 2 r)
-        p.ranks = [f.shape[1] for f in P]  # r each, less where the projection is narrower
-        bias = getattr(part, "qkv_bias", None)
-        if bias is not None:
-            with whole(model, name):
-                bias = part.qkv_bias.detach().float().clone()  # (N,)
-            Q = [torch.cat([q, b[None]]) for q, b in zip(Q, bias.split([q.shape[1] for q in Q]))]
-        p.Q = Q if hasattr(part, "qkv") else [q.to(like.dtype).contiguous() for q in Q]  # (r, N) each
-
-
 def predictors(model):
-    """[(name, Predictor)] of all parts that have one, in the order of the blocks."""
+    """[(name, Predictor)] of all parts that have one, in the order of the blocks: ("0.attn", ...), ("0.mlp", ...)."""
     parts = [(f"{i}.{kind}", getattr(b, kind))
              for i, b in enumerate(model.blocks) for kind in ("attn", "mlp")]
     return [(name, part.predictor) for name, part in parts if part.predictor is not None]
@@ -321,47 +399,184 @@ def predictors(model):
 
 def set_ratios(model, ratios):
     """Other ratios, {name: ratio}, for parts that attach() gave a predictor; a part that is not named runs
-    dense. Factors and measured energies stay as they are: this is how tools.sensitivity goes through the
+    dense. Factors and what was measured stay as they are: this is how tools.sensitivity goes through the
     parts one by one."""
     for name, p in predictors(model):
         p.ratio = ratios.get(name, 0.0)
         p.set_scale(1.0 if p.ratio else 0.0)
 
 
-def energies(model):
-    """{name: (N,) tensor} of what `measured` has summed so far: to add up over ranks, in place,
-    and to save."""
-    return {name: p.energies for name, p in predictors(model) if p.energies is not None}
+def measuring(model):
+    """Whether dense steps have anything to measure: the kind asks for it, and the channels are not fixed yet."""
+    return any(p.measures() and p.fixed is None for _, p in predictors(model))
 
 
-@torch.no_grad()
+def rows_fitted(model):
+    """How many context rows the maps' sums hold, on this rank; None without maps."""
+    sums = [p.sums["rows"] for _, p in predictors(model) if p.sums and "rows" in p.sums]
+    return int(sums[0]) if sums else None
+
+
 def measure(model, batches):
-    """`measured`: adds the true energies of these batches, in dense forwards. The model stays in training
-    mode, and dense."""
-    model.train()
+    """All that dense warm-up steps would have measured, in one call on these batches: a dense forward and backward of
+    each, then fix(). Gradients of the weights are left as they were. Sparsity is fully on after it."""
+    measure_more(model, batches)
+    fix(model)
+
+
+def measure_more(model, batches):
+    """Adds to what was measured so far: a dense forward and backward of each batch. Leaves the model dense."""
     model.set_sparsity(0)
     for b in batches:
-        model.loss(b)
-
-
-def forget(model):
-    """Starts the measuring anew: predictor_refresh. The channels stay as they are until new
-    ones are fixed."""
-    for e in energies(model).values():
-        e.zero_()
+        x = model.embed.detach()[b.tokens].requires_grad_()  # (T, D): so that a model without LoRA has a backward
+        torch.autograd.grad(model.loss(b, x=x, measure=True), x)
 
 
 @torch.no_grad()
-def energy_held(model, batch):
-    """Runs one sparse forward at the present ratios and returns {name: share} of the true energy, on the very
-    same inputs, that the kept channels hold: {"0.mlp": .93, ...}. A share near 1 - ratio means that the
-    selection is no better than chance."""
+def fix(model):
+    """The dense-to-sparse switch: adds up over ranks what was measured, so that all keep the same, chooses channels,
+    fits maps, copies rows, and switches sparsity fully on."""
+    model.set_sparsity(1)
+    for name, p in predictors(model):
+        if not p.measures():
+            continue
+        for t in p.sums.values():
+            dist.all_reduce(t)
+        with whole(model, name):
+            p.fix()
+
+
+def free(model):
+    """Drops what was measured: the channels stay as they are from now on, and 4 D (D + I) bytes a layer are free."""
+    for _, p in predictors(model):
+        p.sums = None
+
+
+@torch.no_grad()
+def watch(model, batch):
+    """Runs one sparse forward at the present ratios and returns, on the very inputs of each part, {name: {"held": the
+    share of the true energy that the kept channels hold}}, and of an MLP also "residual": how much of its output is
+    missing, |y - y'|^2 / |y|^2, mean over the rows, and "without_map", the same without the map. A share near 1 - ratio
+    means that the selection is no better than chance."""
     watched = predictors(model)
     for _, p in watched:
-        p.watch = []
+        p.seen = []
     try:
         model.loss(batch)
-        return {name: float(p.watch[-1]) for name, p in watched if p.watch}
+        return {name: quality(p, *p.seen[-1]) for name, p in watched if p.seen}
     finally:
         for _, p in watched:
-            p.watch = None
+            p.seen = None
+
+
+def quality(p, x, kept):
+    """One part's entry of watch(). x (n, D): its sparse rows."""
+    part = p.part
+    true = part.activations(x)  # (n, N)
+    energies = energy(true)
+    if not p.is_mlp:
+        sizes = [heads * part.head_dim for heads in (part.n_heads, part.n_kv_heads, part.n_kv_heads)]
+        shares = [e[i].sum() / e.sum() for e, i in zip(energies.split(sizes), kept.channels)]
+        return {"held": float(torch.stack(shares).mean())}
+    dropped = true.index_fill(1, kept.channels, 0) @ part.down  # (n, D)
+    size = (true @ part.down).float().square().sum(1)  # (n,)
+    missing = dropped
+    if kept.map is not None:
+        U, V, b = kept.map
+        missing = dropped - (x @ U @ V + b)
+    share = lambda y: float((y.float().square().sum(1) / size).mean())
+    return {"held": float(energies[kept.channels].sum() / energies.sum()), "residual": share(missing),
+            "without_map": share(dropped)}
+
+
+# ---- to save and to go on ----------------------------------------------------------------------------------
+
+def state(model):
+    """{name: tensor} of all that was measured so far, or chosen: "0.mlp.sums.scores" before fix(), "0.mlp.channels.0",
+    "0.mlp.map.0" after it. The tensors are the predictors' own."""
+    out = {}
+    for name, p in predictors(model):
+        if not p.measures():
+            continue
+        if p.fixed is None:
+            out.update({f"{name}.sums.{k}": t for k, t in p.sums.items()})
+            continue
+        channels = [p.fixed.channels] if p.is_mlp else p.fixed.channels[1:]
+        out.update({f"{name}.channels.{i}": t for i, t in enumerate(channels)})
+        out.update({f"{name}.map.{i}": t for i, t in enumerate(p.map or ())})
+    return out
+
+
+@torch.no_grad()
+def load_state(model, tensors):
+    """Takes what state() gave, of a model with the same ratios, kind and ranks. UserError: of another one."""
+    for name, p in predictors(model):
+        own = {k.removeprefix(name + "."): t for k, t in tensors.items() if k.startswith(name + ".")}
+        channels = [t for k, t in sorted(own.items()) if k.startswith("channels.")]
+        fitted = [t for k, t in sorted(own.items()) if k.startswith("map.")]
+        if channels:
+            device = p.part.fused().device
+            p.c = len(channels[0])
+            with whole(model, name):
+                p.keep(*(c.to(device) for c in channels), fitted=fitted or None)
+        for k, t in (p.sums or {}).items():
+            if f"sums.{k}" in own:
+                t.copy_(own[f"sums.{k}"])
+
+
+# ---- the SVD's factors -------------------------------------------------------------------------------------
+
+@contextmanager
+def whole(model, name):
+    """Inside, the weights of part `name` have all their rows, where FSDP has cut them up over ranks (which
+    all have to come here)."""
+    block = model.blocks[int(name.split(".")[0])]
+    if hasattr(block, "unshard"):
+        block.unshard()
+    yield
+    if hasattr(block, "reshard"):
+        block.reshard()
+
+
+def factors(model, rank):
+    """{name: tensor} of P and Q for all parts, from the cache when these very weights were factorized before.
+    The key has a checksum of all their bits, so a changed model never meets stale factors. Under FSDP all ranks
+    factorize together, or none does."""
+    key = [f"1 {rank}"]
+    for name, p in predictors(model):
+        with whole(model, name):
+            key += [f"{name} {tuple(w.shape)} {cache.checksum(w)}" for w in p.part.predicted_weights()]
+    file = cache.path(" ".join(key))
+    found = cache.load(file)
+    if dist.agree(bool(found)):
+        return found
+    made = {}
+    for name, p in predictors(model):
+        with whole(model, name):
+            for i, w in enumerate(p.part.predicted_weights()):
+                P, Q = factorize(w, rank)
+                made[f"{name}.P{i}"], made[f"{name}.Q{i}"] = P.cpu(), Q.cpu()
+    cache.save(file, made)
+    return made
+
+
+def load_factors(model, rank):
+    """Puts P of all weights of a part side by side, P (D, k r), so that the estimate is one thin product."""
+    if not predictors(model):
+        return
+    tensors = factors(model, rank)
+    for name, p in predictors(model):
+        like = p.part.fused()
+        n = len(p.part.predicted_weights())
+        P = [tensors[f"{name}.P{i}"] for i in range(n)]
+        Q = [tensors[f"{name}.Q{i}"].to(like.device) for i in range(n)]
+        p.P = torch.cat(P, 1).to(like.device, like.dtype)  # (D, sum of r)
+        p.ranks = [f.shape[1] for f in P]  # r each, less where the projection is narrower
+        if p.is_mlp:
+            p.Q = [q.to(like.dtype).contiguous() for q in Q]  # (r, I) each
+            continue
+        p.Q = Q  # (r, N) each, fp32
+        if p.part.qkv_bias is not None:
+            with whole(model, name):
+                bias = p.part.qkv_bias.detach().float().clone()  # (N,)
+            p.Q = [torch.cat([q, b[None]]) for q, b in zip(Q, bias.split([q.shape[1] for q in Q]))]

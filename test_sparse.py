@@ -17,8 +17,8 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 import data
 import predictor
-import sparse
 from config import UserError
+from lib import dense as dense_ops
 from model import Chosen, LLaMA, ModelConfig, inverse_frequencies
 from lib.generate import at_once
 
@@ -56,15 +56,16 @@ def examples(sizes=((9, 4), (5, 7), (14, 1), (2, 2)), vocab=61, seed=0):
     return out
 
 
-def batch_of(sizes=((9, 4), (5, 7), (14, 1), (2, 2)), split="output", **kw):
-    return data.collate(examples(sizes, **kw), split)
+def batch_of(sizes=((9, 4), (5, 7), (14, 1), (2, 2)), split="output", dense_first=0, **kw):
+    return data.collate(examples(sizes, **kw), split, dense_first=dense_first)
 
 
 # ---- the reference: a dense model with masks, in plain autograd --------------------------------------------
 
 def masked_loss(m, batch, channels):
     """The loss of m on batch by the textbook: full matmuls, masks on the sparse rows, attention example by
-    example. channels: a list of (attn, mlp) kept channels a block, each None where dense."""
+    example; the map of the dropped MLP channels where there is one. channels: a list of (attn, mlp) kept channels a
+    block, each None where dense."""
     c, n, T = m.config, batch.n_sparse, len(batch.tokens)
     H, K, hd = c.num_attention_heads, c.num_key_value_heads, c.head_dim
     P = {k.split("layers.")[1]: v for k, v in m.lora_parameters().items()}
@@ -121,6 +122,9 @@ def masked_loss(m, batch, channels):
         u = h @ src[at + "mlp.up_proj.weight"].T + lora(h, i, "mlp.up_proj")
         act = g * torch.sigmoid(g) * u * mask(cm, I)
         x = x + act @ src[at + "mlp.down_proj.weight"].T + lora(act, i, "mlp.down_proj")
+        if cm is not None and m.blocks[i].mlp.predictor.map is not None:
+            U, V, b = m.blocks[i].mlp.predictor.map
+            x = x + torch.cat([h[:n] @ (U @ V) + b, x.new_zeros(T - n, len(b))])
     x = norm(x, src["model.norm.weight"])[batch.loss]
     logits = x @ (src.get("lm_head.weight", src["model.embed_tokens.weight"])).T
     return (F.cross_entropy(logits, batch.targets, reduction="none") * batch.weights).sum()
@@ -145,26 +149,43 @@ def assert_same(m, batch, tol=1e-9):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("how", ["svd", "oracle", "random", "measured"])
+@pytest.mark.parametrize("how", ["svd", "oracle", "random", "measured", "energy"])
 def test_sparse_equals_masked_dense(kind, how):
     m, batch = build(**KINDS[kind]), batch_of()
-    predictor.attach(m, .6, .5, rank=4, kind=how)
-    if how == "measured":
-        m.set_sparsity(0)
-        m.train()
-        m.loss(batch)
-        m.set_sparsity(1)
+    predictor.attach(m, .6, .5, rank=4, kind=how, map_rank=5)
+    if how in ("measured", "energy"):
+        predictor.measure(m, [batch])
     assert_same(m, batch)
     assert (m.blocks[0].mlp.channels.numel() == 32
             and m.blocks[0].attn.channels[1].numel() == (48 if kind == "multi-head" else 16))
     assert m.blocks[-1].mlp.channels is None  # the last block is dense
 
 
+@pytest.mark.parametrize("targets", [ALL, "q,k,v,o", "down", ""])
+@pytest.mark.parametrize("kind", KINDS)
+def test_map_equals_masked_dense(kind, targets):
+    """Loss and gradients with a map and its bias, with LoRA in the MLP and without; by the model's input too."""
+    m, batch = build(targets=targets, **KINDS[kind]), batch_of(dense_first=2)
+    predictor.attach(m, .6, 0, kind="measured", map_rank=5)
+    predictor.measure(m, [batch, batch_of(seed=1, dense_first=2)])
+    U, V, b = m.blocks[0].mlp.predictor.map
+    assert U.shape == (48, 5) and V.shape == (5, 48) and b.shape == (48,) and b.abs().min() > 0
+    if targets:
+        return assert_same(m, batch)
+    m.embed.requires_grad_()
+    own, ref = m.loss(batch), masked_loss(m, batch, [(None, block.mlp.channels) for block in m.blocks])
+    mine, theirs = (torch.autograd.grad(loss, m.embed)[0] for loss in (own, ref))
+    assert abs(own - ref) < 1e-9 * ref and (mine - theirs).abs().max() < 1e-9 * theirs.abs().max()
+
+
 @pytest.mark.parametrize("split", ["output", "none", "random", "rectangle"])
-def test_every_split_equals_masked_dense(split):
+@pytest.mark.parametrize("dense_first", [0, 3])
+def test_every_split_equals_masked_dense(split, dense_first):
     m = build()
     predictor.attach(m, [.7, .3, .7], [.5, 0, 0], kind="oracle")
-    assert_same(m, batch_of(split=split))
+    batch = batch_of(split=split, dense_first=dense_first)
+    assert (batch.positions[:batch.n_sparse] >= dense_first).all()
+    assert_same(m, batch)
 
 
 @pytest.mark.parametrize("targets", ["q,k,v,o", "q,v", "o", "gate,up,down", "down", "k,up"])
@@ -203,9 +224,7 @@ def test_micro_batches_equal_the_big_batch(kind):
     sparse phase too."""
     m, ex = build(), examples()
     predictor.attach(m, .6, .5, kind="measured")
-    m.set_sparsity(0)
-    m.train()
-    m.loss(data.collate(ex))
+    predictor.measure(m, [data.collate(ex)])
     m.set_sparsity(0 if kind == "dense" else 1)
     whole = grads(m.loss(data.collate(ex)), m)
     parts = [grads(m.loss(data.collate(ex[i:i + 2])), m) for i in (0, 2)]
@@ -213,22 +232,37 @@ def test_micro_batches_equal_the_big_batch(kind):
         assert torch.allclose(g, parts[0][k] + parts[1][k], rtol=1e-9, atol=1e-9), k
 
 
+@pytest.mark.parametrize("kind", ["measured", "energy"])
+def test_what_is_measured_does_not_depend_on_micro_batches_or_recomputation(kind):
+    """Scores and the maps' sums of parts add up to the whole's, and a recomputed block counts once."""
+    def sums(batches, recompute=False):
+        m = build()
+        predictor.attach(m, .6, .5, kind=kind)
+        m.recompute = recompute
+        predictor.measure_more(m, batches)
+        return {k: t.clone() for k, t in predictor.state(m).items()}
+
+    ex = examples()
+    whole = sums([data.collate(ex)])
+    assert any(t.abs().max() > 0 for t in whole.values())
+    for other in (sums([data.collate(ex[:2]), data.collate(ex[2:])]), sums([data.collate(ex)], recompute=True)):
+        for k, t in whole.items():
+            assert torch.allclose(t, other[k], rtol=1e-9, atol=1e-9 * t.abs().max()), k
+
+
 @pytest.mark.parametrize("kind", predictor.KINDS)
 def test_recompute_changes_nothing(kind):
     """Block inputs are kept, the rest is computed again, with the same channels (`random` would draw
-    others), measured once."""
+    others)."""
     def run(recompute):
         m, batch = build(), batch_of()
         predictor.attach(m, .6, .5, kind=kind, seed=3)
         m.recompute = recompute
-        m.train()
-        m.set_sparsity(0)
-        if kind == "measured":
-            grads(m.loss(batch), m)
-        m.set_sparsity(1)
-        return grads(m.loss(batch), m), predictor.energies(m)
-    (a, ea), (b, eb) = run(False), run(True)
-    assert all(torch.equal(a[k], b[k]) for k in a) and all(torch.equal(ea[k], eb[k]) for k in ea)
+        if kind in ("measured", "energy"):
+            predictor.measure(m, [batch])
+        return grads(m.loss(batch), m), predictor.state(m)
+    (a, sa), (b, sb) = run(False), run(True)
+    assert all(torch.equal(a[k], b[k]) for k in a) and all(torch.equal(sa[k], sb[k]) for k in sa)
 
 
 def test_a_recomputation_gets_the_very_choice():
@@ -256,7 +290,7 @@ def test_attention_in_blocks_equals_torch(heads, dtype, tol):
     exact = [(torch.randn(s, dtype=torch.float64).to(dtype).double() * real[:, None, :, None])
              .requires_grad_() for s in shapes]
     qkv = [t.detach().to(dtype).requires_grad_() for t in exact]
-    mine = sparse.CausalAttention.apply(*qkv, lengths)
+    mine = dense_ops.CausalAttention.apply(*qkv, lengths)
     ref = F.scaled_dot_product_attention(*exact, is_causal=True, enable_gqa=True) * real[:, None, :, None]
     dy = torch.randn_like(ref).to(dtype).double() * real[:, None, :, None]
     grads = [torch.autograd.grad(y, x, d) for y, x, d in ((mine, qkv, dy.to(dtype)), (ref, exact, dy))]
@@ -269,7 +303,7 @@ def test_chunked_cross_entropy_equals_torch():
     x = torch.randn(150, 12, dtype=torch.float64, requires_grad=True)
     w = torch.randn(2 ** 17, 12, dtype=torch.float64, requires_grad=True)  # three chunks of 64 rows
     t, weights = torch.randint(0, 2 ** 17, (150,)), torch.rand(150, dtype=torch.float64)
-    mine = sparse.CrossEntropy.apply(x, w, t, weights)
+    mine = dense_ops.CrossEntropy.apply(x, w, t, weights)
     ref = (F.cross_entropy(x @ w.T, t, reduction="none") * weights).sum()
     for a, b in zip(torch.autograd.grad(mine * 3, (x, w)), torch.autograd.grad(ref * 3, (x, w))):
         assert torch.allclose(a, b, atol=1e-12)
@@ -317,10 +351,10 @@ def test_gram_trick_is_the_energy_of_the_approximate_activation():
     y = (torch.cat([x @ P.double() @ Q.double()
                     for P, Q in (predictor.factorize(w, 5) for w in attn.predicted_weights())], 1)
          + attn.qkv_bias)
-    assert torch.allclose(predictor.svd_attention(attn, x).double(), y.square().sum(0), rtol=1e-3)
+    assert torch.allclose(predictor.svd_attention(x, attn.predictor.P, attn.predictor.Q, attn.predictor.ranks).double(), y.square().sum(0), rtol=1e-3)
     g, u = (x @ P.double() @ Q.double()
             for P, Q in (predictor.factorize(w, 5) for w in mlp.predicted_weights()))
-    assert torch.allclose(predictor.svd_mlp(mlp, x).double(), (F.silu(g) * u).square().sum(0), rtol=1e-3)
+    assert torch.allclose(predictor.svd_mlp(x, mlp.predictor.P, mlp.predictor.Q).double(), (F.silu(g) * u).square().sum(0), rtol=1e-3)
 
 
 def test_grouped_queries_keep_channels_that_meet():
@@ -330,7 +364,8 @@ def test_grouped_queries_keep_channels_that_meet():
     q, k, v = torch.zeros(4, 4), torch.zeros(2, 4), torch.zeros(2, 4)
     q[2:, 1], q[2:, 3], k[1, 1], k[1, 3], v[0, 2] = 1, 2, 3, 1, 5
     q[:2, 0] = 100  # loud queries whose key channel is silent: they meet nothing
-    keep = predictor.keep_attention(attn, torch.cat([q.flatten(), k.flatten(), v.flatten()]), 2)
+    scores = predictor.attention_scores(attn, torch.cat([q.flatten(), k.flatten(), v.flatten()]))
+    keep = predictor.keep_attention(attn, *predictor.top_attention(attn, scores, 2))
     kq, kk, kv = keep.channels
     assert kk.tolist() == [5, 7]  # key head 1, pair (1, 3)
     assert kq.tolist() == [9, 11, 13, 15]  # the same channels of query heads 2 and 3, which read it
@@ -340,45 +375,100 @@ def test_grouped_queries_keep_channels_that_meet():
             + [24 + i for i in kv.tolist()])
 
 
-def test_measured_adds_only_dense_training_steps():
+@pytest.mark.parametrize("kind", ["measured", "energy"])
+def test_only_what_is_asked_to_measure_is_measured(kind):
     m, batch = build(), batch_of()
-    predictor.attach(m, .6, .5, kind="measured")
+    predictor.attach(m, .6, .5, kind=kind)
     with pytest.raises(UserError, match="measured nothing"):
         m.loss(batch)
     m.set_sparsity(0)
-    m.eval()
+    grads(m.loss(batch), m)
+    assert not any(t.any() for t in predictor.state(m).values())
+    grads(m.loss(batch, measure=True), m)
+    once = {k: t.clone() for k, t in predictor.state(m).items()}
+    before = {k: p.grad for k, p in m.lora_parameters().items()}
+    predictor.measure_more(m, [batch])
+    assert all(torch.allclose(t, 2 * once[k]) for k, t in predictor.state(m).items())
+    assert all(p.grad is before[k] for k, p in m.lora_parameters().items())
+    predictor.fix(m)
     m.loss(batch)
-    assert not any(e.any() for e in predictor.energies(m).values())  # evaluation never adds
-    m.train()
-    m.loss(batch)
-    once = {k: e.clone() for k, e in predictor.energies(m).items()}
-    m.loss(batch)
-    assert all(torch.allclose(e, 2 * once[k]) for k, e in predictor.energies(m).items())
-    m.set_sparsity(1)
-    m.loss(batch)
-    fixed = m.blocks[0].attn.channels
-    predictor.attach(m, .6, .5, kind="oracle")
-    m.loss(batch)  # block 0's attention sees the same input: the oracle's channels
-    assert all(torch.equal(a, b) for a, b in zip(fixed, m.blocks[0].attn.channels))
+    if kind == "energy":
+        fixed = m.blocks[0].attn.channels
+        predictor.attach(m, .6, .5, kind="oracle")
+        m.loss(batch)  # block 0's attention sees the same input: the oracle's channels
+        assert all(torch.equal(a, b) for a, b in zip(fixed, m.blocks[0].attn.channels))
+
+
+def test_scores_are_what_the_loss_feels():
+    """Of an MLP channel: the sum over context rows of |h dL/dh|; of a value channel or a rotary pair the same, by
+    autograd through the masked reference's activations."""
+    m, batch = build(), batch_of()
+    predictor.attach(m, .6, .5, kind="measured")
+    predictor.measure_more(m, [batch])
+    seen, real = [], predictor.kernels.swiglu
+    x = m.embed.detach()[batch.tokens].requires_grad_()
+    mlp = m.blocks[1].mlp
+
+    def forward(x, n, keep, measure):
+        g, u = ((x @ w.T + 2 * (x @ mlp.lora[t + "/A"].T) @ mlp.lora[t + "/B"].T)
+                for t, w in zip(("gate", "up"), mlp.gate_up.chunk(2)))
+        h = F.silu(g) * u
+        h.retain_grad()
+        seen.append(h)
+        return h @ mlp.down + 2 * (h @ mlp.lora["down/A"].T) @ mlp.lora["down/B"].T
+
+    mlp.forward = forward
+    m.loss(batch, x=x).backward()
+    h, = seen
+    want = (h * h.grad)[:batch.n_sparse].abs().sum(0)
+    assert torch.allclose(predictor.state(m)["1.mlp.sums.scores"], want, rtol=1e-9)
+
+
+def test_the_map_is_the_best_of_its_rank():
+    """Against a plain weighted ridge regression, truncated by a full SVD of its predictions."""
+    torch.manual_seed(0)
+    n, D, I, r = 200, 12, 40, 3
+    x, h, down = torch.randn(n, D).double() + 1, torch.randn(n, I).double(), torch.randn(I, D).double()
+    h += x @ torch.randn(D, I).double()
+    w, kept = torch.rand(n, 1).double(), torch.tensor([1, 5, 6])
+    x1 = torch.cat([x, torch.ones(n, 1).double()], 1)
+    U, V, b = predictor.fit_map((x1 * w).T @ x1, (x1 * w).T @ h, down, kept, r, ridge=1e-12)
+    R = h.index_fill(1, kept, 0) @ down
+    error = lambda y: (w * (R - y).square()).sum()
+    rootw = w.sqrt()
+    full = torch.linalg.lstsq(x1 * rootw, R * rootw).solution
+    F1 = x1 @ full - (w * (x1 @ full)).sum(0) / w.sum()
+    u, s, vh = torch.linalg.svd(F1 * rootw, full_matrices=False)
+    best = (w * (R - x1 @ full).square()).sum() + s[r:].square().sum()
+    assert error(x @ U @ V + b) == pytest.approx(best.item(), rel=1e-6)
+
+
+def test_not_finite_is_not_measured():
+    m, batch = build(dtype=torch.float32), batch_of()
+    predictor.attach(m, .6, 0, kind="measured", map_rank=0)
+    predictor.measure_more(m, [batch, batch])
+    with torch.no_grad():
+        m.blocks[1].mlp.down[3] = float("inf")
+    predictor.measure_more(m, [batch])
+    assert all(t.isfinite().all() for t in predictor.state(m).values())
 
 
 def test_selectors_rank_as_they_should():
-    """Energy held on the very batch: the oracle's is the most, the worst's the least; measured on this batch
-    is the oracle in block 0's attention, which sees the same input."""
+    """Energy held on the very batch: the oracle's is the most, the worst's the least; energies of this batch
+    are the oracle's in block 0's attention, which sees the same input. A map leaves less of the output missing."""
     m, batch = build(dtype=torch.float32), batch_of(((30, 5), (20, 9), (25, 3)))
     held = {}
     for kind in predictor.KINDS:
-        predictor.attach(m, .8, .5, kind=kind)
-        if kind == "measured":
-            m.train()
-            m.set_sparsity(0)
-            m.loss(batch)
-            m.set_sparsity(1)
-        m.eval()
-        held[kind] = predictor.energy_held(m, batch)
-    assert held["oracle"]["0.attn"] == pytest.approx(held["measured"]["0.attn"], rel=1e-5)
+        predictor.attach(m, .8, .5, kind=kind, map_rank=16)
+        if kind in ("measured", "energy"):
+            predictor.measure(m, [batch])
+        held[kind] = predictor.watch(m, batch)
+    assert held["oracle"]["0.attn"]["held"] == pytest.approx(held["energy"]["0.attn"]["held"], rel=1e-5)
     for part in ("0.mlp", "0.attn"):
-        assert held["oracle"][part] >= held["svd"][part] > held["worst"][part]
+        assert held["oracle"][part]["held"] >= held["svd"][part]["held"] > held["worst"][part]["held"]
+    mlp = held["measured"]["0.mlp"]
+    assert mlp["residual"] < .8 * mlp["without_map"]
+    assert held["oracle"]["0.mlp"]["residual"] == held["oracle"]["0.mlp"]["without_map"]
 
 
 def test_the_worst_are_what_the_oracle_leaves():
@@ -390,9 +480,32 @@ def test_the_worst_are_what_the_oracle_leaves():
         m.loss(batch)  # block 0's attention sees the same input with both
         kept[kind] = m.blocks[0].attn.channels
         x = torch.randn(40, m.config.hidden_size, generator=torch.Generator().manual_seed(1))
-        kept[kind] += (m.blocks[0].mlp.predictor.select(x).idx,)
+        kept[kind] += (m.blocks[0].mlp.predictor.select(x).channels,)
     for best, worst in zip(*kept.values()):
         assert len(best) == len(worst) and not set(best.tolist()) & set(worst.tolist())
+
+
+@pytest.mark.parametrize("kind", ["measured", "energy"])
+def test_a_saved_choice_is_the_same_choice(kind):
+    """Before the switch the sums, after it channels and maps: the loss of a model that took them is the same."""
+    (m, batch), other = (build(), batch_of()), build()
+    for model in (m, other):
+        predictor.attach(model, .6, .5, kind=kind, map_rank=4)
+    predictor.measure_more(m, [batch])
+    predictor.load_state(other, predictor.state(m))
+    predictor.fix(m)
+    predictor.fix(other)
+    assert torch.equal(m.loss(batch), other.loss(batch))
+    again = build()
+    predictor.attach(again, .6, .5, kind=kind, map_rank=4)
+    predictor.load_state(again, {k: t.clone() for k, t in predictor.state(m).items()})
+    predictor.free(again)
+    assert torch.equal(m.loss(batch), again.loss(batch))
+    assert {k: t.shape for k, t in predictor.state(again).items()} == {k: t.shape for k, t in predictor.state(m).items()}
+    again.set_sparsity(0)
+    again.set_sparsity(1)
+    with pytest.raises(UserError, match="what was measured is gone"):
+        again.set_sparsity(.2)
 
 
 def test_a_rank_above_a_projection_width_is_exact():

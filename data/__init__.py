@@ -175,10 +175,11 @@ def batches(lengths, batch_size, seed, epoch, window=32):
     return out
 
 
-def collate(tokenized, split="output", seed=0):
+def collate(tokenized, split="output", seed=0, dense_first=0):
     """[Tokenized] -> Batch. split: which rows are dense. "output": those in the loss; "none": none; "random":
     as many as "output" has, drawn by seed; "rectangle" (the paper's code): from the shortest prompt of the
-    batch to its last output."""
+    batch to its last output. The first dense_first tokens of each text are dense too, in every split: some of them
+    are attention sinks, whose activations are far from all others'."""
     lengths = np.array([len(t.tokens) - 1 for t in tokenized])
     tokens = np.concatenate([t.tokens[:-1] for t in tokenized]).astype(np.int64)  # (T,), as all that follow
     targets = np.concatenate([t.tokens[1:] for t in tokenized]).astype(np.int64)
@@ -189,21 +190,26 @@ def collate(tokenized, split="output", seed=0):
     scored = weights > 0
     n_loss = int(scored.sum())
     if split == "output":
-        dense = scored
+        dense = scored.copy()
     elif split == "none" or n_loss == 0:
         dense = np.zeros_like(scored)
     elif split == "random":
-        dense = np.random.default_rng(seed).permutation(len(scored)) < n_loss
+        rest = np.flatnonzero(positions >= dense_first)
+        dense = np.zeros_like(scored)
+        dense[np.random.default_rng(seed).permutation(rest)[:n_loss]] = True
     elif split == "rectangle":
         dense = (positions >= positions[scored].min()) & (positions <= positions[scored].max())
     else:
         raise UserError(f"split has to be output, none, random or rectangle, not {split!r}")
+    dense |= positions < dense_first
 
     group = np.where(dense, 3 - scored, 0 + scored)  # 0 to 3, as in Batch
-    order, start = np.argsort(group, kind="stable"), int((group == 0).sum())
-    loss = slice(start, start + n_loss)
+    order = np.argsort(group, kind="stable")
+    before_loss = int((group == 0).sum())
+    n_sparse = int((group < 2).sum())
+    loss = slice(before_loss, before_loss + n_loss)
     tensors = tokens[order], targets[order[loss]], weights[order[loss]], positions[order], rows[order]
-    return Batch(*map(torch.from_numpy, tensors), int((group < 2).sum()), loss, tuple(lengths.tolist()))
+    return Batch(*map(torch.from_numpy, tensors), n_sparse, loss, tuple(lengths.tolist()))
 
 
 # ---- answers

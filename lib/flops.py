@@ -8,7 +8,7 @@ torch.utils.flop_counter's number (tests/test_bench.py).
 A product of n rows with (a, b) takes 2 n a b forward and as much again for its input's gradient, where that
 is needed, and for its weight's, where that is trained. The first block's input needs none with LoRA.
 """
-import sparse
+from lib import dense
 
 
 def flops_by_part(model, batch, sparse_on=True):
@@ -28,7 +28,11 @@ def flops_by_part(model, batch, sparse_on=True):
         out[f"{i}.attn"], need = attention(model, batch, pa, n, t, need, full)
         rows = n * pm.c + (t - n) * inner if pm else t * inner  # rows x channels
         # forward 3 products, dh 1, dx 2, weights 3
-        f = 2 * D * rows * (4 + 2 * need + 3 * full) + (pm.flops(n) if pm else 0)
+        f = 2 * D * rows * (4 + 2 * need + 3 * full)
+        if pm:
+            f += pm.flops(n)
+            if pm.map_rank_now():  # (x U) V, and (dy V.T) U.T
+                f += 2 * n * pm.map_rank_now() * 2 * D * (1 + need)
         for x in ("gate", "up", "down"):
             if x in model.lora_targets:
                 f += 2 * model.lora_r * ((2 + need if x != "down" else 3) * t * D + 3 * rows)
@@ -55,7 +59,7 @@ def attention(model, batch, predictor, n, t, need, full):
     inside = need or full or any(x in model.lora_targets for x in "qkv")
     # tools.bench counts a whole attention for others' code by giving no lengths
     blocks = batch.lengths is not None and model.device.type == "cpu"
-    pairs = sparse.CausalAttention.pairs(batch.lengths) if blocks else B * S * S  # of queries and keys
+    pairs = dense.CausalAttention.pairs(batch.lengths) if blocks else B * S * S  # of queries and keys
     f += 2 * pairs * Nq * (2 + 5 * inside)  # 2 products forward, 5 backward
     f += 2 * D * o * (1 + inside + full) + lora("o", t, Nq, D, inside)
     return f, inside or "o" in model.lora_targets

@@ -1,21 +1,53 @@
-"""What LLaMA.generate needs besides the model: prompts as a batch, the cache of keys and values, sampling.
+"""Writing text: prompts as a batch, the cache of keys and values, sampling, and the loop over tokens. A model here is
+what has hidden(batch, cache), decode(tokens, cache), head, config, device and dtype.
 """
-from types import SimpleNamespace
-
 import torch
+
+import data
+from config import UserError
+
+
+@torch.no_grad()
+def generate(model, prompts, max_new_tokens, temperature, top_p, stop, seed, stream):
+    """model.LLaMA.generate, which says what its arguments are."""
+    if not prompts:
+        return []
+    if min(map(len, prompts)) == 0:
+        raise UserError("a prompt of no tokens cannot be continued: give at least one token")
+    rng = torch.Generator(model.device).manual_seed(seed)
+    out = [[] for _ in prompts]
+    lanes = list(range(len(prompts)))  # prompt numbers of the cache's rows
+    ended = set()  # prompt numbers
+    cache = KVCache(model, prompts, max_new_tokens)
+    x = model.hidden(prompt_batch(prompts, model.device), cache)  # (B, D): each prompt's last row
+    for step in range(max_new_tokens):
+        new = sample(x @ model.head.T, temperature, top_p, rng).tolist()
+        ended.update(lane for lane, t in zip(lanes, new) if t in stop)
+        alive = [j for j, lane in enumerate(lanes) if lane not in ended]
+        for j in alive:
+            out[lanes[j]].append(new[j])
+        if stream is not None:
+            stream([(lanes[j], new[j]) for j in alive])
+        if not alive or step == max_new_tokens - 1:
+            break
+        if len(alive) <= .75 * len(lanes):  # ended texts leave the batch, in few copies of the cache
+            cache.select(alive)
+            lanes, new = [lanes[j] for j in alive], [new[j] for j in alive]
+        x = model.decode(torch.tensor(new, device=model.device), cache)
+    return out
 
 
 def prompt_batch(prompts, device):
-    """B lists of ids -> a batch of all their tokens, the last of each first: the rows that the last block and
+    """B lists of ids -> a data.Batch of all their tokens, the last of each first: the rows that the last block and
     the head go on with."""
-    last = [(i, len(p) - 1) for i, p in enumerate(prompts)]
-    at = last + [(i, j) for i, p in enumerate(prompts) for j in range(len(p) - 1)]
     lengths = [len(p) for p in prompts]
     B, S = len(prompts), max(lengths)
-    tensors = [torch.tensor(v, device=device)
-               for v in ([prompts[i][j] for i, j in at], [j for _, j in at], [i * S + j for i, j in at])]
-    return SimpleNamespace(tokens=tensors[0], positions=tensors[1], rows=tensors[2], n_sparse=0,
-                           loss=slice(0, B), shape=(B, S), lengths=lengths)
+    at = [(i, n - 1) for i, n in enumerate(lengths)]
+    at += [(i, j) for i, n in enumerate(lengths) for j in range(n - 1)]  # (prompt, position) of each row
+    tokens = torch.tensor([prompts[i][j] for i, j in at], device=device)
+    positions = torch.tensor([j for _, j in at], device=device)
+    rows = torch.tensor([i * S + j for i, j in at], device=device)
+    return data.Batch(tokens, None, None, positions, rows, 0, slice(0, B), lengths)
 
 
 def at_once(model, tokens):

@@ -65,15 +65,15 @@ def check_nt(T, C, D, dtype):
     x, w, bias = randn(T, D, dtype=dtype), randn(N, D, dtype=dtype, seed=1), randn(N, dtype=dtype)
     idx = channels(C)
     xd, wd, bd = x.double(), w.double(), bias.double()
-    close(K.nt_triton(x, w, idx), K.gather_matmul_nt_ref(xd, wd, idx), dtype)
+    close(K.gather_matmul_nt(x, w, idx), K.gather_matmul_nt_ref(xd, wd, idx), dtype)
     want = K.gather_matmul_nt_ref(xd, wd, idx, bias=bd)
-    close(K.nt_triton(strided(x), strided(w), idx, bias=bias), want, dtype)
-    close(K.nt_triton(x.T.contiguous().T, w, idx, bias=bias), want, dtype)  # stored by columns
+    close(K.gather_matmul_nt(strided(x), strided(w), idx, bias=bias), want, dtype)
+    close(K.gather_matmul_nt(x.T.contiguous().T, w, idx, bias=bias), want, dtype)  # stored by columns
     old = randn(T, N, dtype=dtype, seed=2)
     for b, out in ((None, old.clone()), (bias, strided(old))):
         want = K.gather_matmul_nt_ref(xd, wd, idx, old.double(), None if b is None else bd)
         for _ in range(2):  # it only writes: twice is once
-            got = K.nt_triton(strided(x), w, idx, out, b)
+            got = K.gather_matmul_nt(strided(x), w, idx, out, b)
         assert got is out
         close(got, want, dtype)
         rest = torch.ones(N, dtype=torch.bool, device=DEVICE).index_fill_(0, idx, False)
@@ -92,12 +92,10 @@ def check_nn(T, C, D, dtype):
     idx = channels(C)
     compact, gathered = h.double() @ w.double()[idx], x.double()[:, idx] @ w.double()[idx]
     out = strided(randn(T, D, dtype=dtype, seed=2))
-    close(K.nn_triton(h, w, idx), compact, dtype)
-    assert K.nn_triton(strided(h), strided(w), idx, out=out) is out
+    close(K.gather_matmul_nn(h, w, idx), compact, dtype)
+    assert K.gather_matmul_nn(strided(h), strided(w), idx, out=out) is out
     close(out, compact, dtype)
-    close(K.nn_triton(x, w, idx, gather=True), gathered, dtype)
-    close(K.nn_triton(strided(x), w, idx, gather=True, out=out), gathered, dtype)
-    close(K.gather_matmul_nn(strided(x), w, idx, gather=True, out=out), gathered, dtype)
+    close(K.gather_matmul_nn(K.columns(strided(x), idx), w, idx, out=out), gathered, dtype)
 
 
 @on_kernels
@@ -182,7 +180,8 @@ def test_references_agree_with_plain_formulas():
     want[:, idx] = full[:, idx]
     close(out, want, f64)
     y = randn(T, N, dtype=f64)
-    close(K.gather_matmul_nn(y, w, idx, gather=True, out=torch.zeros_like(x)), y[:, idx] @ w[idx], f64)
+    close(K.gather_matmul_nn(K.columns(y, idx), w, idx, out=torch.zeros_like(x)), y[:, idx] @ w[idx], f64)
+    close(K.put_columns(torch.zeros_like(full), idx, full[:, idx]), want, f64)
     close(K.gather_matmul_nn(y[:, :C], w, idx), y[:, :C] @ w[idx], f64)
 
 
@@ -256,13 +255,13 @@ def compile_matmuls(arch, dtype, D):
     precision, dtype = "tf32" if dtype == "fp32" else "ieee", "fp32" if dtype == "exact" else dtype
     types = dict(x=f"*{dtype}", w=f"*{dtype}", idx="*i64", bias=f"*{dtype}", y=f"*{dtype}")
     odd = ["T", "T_BUCKET", "C_BUCKET"]
-    for tuner, modes in ((K.nt_kernel, ("compact", "scatter")), (K.nn_kernel, ("compact", "gather"))):
+    x = SimpleNamespace(dtype=torch.float32 if dtype == "fp32" else torch.bfloat16)
+    for tuner, modes in ((K.nt_kernel, (dict(SCATTER=False, BIAS=False), dict(SCATTER=True, BIAS=True))),
+                         (K.nn_kernel, ({},))):
         for mode in modes:
-            bias = dict(BIAS=mode == "scatter") if tuner is K.nt_kernel else {}
-            x = SimpleNamespace(dtype=torch.float32 if dtype == "fp32" else torch.bfloat16)
-            for config in K.fitting(tuner.configs, dict(MODE=mode, PRECISION=precision, x=x)):
+            for config in K.fitting(tuner.configs, dict(PRECISION=precision, x=x)):
                 yield compile_kernel(arch, tuner.fn, types, odd,
-                                     dict(D=D, MODE=mode, PRECISION=precision, **bias, **config.kwargs),
+                                     dict(D=D, PRECISION=precision, **mode, **config.kwargs),
                                      config.num_stages, config.num_warps)
 
 
@@ -286,9 +285,9 @@ def test_exact_fp32_takes_small_tiles(tmp_path):
     if K.triton is None or K.INTERPRET:
         pytest.skip("nothing is tuned")
     results = compiled(tmp_path, "matmuls", "exact", 4096)
-    assert len(results) == 8 and all(r["spilled"] == 0 for r in results)
+    assert len(results) == 6 and all(r["spilled"] == 0 for r in results)
     for tuner in (K.nt_kernel, K.nn_kernel):
-        n = [len(K.fitting(tuner.configs, dict(MODE="compact", PRECISION=precision, x=torch.empty(0, dtype=dtype))))
+        n = [len(K.fitting(tuner.configs, dict(PRECISION=precision, x=torch.empty(0, dtype=dtype))))
              for dtype, precision in ((torch.float32, "ieee"), (torch.float32, "tf32"), (torch.bfloat16, "ieee"))]
         assert n == [1, len(tuner.configs), len(tuner.configs)]
 
@@ -313,9 +312,8 @@ def test_matmuls_compile(dtype, D, tmp_path):
         if dtype != "fp32":  # TF32 turns w on its way, 4 bytes a copy; tuning drops the tiles that do not fit
             assert r["async16"] > 0, r
             assert r["shared"] <= LIMITS[r["arch"]] and r["spilled"] == 0, r
-        if r["MODE"] != "gather":  # a gathered x goes through registers
-            assert r["shared"] >= 2 * (r["BLOCK_M"] + r["BLOCK_N"]) * r["BLOCK_K"] * 2, r
-    assert len(results) == 2 * (2 * 6 + 7 + 6)  # sm_80 and sm_90; nt twice, nn compact, nn gathered
+        assert r["shared"] >= 2 * (r["BLOCK_M"] + r["BLOCK_N"]) * r["BLOCK_K"] * 2, r
+    assert len(results) == 2 * (2 * 6 + 7)  # sm_80 and sm_90; nt compact and scattered, nn
 
 
 @pytest.mark.parametrize("dtype", ["bf16", pytest.param("fp32", marks=pytest.mark.slow)])
