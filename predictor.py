@@ -228,11 +228,11 @@ class Predictor:
         zeros = lambda *shape: torch.zeros(*shape, dtype=high, device=w.device)
         if not self.is_mlp:
             n = len(w) if self.kind == "energy" else self.n_channels // 2 + self.n_channels
-            return {"scores": zeros(n)}
-        sums = {"scores": zeros(self.n_channels)}
+            return {"scores": zeros(n), "rows": zeros(1)}
+        sums = {"scores": zeros(self.n_channels), "rows": zeros(1)}
         if self.kind == "measured" and self.map_rank:
             D = w.shape[1]
-            sums.update(xx=zeros(D + 1, D + 1), xh=zeros(D + 1, self.n_channels), rows=zeros(1))
+            sums.update(xx=zeros(D + 1, D + 1), xh=zeros(D + 1, self.n_channels))
         return sums
 
     @property
@@ -250,6 +250,7 @@ class Predictor:
 
     def see_mlp(self, x, h, dh):
         """x (n, D), h and its gradient dh (n, I) of a dense step's context rows."""
+        self.sums["rows"] += len(x)
         if self.kind == "energy":
             self.sums["scores"] += energy(h)
             return
@@ -257,16 +258,16 @@ class Predictor:
         score = (h * dh).abs().sum(0, dtype=high)  # (I,)
         self.sums["scores"] += score.nan_to_num_(0.0, 0.0, 0.0)
         if "xx" in self.sums:
-            x, h = x.to(high), h.to(high)
+            x, h = x.to(high), h.to(high).nan_to_num_(0.0, 0.0, 0.0)
             x1 = torch.cat([x, x.new_ones(len(x), 1)], 1)  # (n, D+1)
             weight = 1 / h.square().sum(1, keepdim=True).clamp_(min=1e-12)  # (n, 1)
             xw = (x1 * weight).T  # (D+1, n)
             self.sums["xx"].addmm_(xw, x1)
             self.sums["xh"].addmm_(xw, h)
-            self.sums["rows"] += len(x)
 
     def see_attention(self, y, dy):
         """q, k, v side by side and their gradients, (n, Nq + 2 Nkv), of a dense step's context rows."""
+        self.sums["rows"] += len(y)
         score = energy(y) if self.kind == "energy" else taylor_attention(self.part, y, dy)
         self.sums["scores"] += score.nan_to_num_(0.0, 0.0, 0.0)
 
@@ -411,10 +412,9 @@ def measuring(model):
     return any(p.measures() and p.fixed is None for _, p in predictors(model))
 
 
-def rows_fitted(model):
-    """How many context rows the maps' sums hold, on this rank; None without maps."""
-    sums = [p.sums["rows"] for _, p in predictors(model) if p.sums and "rows" in p.sums]
-    return int(sums[0]) if sums else None
+def rows_measured(model):
+    """How many context rows were measured so far, on this rank."""
+    return max(int(p.sums["rows"]) for _, p in predictors(model) if p.sums)
 
 
 def measure(model, batches):
@@ -508,8 +508,9 @@ def state(model):
 
 
 @torch.no_grad()
-def load_state(model, tensors):
-    """Takes what state() gave, of a model with the same ratios, kind and ranks. UserError: of another one."""
+def load_state(model, tensors, first_rank=True):
+    """Takes what state() gave, of a model with the same ratios, kind and ranks. Sums are over all ranks: only the first
+    one takes them."""
     for name, p in predictors(model):
         own = {k.removeprefix(name + "."): t for k, t in tensors.items() if k.startswith(name + ".")}
         channels = [t for k, t in sorted(own.items()) if k.startswith("channels.")]
@@ -519,9 +520,10 @@ def load_state(model, tensors):
             p.c = len(channels[0])
             with whole(model, name):
                 p.keep(*(c.to(device) for c in channels), fitted=fitted or None)
-        for k, t in (p.sums or {}).items():
-            if f"sums.{k}" in own:
-                t.copy_(own[f"sums.{k}"])
+        if first_rank and p.sums is not None:
+            for k, t in p.sums.items():
+                if f"sums.{k}" in own:
+                    t.copy_(own[f"sums.{k}"])
 
 
 # ---- the SVD's factors -------------------------------------------------------------------------------------

@@ -15,13 +15,11 @@ import math
 import os
 import shlex
 import shutil
-import signal
 import sys
-import time
 import traceback
-from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 
@@ -30,28 +28,256 @@ import data
 import data.tokenizer
 import predictor
 from config import UserError
-from model import LLaMA, ModelConfig, load_adapter
 from lib import dist, state
+from lib.evaluate import accuracy, mean_loss, time_ratio
 from lib.files import resolve, write_text
-from lib.evaluate import Interrupted, accuracy, evaluate, make_batches, mean_loss, selection, time_ratio
-from lib.log import finite, read_later, record, report, say, say_plan, say_result
+from lib.log import Log, clock, finite, say
+from lib.signals import Interrupted, Signals
+from model import LLaMA, ModelConfig, load_adapter
 
 
-# ---- the parts of a run ------------------------------------------------------------------------------------
+@dataclass
+class Run:
+    """One run: what it was asked for, what it loaded, how far it is."""
+    cfg: config.Config
+    device: torch.device
+    out: Path  # where it writes: the adapter, metrics.jsonl, state/
+    folder: Path  # of the base model
+    tokenizer: object
+    examples: dict  # {"train", "val" and, where it is asked for, "test": [data.Example]}
+    tokenized: dict  # the same of data.Tokenized
+    order: object  # a function: step -> numbers of its training examples
+    model: LLaMA
+    optimizer: torch.optim.Optimizer
+    flat: torch.Tensor  # (n,) all trained weights
+    grad: torch.Tensor  # (n + 2,) their gradients, the loss, and the sum of its weights
+    max_steps: int  # of the schedules
+    info: dict  # counters, saved with the state: step, sparse, ...
+    prints: dict  # fingerprints of model and training data: what a state has to agree with
+    stop: Signals
+    log: Log = None
 
-def load_data(run):
-    """run.examples and run.tokenized: {"train", "val", "test": lists}; prints their statistics and one
-    example, scored part marked."""
-    cfg, run.examples, run.tokenized = run.cfg, {}, {}
-    for split in ("train", "val", "test") if cfg.test_examples else ("train", "val"):
-        run.examples[split] = examples = data.load_split(cfg, split)
-        if split == "test" and not any(e.response for e in examples):  # only questions and answers
-            run.tokenized[split] = []
+
+# ---- the loop ----------------------------------------------------------------------------------------------
+
+def loop(run):
+    """From the step of run.info to the last. Interrupted: between steps, when a signal came."""
+    cfg, model, info, log = run.cfg, run.model, run.info, run.log
+    while info["step"] < last_step(run):
+        step = info["step"]
+
+        # Now and then the validation loss is taken, on the dense model.
+        if evaluation_due(run):
+            log.flush()
+            save(run)
+            evaluate(run)
+            info["evaluated"] = step
+
+        # The step's examples, in this rank's micro-batches.
+        batch = run.order(step)
+        micro = dist.micro_batches(run.tokenized["train"], batch, cfg, run.device, seed=step * cfg.batch_size)
+
+        # Dense at first, then sparse. At the switch the channels that dense steps have measured are fixed.
+        scale = sparsity(cfg, step, run.max_steps)
+        if scale and not info["sparse"]:
+            log.flush()
+            start_sparse(run)
+        info["sparse"] = scale > 0
+        model.set_sparsity(scale)
+
+        # Forward, backward, update. A dense step before the switch measures which channels matter.
+        log.begin()
+        forward_backward(model, run.grad, micro, measure=not scale and predictor.measuring(model))
+        lr = learning_rate(cfg, step, run.max_steps)
+        metrics = update(run.optimizer, run.grad, lr, cfg.grad_clip)
+
+        # Its line is printed one step later: then the device need not wait for the host.
+        work = count(model, micro)
+        log.step(metrics, batch, step=step, lr=lr, scale=scale, **work)
+        for name, n in work.items():
+            info[name] += n
+        info["step"] += 1
+
+        # A signal, or the time to save.
+        if run.stop.received or dist.world() > 1:
+            run.stop.check()
+        if cfg.save_interval and info["step"] % cfg.save_interval == 0:
+            log.flush()
+            save(run)
+    log.flush()
+
+
+def forward_backward(model, grad, micro, measure=False):
+    """Adds the gradient of these micro-batches to grad (n + 2,), and their loss and weights to its last two
+    places. measure: the predictors see which channels matter."""
+    for b in micro:
+        loss = model.loss(b, measure=measure)  # a weighted sum: update() divides by the sum of weights
+        loss.backward()
+        grad[-2:] += torch.stack([loss.detach(), b.weights.sum()])
+
+
+def update(optimizer, grad, lr, grad_clip):
+    """One optimizer step from the summed gradients (n + 2,), which are zero after it. Returns (3,) on the device:
+    loss, gradient norm, steps skipped in a row. A loss or gradient that is not finite skips the step: with
+    found_inf = 1 the fused AdamW leaves all as it is, and the host need not know."""
+    dist.all_reduce(grad)
+    g, (loss, weights) = grad[:-2], grad[-2:].clone()
+    g /= weights
+    norm = torch.linalg.vector_norm(g)
+    if grad_clip:
+        g *= (grad_clip / (norm + 1e-6)).clamp(max=1)
+    bad = 1 - (torch.isfinite(norm) & torch.isfinite(loss)).float()
+    optimizer.grad_scale, optimizer.found_inf = None, bad
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    optimizer.skipped = (optimizer.skipped + 1) * bad
+    grad.zero_()
+    return torch.stack([loss / weights, norm, optimizer.skipped])
+
+
+def count(model, micro):
+    """{"tokens", "dense_flops", "flops"} of a step, over all ranks."""
+    tokens = sum(len(b.tokens) for b in micro)
+    flops = [model.flops(b) for b in micro]  # (dense, sparse) each
+    sums = dist.add(tokens, sum(d for d, _ in flops), sum(s for _, s in flops))
+    return dict(zip(("tokens", "dense_flops", "flops"), sums))
+
+
+def learning_rate(cfg, step, max_steps):
+    """Linear warm-up, constant until decay_start, then a cosine, or a line, down to 0."""
+    warmup = cfg.warmup_steps if isinstance(cfg.warmup_steps, int) else round(cfg.warmup_steps * max_steps)
+    if step < warmup:
+        return cfg.learning_rate * (step + 1) / (warmup + 1)
+    first = max(warmup, cfg.decay_start * max_steps)
+    f = max(0, step - first) / max(1, max_steps - first)
+    return cfg.learning_rate * (1 - f if cfg.lr_schedule == "linear" else 0.5 + 0.5 * math.cos(math.pi * f))
+
+
+def sparsity(cfg, step, max_steps):
+    """The schedule: 0 (dense) before sparse_start and from sparse_end on, 1 between."""
+    f = step / max_steps
+    return 1.0 if cfg.sparse_start <= f < cfg.sparse_end else 0.0
+
+
+def last_step(run):
+    """Where the run ends: after max_steps, or, resumed with a smaller one, there; schedules stay as they were."""
+    return min(run.max_steps, run.cfg.max_steps or run.max_steps)
+
+
+def evaluation_due(run):
+    """At every eval_interval-th step, but for the last, which finish() evaluates; and after a resume, if it
+    was not done before."""
+    step, every = run.info["step"], run.cfg.eval_interval
+    return every and 0 < step < last_step(run) and step % every == 0 and run.info["evaluated"] != step
+
+
+# ---- dense to sparse ---------------------------------------------------------------------------------------
+
+ROWS = 4  # a map is fitted on at least so many times the model's width of context rows
+
+
+def start_sparse(run):
+    """The switch. What dense steps have measured fixes the channels and the maps; where they were too few, batches that
+    come next are measured first."""
+    model, step = run.model, run.info["step"]
+    say(f"sparse from step {step} on")
+    if predictor.measuring(model):
+        rows = measure_enough(run)
+        predictor.fix(model)
+        predictor.free(model)
+        say(f"  channels chosen, and maps fitted, on {rows:,} context rows")
+    run.log.record(dict(step=step, **selection(run)))
+
+
+def measure_enough(run):
+    """Extra dense passes until the predictors have seen enough rows. Returns how many they saw, over all ranks."""
+    wanted = ROWS * run.model.config.hidden_size
+    step = run.info["step"]
+    for extra in range(64):
+        rows, = dist.add(predictor.rows_measured(run.model))
+        if rows >= wanted:
+            break
+        run.stop.check()
+        idx = run.order(step + extra)
+        predictor.measure_more(run.model, dist.micro_batches(run.tokenized["train"], idx, run.cfg, run.device))
+    return dist.add(predictor.rows_measured(run.model))[0]
+
+
+@torch.no_grad()
+def selection(run):
+    """Prints, and returns, what the kept channels are worth on one validation batch: the share of the true energy that
+    they hold, how much of the MLPs' outputs is missing, and how far sparsity moves the loss. A selection that fails
+    shows here."""
+    model, cfg = run.model, run.cfg
+    if not predictor.predictors(model):
+        return {}
+    rng = model.selection_rng.get_state()  # looking must not change the training
+    some = run.tokenized["val"][:cfg.micro_batch_size or cfg.batch_size]
+    batch = data.collate(some, cfg.split, 0, cfg.dense_first).to(run.device)
+    total = batch.weights.sum().item()
+    model.set_sparsity(0)
+    dense = model.loss(batch).item() / total
+    model.set_sparsity(1)
+    sparse = model.loss(batch).item() / total
+    seen = predictor.watch(model, batch)
+    model.selection_rng.set_state(rng)
+    for kind in ("attn", "mlp"):
+        shares = [f"{name.split('.')[0]}:{v['held']:.2f}" for name, v in seen.items() if name.endswith(kind)]
+        if shares:
+            say(f"  true energy held by the kept {kind} channels, by block: " + " ".join(shares))
+    mlps = [v for v in seen.values() if "residual" in v]
+    if mlps:
+        missing, without = (sum(v[k] for v in mlps) / len(mlps) for k in ("residual", "without_map"))
+        with_map = f", {missing:.2f} with the map" if missing != without else ""
+        say(f"  missing of the MLPs' output energy on one validation batch: {without:.2f}{with_map}")
+    say(f"  its loss: {dense:.4f} dense, {sparse:.4f} sparse ({sparse - dense:+.4f})")
+    return dict(held={name: v["held"] for name, v in seen.items()}, dense_loss=dense, sparse_loss=sparse)
+
+
+# ---- the beginning -----------------------------------------------------------------------------------------
+
+def prepare(cfg, device, stop):
+    """Loads everything -> Run. Nothing is written here, so that a run that cannot be leaves what was there."""
+    torch.manual_seed(cfg.seed)
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+    folder = resolve(cfg.model)
+    tokenizer = data.tokenizer.load(folder)
+    examples, tokenized = load_data(cfg, tokenizer)
+    model = load_model(cfg, folder, device, tokenizer)
+    flat, grad, matrices = flatten([p for p in model.parameters() if p.requires_grad])
+    dist.broadcast(flat)
+    optimizer = make_optimizer(cfg, flat, grad, matrices)
+
+    lengths = [len(t.tokens) for t in tokenized["train"]]
+    epoch = lru_cache(1)(lambda n: data.batches(lengths, cfg.batch_size, cfg.seed, n, cfg.length_window))
+    per_epoch = len(epoch(0))
+    max_steps = cfg.max_steps or math.ceil(cfg.epochs * per_epoch)
+    info = dict(step=0, max_steps=max_steps, sparse=False, evaluated=0, skipped=0, seconds=0.0, tokens=0, flops=0,
+                dense_flops=0, before=None, best=None, finished=False)
+    prints = {"model": state.fingerprint(folder, model.config), "dataset": state.digest(tokenized["train"])}
+    return Run(cfg, device, Path(cfg.out_dir), folder, tokenizer, examples, tokenized,
+               lambda step: epoch(step // per_epoch)[step % per_epoch], model, optimizer, flat, grad, max_steps, info,
+               prints, stop)
+
+
+def load_data(cfg, tokenizer):
+    """-> (examples, tokenized), each {"train", "val", "test": list}; prints their statistics and one example, scored
+    part marked."""
+    examples, tokenized = {}, {}
+    for split in ("train", "val", "test"):
+        if split == "test" and not cfg.test_examples:
             continue
-        run.tokenized[split] = data.tokenize(examples, run.tokenizer, cfg.max_seq_len, cfg.prompt_format,
-                                             cfg.prompt_weight)
-        say(f"{split:5s} {data.statistics(examples, run.tokenized[split], cfg.prompt_weight)}")
-    say("first example, [[scored]]: " + repr(data.marked(run.tokenized["train"][0], run.tokenizer)))
+        examples[split] = data.load_split(cfg, split)
+        if split == "test" and not any(e.response for e in examples[split]):  # only questions and answers
+            tokenized[split] = []
+            continue
+        tokenized[split] = data.tokenize(examples[split], tokenizer, cfg.max_seq_len, cfg.prompt_format,
+                                         cfg.prompt_weight)
+        say(f"{split:5s} {data.statistics(examples[split], tokenized[split], cfg.prompt_weight)}")
+    say("first example, [[scored]]: " + repr(data.marked(tokenized["train"][0], tokenizer)))
+    return examples, tokenized
 
 
 def load_model(cfg, folder, device, tokenizer):
@@ -70,8 +296,8 @@ def load_model(cfg, folder, device, tokenizer):
     if c.sliding_window and c.sliding_window < cfg.max_seq_len:
         raise UserError(f"max_seq_len = {cfg.max_seq_len} is longer than the model's sliding window of "
                         f"{c.sliding_window}: lower it")
-    mlp, attn = (config.ratios(cfg.mlp_sparsity, L, "mlp_sparsity"),
-                 config.ratios(cfg.attn_sparsity, L, "attn_sparsity"))
+    mlp = config.ratios(cfg.mlp_sparsity, L, "mlp_sparsity")
+    attn = config.ratios(cfg.attn_sparsity, L, "attn_sparsity")
     if cfg.lora_r == 0:
         model.train_all()
         mlp = attn = [0.0] * L  # a weight that is trained needs all its rows
@@ -82,8 +308,7 @@ def load_model(cfg, folder, device, tokenizer):
     else:
         model.add_lora(cfg.lora_r, cfg.lora_alpha, cfg.lora_targets)
     model.recompute = cfg.recompute
-    predictor.attach(model, mlp, attn, cfg.predictor_rank, cfg.predictor, seed=cfg.seed + dist.rank(),
-                     agree=dist.agree)
+    predictor.attach(model, mlp, attn, cfg.predictor_rank, cfg.predictor, cfg.map_rank, seed=cfg.seed + dist.rank())
     return model
 
 
@@ -94,7 +319,8 @@ def flatten(params):
     matrices, which come first)."""
     params = sorted(params, key=lambda p: p.dim() < 2)
     flat = torch.cat([p.detach().flatten() for p in params])  # (n,)
-    grad, i = flat.new_zeros(len(flat) + 2), 0
+    grad = flat.new_zeros(len(flat) + 2)
+    i = 0
     for p in params:
         p.data, p.grad = (t[i:i + p.numel()].view_as(p) for t in (flat, grad))
         i += p.numel()
@@ -115,254 +341,219 @@ def make_optimizer(cfg, flat, grad, matrices):
     return optimizer
 
 
-def forward_backward(run, micro):
-    """Adds the gradient of these micro-batches to run.grad, and their loss and weights to its
-    last two places."""
-    for b in micro:
-        loss = run.model.loss(b)  # a weighted sum: update() divides by the sum of weights
-        loss.backward()
-        run.grad[-2:] += torch.stack([loss.detach(), b.weights.sum()])
+# ---- what a state is made of, and going on from one --------------------------------------------------------
+
+def optimizer_tensors(optimizer):
+    """{name: tensor}: AdamW's own, not copies."""
+    out = {"skipped": optimizer.skipped}
+    for i, group in enumerate(optimizer.param_groups):
+        p = group["params"][0]
+        moments = optimizer.state[p]
+        if not moments:  # before the first step
+            moments.update(step=torch.zeros((), device=p.device), exp_avg=torch.zeros_like(p),
+                           exp_avg_sq=torch.zeros_like(p))
+        out.update({f"{k}.{i}": v.detach() for k, v in moments.items()})
+    return out
 
 
-def update(run, lr):
-    """One optimizer step from the summed gradients. Returns (3,) on the device: loss, gradient norm, steps
-    skipped in a row. A loss or gradient that is not finite skips the step: with found_inf = 1 the fused AdamW
-    leaves all as it is, and the host need not know."""
-    optimizer = run.optimizer
-    dist.all_reduce(run.grad)
-    g, (loss, weights) = run.grad[:-2], run.grad[-2:].clone()
-    g /= weights
-    norm = torch.linalg.vector_norm(g)
-    if run.cfg.grad_clip:
-        g *= (run.cfg.grad_clip / (norm + 1e-6)).clamp(max=1)
-    bad = 1 - (torch.isfinite(norm) & torch.isfinite(loss)).float()
-    optimizer.grad_scale, optimizer.found_inf = None, bad
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.step()
-    optimizer.skipped = (optimizer.skipped + 1) * bad
-    run.grad.zero_()
-    return torch.stack([loss / weights, norm, optimizer.skipped])
-
-
-def learning_rate(cfg, step, max_steps):
-    """Linear warm-up, constant until decay_start, then a cosine, or a line, down to 0."""
-    warmup = cfg.warmup_steps if isinstance(cfg.warmup_steps, int) else round(cfg.warmup_steps * max_steps)
-    if step < warmup:
-        return cfg.learning_rate * (step + 1) / (warmup + 1)
-    first = max(warmup, cfg.decay_start * max_steps)
-    f = max(0, step - first) / max(1, max_steps - first)
-    return cfg.learning_rate * (1 - f if cfg.lr_schedule == "linear" else 0.5 + 0.5 * math.cos(math.pi * f))
-
-
-def sparsity(cfg, step, max_steps):
-    """The schedule: 0 (dense) before sparse_start and from sparse_end on; between, growing to 1 over
-    sparse_ramp (0: at once)."""
-    f = step / max_steps
-    if f < cfg.sparse_start or f >= cfg.sparse_end:
-        return 0.0
-    return min(1.0, (f - cfg.sparse_start + 1 / max_steps) / cfg.sparse_ramp) if cfg.sparse_ramp else 1.0
-
-
-def scale_now(run):
-    """The schedule's value at step run.info["step"]; but 0 where no part has a ratio, and in the steps, every
-    predictor_refresh-th, that measure the channels anew."""
-    cfg, step = run.cfg, run.info["step"]
-    scale = sparsity(cfg, step, run.max_steps) if predictor.predictors(run.model) else 0.0
-    if scale and run.info["sparse"] and cfg.predictor_refresh and step % cfg.predictor_refresh == 0:
-        predictor.forget(run.model)
-        scale = 0.0
-    return scale
-
-
-# ---- the loop ----------------------------------------------------------------------------------------------
-
-def main(cfg, command="python train.py"):
-    """One run, from its config to its adapter. Returns the summary that is also written to
-    out_dir/result.json, a dict; None where a signal stopped the run or it was finished before. command: how
-    to start this run again, for the message that says so.
-
-    `run`, which all functions here and in tools/ pass on, holds
-
-        cfg, device, out (Path)       the options, where it computes, where it writes
-        folder, tokenizer             of the base
-        examples, tokenized           lists by split
-        model, optimizer, flat, grad  flat (n,) and grad (n + 2,) as flatten() makes them
-        max_steps, info               info is saved as JSON: step, sparse, ...
-        stop, lock                    signals that came; the lock on out
-        unsummed                      this rank's measured energies are not yet added up over the ranks
-        since                         when the step began that is reported next"""
-    run = SimpleNamespace(cfg=cfg, stop=[], device=dist.setup(cfg), out=Path(cfg.out_dir), unsummed=False,
-                          lock=None)
+def save(run):
+    """Saves the adapter, and all that the run is made of: weights, moments, what was measured or chosen, generators,
+    counters. Called by all ranks, written by one. False, and said so, where it could not be: the last good state
+    stays."""
+    tensors = {"flat": run.flat, **optimizer_tensors(run.optimizer)}
+    for name, t in predictor.state(run.model).items():
+        measured = ".sums." in name  # each rank has measured its own share; channels and maps are the same on all
+        tensors[name] = dist.all_reduce(t.clone()) if measured else t
+    rng = {"cpu": [torch.get_rng_state()], "select": dist.gather(run.model.selection_rng.get_state())}
+    if run.device.type == "cuda":
+        rng["cuda"] = [torch.cuda.get_rng_state()]
+    rng = {k: [bytes(t.tolist()).hex() for t in v] for k, v in rng.items()}
     try:
-        lengths, per_epoch = prepare(run)
-        if run.info["finished"]:
-            return say(f"{run.out} is finished: its {'adapter' if cfg.lora_r else 'checkpoint'} lies there; "
-                       "another run needs another --out_dir")
-        with signals(run.stop):
-            if run.info["before"] is None and cfg.test_examples:
-                run.info["before"], n = accuracy(run, "test", cfg.test_examples)
-                say(f"before training: {run.info['before']:.1%} of {n} test problems right"
-                    if n else "no test example has an answer")
-            loop(run, lengths, per_epoch)
-            return finish(run, lengths)
-    except Interrupted:
-        name = signal.Signals(run.stop[0]).name if run.stop else "a signal to another rank"
-        kept = "" if state.save_run(run) else " (which could not be saved: the last saved step counts)"
-        say(f"stopped by {name} after step {run.info['step']} of {run.max_steps}{kept}; "
-            f"go on with:\n  {command} --resume=True")
-    finally:
-        if run.lock:
-            run.lock.close()
+        if dist.rank() == 0:
+            state.save(run.out, tensors, {**run.info, "config": asdict(run.cfg), "prints": run.prints, "rng": rng})
+            if run.cfg.lora_r and run.info["step"]:
+                save_adapter(run, run.out)
+        return True
+    except OSError as e:
+        kept = "the last good one stays" if state.numbers(run.out / "state") else "there is none yet"
+        say(f"warning: the state after step {run.info['step']} could not be saved ({e.strerror}): {kept}, "
+            "the run goes on")
+        return False
 
 
-def prepare(run):
-    """Loads everything, and the state to resume from. Nothing is written before all of it is found to be
-    good. Returns (lengths of the training examples, steps in an epoch)."""
-    cfg = run.cfg
-    torch.manual_seed(cfg.seed)
-    if cfg.threads:
-        torch.set_num_threads(cfg.threads)
-    run.lock = state.claim(run.out, cfg.resume) if dist.rank() == 0 else None
-    run.folder = resolve(cfg.model)
-    run.tokenizer = data.tokenizer.load(run.folder)
-    load_data(run)
-    run.model = load_model(cfg, run.folder, run.device, run.tokenizer)
-    run.flat, run.grad, matrices = flatten([p for p in run.model.parameters() if p.requires_grad])
-    dist.broadcast(run.flat)
-    run.optimizer = make_optimizer(cfg, run.flat, run.grad, matrices)
-    lengths = [len(t.tokens) for t in run.tokenized["train"]]
-    per_epoch = len(data.batches(lengths, cfg.batch_size, cfg.seed, 0, cfg.length_window))
-    run.max_steps = cfg.max_steps or math.ceil(cfg.epochs * per_epoch)
-    run.info = dict(step=0, sparse=False, evaluated=0, skipped=0, seconds=0.0, tokens=0, flops=0,
-                    dense_flops=0, before=None, finished=False)
-    say_plan(run)
-    if dist.rank() == 0 and not run.lock:
-        run.lock = state.lock(run.out)
-    state.resume_run(run)
-    return lengths, per_epoch
+def resume(run):
+    """Goes on from out_dir's newest good state, where cfg.resume asks for it and there is one."""
+    tensors = info = None
+    if run.cfg.resume and dist.rank() == 0:
+        tensors, info = state.load(run.out, {"config": asdict(run.cfg), "prints": run.prints})
+    info = dist.share(info)
+    tensors = dist.share_tensors(tensors)
+    if dist.rank() == 0:
+        state.cut_metrics(run.out / "metrics.jsonl", info and info["step"], info and info["evaluated"])
+    if info is None:
+        return
+    run.info.update({k: info[k] for k in run.info if k in info})
+    run.max_steps = run.info["max_steps"]
+    if (run.cfg.max_steps or 0) > run.max_steps:
+        raise UserError(f"max_steps = {run.cfg.max_steps} is more than the {run.max_steps} that this run was planned for, "
+                        "and its schedules end there: start another with --init_adapter")
+    for name, t in {"flat": run.flat, **optimizer_tensors(run.optimizer)}.items():
+        if name not in tensors or tensors[name].shape != t.shape:
+            raise UserError(f"the state in {run.out} is of a model of other sizes or other trained parts: "
+                            "choose another --out_dir")
+        t.copy_(tensors[name])
+    predictor.load_state(run.model, tensors, first_rank=dist.rank() == 0)
+    if run.info["sparse"]:
+        predictor.free(run.model)
+    restore_generators(run, info["rng"])
+    say(f"resumed after step {run.info['step']} of {last_step(run)}")
 
 
-@contextmanager
-def signals(stop):
-    """SIGINT, SIGTERM and SIGUSR1 are put in the list stop, which the loop looks at between steps. A second
-    Ctrl-C quits at once (not under torchrun, which passes on a Ctrl-C that the terminal has sent already)."""
-    def handler(signum, frame):
-        if signum == signal.SIGINT and signum in stop and dist.world() == 1:
-            os._exit(130)
-        if not stop:
-            os.write(2, b"stopping after this step"
-                     + b" (Ctrl-C again: at once)" * (signum == signal.SIGINT) + b"\n")
-        stop.append(signum)
-
-    before = [(s, signal.signal(s, handler)) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
-    try:
-        yield
-    finally:
-        for s, old in before:
-            signal.signal(s, old)
+def restore_generators(run, saved):
+    """saved: {"cpu", "select", "cuda": hex of generator states, one or one a rank}."""
+    rng = {k: [torch.tensor(list(bytes.fromhex(s)), dtype=torch.uint8) for s in v] for k, v in saved.items()}
+    torch.set_rng_state(rng["cpu"][0])
+    select, own = rng["select"], run.model.selection_rng
+    if dist.rank() < len(select) and len(select[0]) == len(own.get_state()):
+        own.set_state(select[dist.rank()])
+    else:  # on more ranks than before, or on another kind of device
+        own.manual_seed(run.cfg.seed + dist.rank() + 1000 * run.info["step"])
+    if "cuda" in rng and run.device.type == "cuda":
+        torch.cuda.set_rng_state(rng["cuda"][0])
 
 
-def loop(run, lengths, per_epoch):
-    """From the step of run.info to the last. Raises Interrupted between steps when a signal came."""
-    cfg, model, info, pending, order = run.cfg, run.model, run.info, None, None
-    log = open(run.out / "metrics.jsonl", "a", buffering=1) if dist.rank() == 0 else None
-    while info["step"] < run.max_steps:
-        step = info["step"]
-        if evaluation_due(run):
-            evaluate(run, log, sparsity(cfg, step - 1, run.max_steps))
-            info["evaluated"] = step
-        epoch, i = divmod(step, per_epoch)
-        if order is None or i == 0:
-            # lists of example numbers
-            order = data.batches(lengths, cfg.batch_size, cfg.seed, epoch, cfg.length_window)
-        batch = order[i]
-        micro = make_batches(run, "train", batch, seed=step * cfg.batch_size)
+# ---- evaluation, and the end -------------------------------------------------------------------------------
 
-        scale = scale_now(run)  # dense or sparse: this line
-        if scale and not info["sparse"]:
-            report(run, log, pending)
-            pending = None
-            start_sparse(run, micro, scale, log)
-        info["sparse"] = scale > 0
-        run.unsummed |= scale == 0
-        if pending is None:
-            run.since = time.perf_counter()  # else this step began when the one before was done
-        model.train()
-        model.set_sparsity(scale)
-        forward_backward(run, micro)
-        lr = learning_rate(cfg, step, run.max_steps)
-        metrics = read_later(update(run, lr))
-
-        report(run, log, pending)  # of the step before, while the device is busy with this one
-        flops = [model.flops(b) for b in micro]  # dense, sparse
-        tokens, dense, sparse = (sum(len(b.tokens) for b in micro), sum(f for f, _ in flops),
-                                 sum(f for _, f in flops))
-        stop, tokens, dense, sparse = dist.add(len(run.stop), tokens, dense, sparse)
-        pending = (metrics, batch, dict(step=step, lr=lr, scale=scale, tokens=tokens, dense_flops=dense,
-                                        flops=sparse))
-        info["step"] += 1
-        for key in ("tokens", "dense_flops", "flops"):
-            info[key] += pending[2][key]
-
-        save_now = cfg.save_interval and info["step"] % cfg.save_interval == 0
-        if evaluation_due(run) or save_now or stop or info["step"] == run.max_steps:
-            report(run, log, pending)
-            pending = None
-        if stop:
-            raise Interrupted
-        if save_now:
-            state.save_run(run)
+def evaluate(run):
+    """Validation loss and answers, dense, and what the selection is worth while the run is sparse. Keeps the adapter
+    with the least validation loss in best/."""
+    cfg, info = run.cfg, run.info
+    some = run.tokenized["val"][:cfg.eval_examples]
+    loss = mean_loss(run.model, some, cfg, run.stop)
+    right, answered = accuracy(run.model, run.tokenizer, run.examples["val"], cfg.eval_examples, cfg, run.stop)
+    answers = f", {right:.1%} of {answered} answers right" if answered else ""
+    say(f"step {info['step']}: validation loss {loss:.4f}{answers}")
+    seen = selection(run) if info["sparse"] else {}
+    result = dict(val_loss=loss, val_accuracy=right, **seen)
+    run.log.record(dict(step=info["step"], **result))
+    if cfg.lora_r and (info["best"] is None or loss < info["best"]):
+        info["best"] = loss
+        if dist.rank() == 0:
+            save_adapter(run, run.out / "best")
+    return result
 
 
-def evaluation_due(run):
-    """At every eval_interval-th step, but for the last, which finish() evaluates; and after a resume, if it
-    was not done before."""
-    step, every = run.info["step"], run.cfg.eval_interval
-    return every and 0 < step < run.max_steps and step % every == 0 and run.info["evaluated"] != step
-
-
-def start_sparse(run, micro, scale, log):
-    """The dense-to-sparse switch: `measured` fixes its channels, after one forward pass if no dense
-    step came before."""
-    if run.cfg.predictor == "measured":
-        if run.info["step"] == 0:
-            run.unsummed = True
-            predictor.measure(run.model, micro)
-    say(f"sparse from step {run.info['step']} on")
-    record(log, dict(step=run.info["step"], **selection(run, scale)))
-
-
-# ---- beginning and end -------------------------------------------------------------------------------------
-
-def finish(run, lengths):
+def finish(run):
     """The last evaluation, the adapter (or the whole checkpoint), and the summary."""
     cfg, info, out = run.cfg, run.info, run.out
     result = {k: info[k] for k in ("seconds", "tokens", "flops", "dense_flops", "before", "skipped")}
-    state.save_run(run)  # a kill from here on costs the evaluation only
-    if dist.rank() == 0:
-        if cfg.lora_r:
-            run.model.save_adapter(out, run.folder if Path(cfg.model).is_dir() else cfg.model)
-        else:
-            run.model.save_pretrained(out)
-            for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json",
-                         "chat_template.jinja", "generation_config.json"):
-                if (run.folder / name).exists():
-                    shutil.copy(run.folder / name, out / name)
+    save(run)  # a kill from here on costs the evaluation only
+    if dist.rank() == 0 and cfg.lora_r == 0:
+        save_checkpoint(run)
     if cfg.eval_interval:
-        result.update(evaluate(run, None, sparsity(cfg, info["step"] - 1, run.max_steps)))
+        result.update(evaluate(run))
     if cfg.test_examples:
-        result["test_loss"] = mean_loss(run, "test", cfg.test_examples) if run.tokenized["test"] else None
-        result["after"], result["test_examples"] = accuracy(run, "test", cfg.test_examples)
-    if predictor.predictors(run.model):
-        result["time_ratio"] = time_ratio(run, data.batches(lengths, cfg.batch_size, cfg.seed, 0,
-                                                            cfg.length_window)[:11])
+        result["test_loss"] = None
+        if run.tokenized["test"]:
+            result["test_loss"] = mean_loss(run.model, run.tokenized["test"][:cfg.test_examples], cfg, run.stop)
+        result["after"], result["test_examples"] = accuracy(run.model, run.tokenizer, run.examples["test"],
+                                                            cfg.test_examples, cfg, run.stop)
+    if predictor.predictors(run.model) and not predictor.measuring(run.model):
+        batches = (dist.micro_batches(run.tokenized["train"], run.order(i), cfg, run.device) for i in range(11))
+        result["time_ratio"] = time_ratio(run.model, batches, run.stop)
+        run.grad.zero_()
     info["finished"] = True
-    state.save_run(run)
+    save(run)
     if dist.rank() == 0:
         write_text(out / "result.json", json.dumps(finite(result), indent=2) + "\n")
     say_result(run, result)
     return result
+
+
+def save_adapter(run, folder):
+    """In PEFT's format."""
+    local = Path(run.cfg.model).is_dir()
+    run.model.save_adapter(folder, run.folder.resolve() if local else run.cfg.model)
+
+
+def save_checkpoint(run):
+    """All weights, with the tokenizer's files: a Hugging Face directory."""
+    run.model.save_pretrained(run.out)
+    for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja",
+                 "generation_config.json"):
+        if (run.folder / name).exists():
+            shutil.copy(run.folder / name, run.out / name)
+
+
+# ---- what a run says ---------------------------------------------------------------------------------------
+
+def say_plan(run):
+    cfg, model = run.cfg, run.model
+    for key, value in config.differences(cfg).items():
+        say(f"  {key} = {value!r}")
+    trained = run.flat.numel()
+    frozen = sum(p.numel() for p in model.parameters()) - trained
+    say(f"{cfg.model}: {frozen / 1e6:,.1f} M frozen and {trained / 1e6:,.2f} M trained weights, "
+        f"{run.max_steps} steps of {cfg.batch_size} examples")
+    if not predictor.predictors(model):
+        return say("dense throughout")
+    model.set_sparsity(1)
+    sample = data.collate(run.tokenized["train"][:cfg.batch_size], cfg.split, 0, cfg.dense_first)
+    dense, sparse = model.flops(sample)
+    model.set_sparsity(0)
+    sparse_steps = [step for step in range(run.max_steps) if sparsity(cfg, step, run.max_steps)] or [run.max_steps]
+    say(f"dense for {sparse_steps[0]} steps, then sparse ({cfg.predictor}) until step {sparse_steps[-1] + 1}: "
+        f"a sparse step computes {sparse / dense:.0%} of a dense one's {dense / 1e9:,.1f} GFLOP")
+
+
+def say_result(run, r):
+    say(f"\n{run.info['step']} steps in {clock(r['seconds'])}, {r['tokens']:,} tokens")
+    if r.get("after") is not None:
+        say(f"accuracy      before {r['before']:.1%}, after {r['after']:.1%}, "
+            f"of {r['test_examples']} test problems")
+    if r["flops"] < r["dense_flops"]:
+        say(f"FLOPs saved   {1 - r['flops'] / r['dense_flops']:.1%} of dense LoRA's over the whole run")
+        say(f"time saved    {1 - r['time_ratio']:.1%} of a dense step's forward and backward, "
+            "timed in turn on the same batches")
+    say(f"{'adapter' if run.cfg.lora_r else 'checkpoint'}       {run.out}")
+
+
+# ---- one run, and the command line -------------------------------------------------------------------------
+
+def main(cfg, command="python train.py"):
+    """One run, from its config to its adapter. Returns the summary that is also written to
+    out_dir/result.json, a dict; None where a signal stopped the run or it was finished before. command: how
+    to start this run again, for the message that says so."""
+    device = dist.setup(cfg)
+    lock = state.claim(cfg.out_dir, cfg.resume) if dist.rank() == 0 else None
+    run = None
+    try:
+        run = prepare(cfg, device, Signals())
+        say_plan(run)
+        if dist.rank() == 0 and lock is None:
+            lock = state.lock(run.out)
+        resume(run)
+        if run.info["finished"]:
+            return say(f"{run.out} is finished: its {'adapter' if cfg.lora_r else 'checkpoint'} lies there; "
+                       "another run needs another --out_dir")
+        texts = lambda batch: [run.tokenizer.decode(run.tokenized["train"][j].tokens) for j in batch]
+        run.log = Log(run.out / "metrics.jsonl", run.info, cfg, last_step(run), device, texts)
+        with run.stop:
+            if run.info["before"] is None and cfg.test_examples:
+                run.info["before"], n = accuracy(run.model, run.tokenizer, run.examples["test"], cfg.test_examples,
+                                                 cfg, run.stop)
+                say(f"before training: {run.info['before']:.1%} of {n} test problems right"
+                    if n else "no test example has an answer")
+            loop(run)
+            return finish(run)
+    except Interrupted:
+        run.log.flush()
+        kept = "" if save(run) else " (which could not be saved: the last saved step counts)"
+        say(f"stopped by {run.stop.name()} after step {run.info['step']} of {last_step(run)}{kept}; "
+            f"go on with:\n  {command} --resume=True")
+    finally:
+        if lock:
+            lock.close()
 
 
 def cli(argv):

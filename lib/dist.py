@@ -26,6 +26,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as td
 
+import data
 from config import UserError
 
 
@@ -175,6 +176,21 @@ def share(value):
         bytes(broadcast(data if rank() == 0 else torch.empty(int(size), dtype=torch.uint8)).tolist()))
 
 
+def share_tensors(tensors):
+    """Rank 0's {name: tensor}, on the CPU, on all ranks; None stays None."""
+    if world() == 1:
+        return tensors
+    kinds = None
+    if tensors is not None:
+        kinds = {k: (str(t.dtype).removeprefix("torch."), list(t.shape)) for k, t in tensors.items()}
+    kinds = share(kinds)
+    if kinds is None:
+        return None
+    if rank():
+        tensors = {k: torch.empty(shape, dtype=getattr(torch, dtype)) for k, (dtype, shape) in kinds.items()}
+    return {k: broadcast(tensors[k]) for k in kinds}
+
+
 # ---- FSDP --------------------------------------------------------------------------------------------------
 
 def fsdp(device):
@@ -206,3 +222,20 @@ def even(micro, share, size, example):
         return micro
     spare = example()
     return micro + n * [spare._replace(weights=torch.zeros_like(spare.weights), n_sparse=0)]
+
+
+# ---- a rank's share ----------------------------------------------------------------------------------------
+
+def micro_batches(tokenized, idx, cfg, device, seed=0):
+    """[data.Batch]: this rank's share of the examples idx of tokenized, on the device, in micro-batches. seed: of
+    split = "random"."""
+    share = idx[rank()::world()]
+    largest_share = -(-cfg.batch_size // world())
+    size = min(cfg.micro_batch_size or cfg.batch_size, largest_share)
+    micro = []
+    for i in range(0, len(share), size):
+        some = [tokenized[j] for j in share[i:i + size]]
+        micro.append(data.collate(some, cfg.split, seed + i, cfg.dense_first).to(device))
+    if not cfg.fsdp:
+        return micro
+    return even(micro, -(-len(idx) // world()), size, lambda: data.collate([tokenized[idx[0]]]).to(device))

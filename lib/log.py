@@ -1,5 +1,4 @@
-"""What a run says: the plan, a line every log_interval steps, the result; and metrics.jsonl, one
-object a step.
+"""What a run says and writes of its steps: a line every log_interval steps, metrics.jsonl with one object a step.
 """
 import json
 import math
@@ -7,9 +6,6 @@ import time
 
 import torch
 
-import config
-import data
-import predictor
 from config import UserError
 from lib import dist
 from lib.files import write_text
@@ -20,24 +16,26 @@ PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40": 181e12, "A6000": 
 
 
 def say(*args):
+    """Prints, on one rank. A terminal that has hung up does not end a training."""
     if dist.rank() == 0:
         print(*args, flush=True)
-
-
-def record(log, m):
-    """One line of metrics.jsonl. A full disk does not end a training."""
-    try:
-        if log:
-            log.write(json.dumps(finite(m)) + "\n")
-    except OSError as e:
-        say(f"warning: metrics.jsonl could not be written ({e.strerror})")
 
 
 def finite(m):
     """None for what is not finite, in nested dicts too: JSON has no NaN."""
     if isinstance(m, dict):
         return {k: finite(v) for k, v in m.items()}
-    return None if isinstance(m, float) and not math.isfinite(m) else m
+    if isinstance(m, float) and not math.isfinite(m):
+        return None
+    return m
+
+
+def clock(seconds):
+    """Seconds as m:ss or h:mm:ss."""
+    minutes, s = divmod(int(seconds), 60)
+    if minutes < 60:
+        return f"{minutes}:{s:02d}"
+    return f"{minutes // 60}:{minutes % 60:02d}:{s:02d}"
 
 
 def read_later(t):
@@ -57,70 +55,85 @@ def read_later(t):
     return wait
 
 
-def report(run, log, pending):
-    """Waits for a step's metrics, writes them and its seconds (since the step before, or since it began) to
-    metrics.jsonl, and every log_interval steps prints a line."""
-    if pending is None:
-        return
-    metrics, batch, m = pending
-    (m["loss"], m["grad_norm"], skipped), now = metrics()
-    m["seconds"], run.since = now - run.since, now
-    run.info["seconds"] += m["seconds"]
-    record(log, m)
-    if skipped:
-        run.info["skipped"] += 1
+class Log:
+    """Reports steps one late: step() is given metrics that are still on the device, and reports the step before while
+    the device is busy with this one. flush() waits for the last.
+
+    path: of metrics.jsonl. info: the run's counters, to which seconds and skipped steps are added. texts: a function
+    from the numbers of a step's examples to their texts, for a batch that cannot be trained on."""
+
+    def __init__(self, path, info, cfg, max_steps, device, texts):
+        self.file = open(path, "a", buffering=1) if dist.rank() == 0 else None
+        self.folder, self.info, self.cfg, self.max_steps = path.parent, info, cfg, max_steps
+        self.device, self.texts = device, texts
+        self.pending = None
+        self.since = 0.0  # when the step began that is pending
+
+    def begin(self):
+        """A step begins now; or, while one is pending, when that one is done."""
+        if self.pending is None:
+            self.since = time.perf_counter()
+
+    def step(self, metrics, batch, **known):
+        """metrics (3,): loss, gradient norm, steps skipped in a row. batch: numbers of the step's examples. known: what
+        else belongs to the line: step, lr, scale, tokens, flops, dense_flops."""
+        metrics = read_later(metrics)
+        self.flush()
+        self.pending = metrics, batch, known
+
+    def flush(self):
+        """Waits for the pending step's metrics, writes them and its seconds, and every log_interval steps prints a
+        line. UserError: three steps in a row could not be made."""
+        if self.pending is None:
+            return
+        (metrics, batch, m), self.pending = self.pending, None
+        (m["loss"], m["grad_norm"], skipped), now = metrics()
+        m["seconds"], self.since = now - self.since, now
+        self.info["seconds"] += m["seconds"]
+        self.record(m)
+        if skipped:
+            self.skipped(m, skipped, batch)
+        every = self.cfg.log_interval
+        if every and (m["step"] % every == 0 or m["step"] == self.max_steps - 1):
+            say(self.line(m))
+
+    def record(self, m):
+        """One line of metrics.jsonl. A full disk does not end a training."""
+        if self.file is None:
+            return
+        try:
+            self.file.write(json.dumps(finite(m)) + "\n")
+        except OSError as e:
+            say(f"warning: metrics.jsonl could not be written ({e.strerror})")
+
+    def skipped(self, m, in_a_row, batch):
+        self.info["skipped"] += 1
         say(f"step {m['step']}: loss {m['loss']} or gradient norm {m['grad_norm']} is not finite; "
             "the step is skipped")
-        if skipped >= 3:
-            if dist.rank() == 0:
-                texts = (run.tokenizer.decode(run.tokenized["train"][j].tokens) for j in batch)
-                write_text(run.out / "bad_batch.jsonl", "".join(json.dumps(t) + "\n" for t in texts))
-            raise UserError("three steps in a row were not finite; "
-                            f"the last batch is in {run.out}/bad_batch.jsonl: lower the learning rate "
-                            f"({run.cfg.learning_rate}), or use bfloat16 or float32 where dtype is float16")
-    if run.cfg.log_interval and (m["step"] % run.cfg.log_interval == 0 or m["step"] == run.max_steps - 1):
-        left = run.info["seconds"] / (m["step"] + 1) * (run.max_steps - m["step"] - 1)
-        gpu = ""
-        if run.device.type == "cuda":
-            peak = next((v for k, v in PEAK.items() if k in torch.cuda.get_device_name()), None)
-            gpu = (f" {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
-                   + (f" mfu {m['flops'] / m['seconds'] / peak / dist.world():.0%}" if peak else ""))
-        say(f"step {m['step']:4d}/{run.max_steps} {'sparse' if m['scale'] else 'dense '} "
-            f"loss {m['loss']:.4f} grad {m['grad_norm']:.2f} "
-            f"lr {m['lr']:.1e} | {m['tokens'] / m['seconds']:,.0f} tok/s {m['seconds'] * 1e3:.0f} ms, "
-            f"{1 - m['flops'] / m['dense_flops']:.0%} FLOPs saved{gpu} | {clock(left)} left")
+        if in_a_row < 3:
+            return
+        if dist.rank() == 0:
+            lines = [json.dumps(text) + "\n" for text in self.texts(batch)]
+            write_text(self.folder / "bad_batch.jsonl", "".join(lines))
+        raise UserError("three steps in a row were not finite; "
+                        f"the last batch is in {self.folder}/bad_batch.jsonl: lower the learning rate "
+                        f"({self.cfg.learning_rate}), or use bfloat16 or float32 where dtype is float16")
 
+    def line(self, m):
+        """The log line of a step."""
+        left = self.info["seconds"] / (m["step"] + 1) * (self.max_steps - m["step"] - 1)
+        kind = "sparse" if m["scale"] else "dense "
+        saved = 1 - m["flops"] / m["dense_flops"]
+        return (f"step {m['step']:4d}/{self.max_steps} {kind} loss {m['loss']:.4f} grad {m['grad_norm']:.2f} "
+                f"lr {m['lr']:.1e} | {m['tokens'] / m['seconds']:,.0f} tok/s {m['seconds'] * 1e3:.0f} ms, "
+                f"{saved:.0%} FLOPs saved{self.gpu(m)} | {clock(left)} left")
 
-def clock(seconds):
-    return (f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}" if seconds >= 3600
-            else f"{int(seconds) // 60}:{int(seconds) % 60:02d}")
-
-
-def say_plan(run):
-    cfg, model = run.cfg, run.model
-    for key, value in config.differences(cfg).items():
-        say(f"  {key} = {value!r}")
-    frozen = sum(p.numel() for p in model.parameters()) - run.flat.numel()
-    say(f"{cfg.model}: {frozen / 1e6:,.1f} M frozen and {run.flat.numel() / 1e6:,.2f} M trained weights, "
-        f"{run.max_steps} steps of {cfg.batch_size} examples")
-    model.set_sparsity(1)
-    sample = data.collate(run.tokenized["train"][:cfg.batch_size], cfg.split)
-    dense, sparse = model.flops(sample)
-    model.set_sparsity(0)
-    first, end = (sum(step / run.max_steps < f for step in range(run.max_steps))
-                  for f in (cfg.sparse_start, cfg.sparse_end))
-    say(f"dense for {first} steps, then sparse ({cfg.predictor}; ratios: {cfg.ratio_source()}) until step "
-        f"{end}: a sparse step computes {sparse / dense:.0%} of a dense one's {dense / 1e9:,.1f} GFLOP"
-        if predictor.predictors(model) else "dense throughout")
-
-
-def say_result(run, r):
-    say(f"\n{run.info['step']} steps in {clock(r['seconds'])}, {r['tokens']:,} tokens")
-    if r.get("after") is not None:
-        say(f"accuracy      before {r['before']:.1%}, after {r['after']:.1%}, "
-            f"of {r['test_examples']} test problems")
-    if r["flops"] < r["dense_flops"]:
-        say(f"FLOPs saved   {1 - r['flops'] / r['dense_flops']:.1%} of dense LoRA's over the whole run")
-        say(f"time saved    {1 - r['time_ratio']:.1%} of a dense step's forward and backward, "
-            "timed in turn on the same batches")
-    say(f"{'adapter' if run.cfg.lora_r else 'checkpoint'}       {run.out}")
+    def gpu(self, m):
+        """Memory at most, and the share of the card's peak, where the card is known."""
+        if self.device.type != "cuda":
+            return ""
+        text = f" {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
+        for card, peak in PEAK.items():
+            if card in torch.cuda.get_device_name():
+                return text + f" mfu {m['flops'] / m['seconds'] / peak / dist.world():.0%}"
+        return text

@@ -21,21 +21,17 @@ import numpy as np
 import safetensors.torch
 import torch
 
-import predictor
 from config import Config, UserError
-from lib import dist
 from lib.files import write_text
-from lib.evaluate import sum_energies
-from lib.log import say
 
 FORMAT = 1
 # Options that may be others on resume: they say where and how fast a run computes and how much it tells, not
 # what it computes (device and micro_batch_size change the rounding, the latter also whose rows choose
 # channels together). The contents of model and dataset are compared instead of their paths (fingerprint),
 # `published` by the ratios that came of it.
-FREE = {"model", "dataset", "published", "out_dir", "resume", "debug", "threads", "device",
+FREE = {"model", "dataset", "out_dir", "resume", "debug", "threads", "device",
         "micro_batch_size", "recompute", "fsdp", "timeout", "log_interval", "eval_interval", "eval_examples",
-        "save_interval"}
+        "save_interval", "max_steps"}
 
 
 class Damaged(Exception):
@@ -206,99 +202,19 @@ def digest(tokenized):
     return sha.hexdigest()
 
 
-# ---- of a run: train.main's `run` --------------------------------------------------------------------------
+# ---- metrics.jsonl of a run that goes on -------------------------------------------------------------------
 
-def optimizer_tensors(run):
-    out = {"flat": run.flat}
-    for i, group in enumerate(run.optimizer.param_groups):
-        p = group["params"][0]
-        s = run.optimizer.state[p]
-        if not s:  # before the first step
-            s.update(step=torch.zeros((), device=p.device), exp_avg=torch.zeros_like(p),
-                     exp_avg_sq=torch.zeros_like(p))
-        out.update({f"{k}.{i}": v.detach() for k, v in s.items()})
-    return out
+def cut_metrics(path, step, evaluated):
+    """Keeps the lines of metrics.jsonl that a state after so many steps, evaluated last after so many, knows of: what
+    comes later is done again. Without a state (step None) nothing is kept."""
+    lines = []
+    if step is not None and path.exists():
+        lines = path.read_text(encoding="utf-8").splitlines(True)
+    lines = [l for l in lines if l.startswith("{") and l.endswith("}\n")]  # a killed process may have left a torn one
+    write_text(path, "".join(l for l in lines if known(json.loads(l), step, evaluated)))
 
 
-def run_tensors(run):
-    """{name: tensor} of all that a run is made of but its random number generators: weights,
-    moments, measured energies."""
-    energies = {"energies." + k: v for k, v in predictor.energies(run.model).items()}
-    return {**optimizer_tensors(run), "skipped": run.optimizer.skipped, **energies}
-
-
-def identity(run):
-    """What a state and a run have to agree on: the options, and the contents of what `model`
-    and `dataset` name."""
-    if not hasattr(run, "prints"):  # once a run: the tokens of 170,000 examples take seconds
-        run.prints = {"model": fingerprint(run.folder, run.model.config),
-                      "dataset": digest(run.tokenized["train"])}
-    return {"config": asdict(run.cfg), "prints": run.prints}
-
-
-def save_run(run):
-    """Called by all ranks, written by one. False, and said so, where it could not be: the last
-    good state stays."""
-    tensors = run_tensors(run)
-    if run.unsummed:  # each rank has measured its own share
-        tensors.update({k: dist.all_reduce(t.clone())
-                        for k, t in tensors.items() if k.startswith("energies.")})
-    rng = {"cpu": [torch.get_rng_state()], "select": dist.gather(run.model.selection_rng.get_state())}
-    if run.device.type == "cuda":
-        rng["cuda"] = [torch.cuda.get_rng_state()]
-    try:
-        if dist.rank() == 0:
-            save(run.out, tensors, {**run.info, **identity(run),
-                                    "rng": {k: [bytes(t.tolist()).hex() for t in v] for k, v in rng.items()}})
-        return True
-    except OSError as e:
-        say(f"warning: the state after step {run.info['step']} could not be saved ({e.strerror}): "
-            "the last good one stays, the run goes on")
-        return False
-
-
-def resume_run(run):
-    """Goes on from out_dir's newest good state where cfg.resume asks for it and there is one; metrics of
-    later steps are dropped."""
-    tensors, info = load(run.out, identity(run)) if run.cfg.resume and dist.rank() == 0 else (None, None)
-    info = dist.share(info)
-    metrics = run.out / "metrics.jsonl"
-    if info is None:
-        if dist.rank() == 0:
-            write_text(metrics, "")
-        return
-    run.info.update({k: info[k] for k in run.info})
-    ours = run_tensors(run)
-    if tensors and {k: t.shape for k, t in tensors.items()} != {k: t.shape for k, t in ours.items()}:
-        raise UserError(f"the state in {run.out} is of a model of other sizes or other trained parts: "
-                        "choose another --out_dir")
-    for name, t in ours.items():
-        dist.broadcast(t.copy_(tensors[name]) if tensors else t)
-        if name.startswith("energies.") and dist.rank():
-            t.zero_()  # rank 0 holds the sum over all ranks
-    run.unsummed = True
-    if info["sparse"]:
-        sum_energies(run)
-    rng = {k: [torch.tensor(list(bytes.fromhex(s)), dtype=torch.uint8) for s in v]
-           for k, v in info["rng"].items()}
-    torch.set_rng_state(rng["cpu"][0])
-    if dist.rank() < len(rng["select"]) and len(rng["select"][0]) == len(run.model.selection_rng.get_state()):
-        run.model.selection_rng.set_state(rng["select"][dist.rank()])
-    else:  # on more ranks than before, or on another kind of device
-        run.model.selection_rng.manual_seed(run.cfg.seed + dist.rank() + 1000 * info["step"])
-    if "cuda" in rng and run.device.type == "cuda":
-        torch.cuda.set_rng_state(rng["cuda"][0])
-    if dist.rank() == 0:
-        write_text(metrics, "".join(l for l in read_lines(metrics) if kept(json.loads(l), info)))
-    say(f"resumed after step {run.info['step']} of {run.max_steps}")
-
-
-def read_lines(path):
-    """The whole lines of metrics.jsonl: a killed process may have left a torn one."""
-    lines = path.read_text(encoding="utf-8").splitlines(True) if path.exists() else []
-    return [l for l in lines if l.startswith("{") and l.endswith("}\n")]
-
-
-def kept(m, info):
-    """Whether this line of metrics.jsonl is of what the state knows of; what comes later is done again."""
-    return m["step"] <= info["evaluated"] if "val_loss" in m else m["step"] < info["step"]
+def known(m, step, evaluated):
+    if "val_loss" in m:
+        return m["step"] <= evaluated
+    return m["step"] < step
