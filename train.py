@@ -156,12 +156,8 @@ def learning_rate(cfg, step, max_steps):
 
 
 def sparsity(cfg, step, max_steps):
-    """The schedule: 0 (dense) before sparse_start and from sparse_end on; between, growing to 1 over
-    sparse_ramp (0: at once)."""
-    f = step / max_steps
-    if f < cfg.sparse_start or f >= cfg.sparse_end:
-        return 0.0
-    return min(1.0, (f - cfg.sparse_start + 1 / max_steps) / cfg.sparse_ramp) if cfg.sparse_ramp else 1.0
+    """The schedule: 0 (dense) before sparse_start and from sparse_end on, 1 (sparse) between."""
+    return float(cfg.sparse_start <= step / max_steps < cfg.sparse_end)
 
 
 def scale_now(run):

@@ -27,12 +27,7 @@ lora_targets = "q,k,v,o"
 
 predictor = "svd"
 predictor_rank = 8
-sparse_start = 0.05  # published for the 13B: 0.10 (--sparse_start=0.1)
+sparse_start = 0.05
 
-published = {
-    "Llama-3-8B": ({"17-30": 0.97}, {"17-19": 0.20, "21-23": 0.20, "25-29": 0.20}),
-    "Llama-2-7b": ({"13-29": 0.90}, {"17-19": 0.50, "21-23": 0.50, "25-29": 0.50}),
-    "Llama-2-13b": ({"13-36": 0.97}, {"17-36": 0.20}),
-}
-mlp_sparsity = 0.25  # any other model: ours, a cautious guess; tools/sensitivity.py finds better ones
-attn_sparsity = 0.0
+mlp_sparsity = {"17-30": 0.97}
+attn_sparsity = {"17-19": 0.20, "21-23": 0.20, "25-29": 0.20}

@@ -29,8 +29,5 @@ predictor = "svd"
 predictor_rank = 8
 sparse_start = 0.05
 
-published = {
-    "Llama-3.1-8B": ({"3-30": 0.99}, {"14-19": 0.40, "21-23": 0.40, "25-29": 0.40}),
-}
-mlp_sparsity = 0.25  # any other model: ours, a cautious guess; tools/sensitivity.py finds better ones
-attn_sparsity = 0.0
+mlp_sparsity = {"3-30": 0.99}
+attn_sparsity = {"14-19": 0.40, "21-23": 0.40, "25-29": 0.40}

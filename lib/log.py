@@ -109,7 +109,7 @@ def say_plan(run):
     model.set_sparsity(0)
     first, end = (sum(step / run.max_steps < f for step in range(run.max_steps))
                   for f in (cfg.sparse_start, cfg.sparse_end))
-    say(f"dense for {first} steps, then sparse ({cfg.predictor}; ratios: {cfg.ratio_source()}) until step "
+    say(f"dense for {first} steps, then sparse ({cfg.predictor}) until step "
         f"{end}: a sparse step computes {sparse / dense:.0%} of a dense one's {dense / 1e9:,.1f} GFLOP"
         if predictor.predictors(model) else "dense throughout")
 

@@ -31,9 +31,8 @@ from lib.log import say
 FORMAT = 1
 # Options that may be others on resume: they say where and how fast a run computes and how much it tells, not
 # what it computes (device and micro_batch_size change the rounding, the latter also whose rows choose
-# channels together). The contents of model and dataset are compared instead of their paths (fingerprint),
-# `published` by the ratios that came of it.
-FREE = {"model", "dataset", "published", "out_dir", "resume", "debug", "threads", "device",
+# channels together). The contents of model and dataset are compared instead of their paths (fingerprint).
+FREE = {"model", "dataset", "out_dir", "resume", "debug", "threads", "device",
         "micro_batch_size", "recompute", "fsdp", "timeout", "log_interval", "eval_interval", "eval_examples",
         "save_interval"}
 
@@ -174,7 +173,7 @@ def read(folder):
 
 def differences(there, here):
     """Of a state and of a run that wants to go on from it -> ["seed = 1 there, 2 here", ...]: what should be
-    equal and is not."""
+    equal and is not. An option that the state lacks had its default; one that no longer exists is ignored."""
     old, new = {**vars(Config()), **there["config"]}, json.loads(json.dumps(here["config"]))
     odd = [f"{k} = {old[k]!r} there, {v!r} here" for k, v in new.items() if k not in FREE and old[k] != v]
     return odd + [f"{k} = {old[k]!r} there, {new[k]!r} here, with other contents"

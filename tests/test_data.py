@@ -1,5 +1,6 @@
 """Tests of config/ and data/: python -m pytest tests/test_data.py (a few seconds, no network)."""
 import base64
+import dataclasses
 import importlib.util
 import json
 import os
@@ -583,7 +584,6 @@ def test_files_then_flags(tmp_path):
     ("--learing_rate=1", "unknown option 'learing_rate'.*did you mean learning_rate"),
     ("--batchsize=1", "did you mean batch_size"),
     ("--learning-rate=1", "did you mean learning_rate"), ("--=1", "did you mean"),
-    ("--ratio_source=1", "unknown option"),
     ("--max_steps", "write --name=value"), ("100", "write --name=value"), ("-x=1", "write --name=value"),
     ("--learning_rate=fast", "learning_rate has to be float, not 'fast'"),
     ("--max_steps=1e3", "max_steps has to be int"),
@@ -592,14 +592,12 @@ def test_files_then_flags(tmp_path):
     ("--resume=1", "resume has to be True or False, not 1"),
     ("--resume=true", "resume has to be True or False"),
     ("--mlp_sparsity=high", "mlp_sparsity has to be float or list or dict"),
-    ("--published=3", "published has to be dict"), ("--lora_r=[8]", "lora_r has to be int"),
+    ("--lora_r=[8]", "lora_r has to be int"),
     ("--mlp_sparsity=1", r"not a number in \[0, 1\)"), ("--mlp_sparsity=-.1", r"not a number in \[0, 1\)"),
     ("--attn_sparsity=[.5, 1.5]", r"attn_sparsity has the ratio 1.5"),
     ("--mlp_sparsity=[.5, 'x']", "has the ratio 'x'"),
     ("--mlp_sparsity={'9-3': .5}", "has the key '9-3'"), ("--mlp_sparsity={'all': .5}", "has the key 'all'"),
     ("--mlp_sparsity={'1-4': .5, '3': .2}", "names block 3 twice"),
-    ("--published={'x': 1}", "published maps"),
-    ("--published={'x': (.5, 2)}", "has the ratio 2"),
     ("--batch_size=0", "batch_size has to be at least 1, not 0"), ("--micro_batch_size=-1", "at least 0"),
     ("--max_seq_len=1", "max_seq_len has to be at least 2"), ("--max_steps=-1", "at least 0"),
     ("--epochs=0", "max_steps has to be"),
@@ -648,23 +646,32 @@ def test_ratios():
             config.ratios(value, 4, "mlp_sparsity")
 
 
-def test_published_ratios(tmp_path):
-    table = BASE + ("mlp_sparsity = .25\n"
-                    "published = {'Llama-3-8B': (.9, .5), 'llama-3-8b-INSTRUCT': ({'1': .8}, .4)}\n")
-    cfg = load(tmp_path, "--model=x/Meta-LLaMA-3-8B-Instruct", text=table)
-    assert (cfg.mlp_sparsity, cfg.attn_sparsity) == ({"1": .8}, .4)
-    assert cfg.ratio_source() == "published for llama-3-8b-INSTRUCT"
-    cfg = load(tmp_path, "--model=x/Meta-Llama-3-8B", text=table)
-    assert (cfg.mlp_sparsity, cfg.attn_sparsity, cfg.ratio_source()) == (.9, .5, "published for Llama-3-8B")
-    cfg = load(tmp_path, "--model=x/Qwen", text=table)
-    assert (cfg.mlp_sparsity, cfg.attn_sparsity, cfg.ratio_source()) == (.25, 0.0, "ours")
-    cfg = load(tmp_path, "--model=x/Llama-3-8B", "--mlp_sparsity=0", text=table)
-    assert (cfg.mlp_sparsity, cfg.attn_sparsity, cfg.ratio_source()) == (0.0, .5, "ours")
-    (tmp_path / "own.py").write_text("mlp_sparsity = .1\nattn_sparsity = .1")
-    cfg = load(tmp_path, str(tmp_path / "own.py"), "--model=x/Llama-3-8B", text=table)
-    assert (cfg.mlp_sparsity, cfg.attn_sparsity, cfg.ratio_source()) == (.1, .1, "ours")
-    cfg = config.load([str(tmp_path / "own.py"), str(tmp_path / "c.py"), "--model=x/Llama-3-8B"])
-    assert cfg.ratio_source() == "published for Llama-3-8B"  # the later file has the table
+# A value on each side of the bound of every kind of option.
+@pytest.mark.parametrize("name, good, bad", [
+    ("max_seq_len", 2, 1), ("batch_size", 1, 0), ("eval_interval", 0, -1), ("weight_decay", 0.0, -0.1),
+    ("grad_clip", 0.0, float("inf")), ("epochs", 0.5, float("nan")), ("learning_rate", 1e-9, 0.0),
+    ("lora_alpha", 1.0, float("inf")), ("sparse_start", 1.0, 1.1), ("sparse_end", 1.0, -0.1),
+    ("prompt_weight", 1.0, float("nan")), ("val_fraction", 0.0, 1.0), ("val_fraction", 0.99, -0.1),
+    ("beta2", 0.0, 1.0), ("beta2", 0.9, float("nan")), ("warmup_steps", 0.9, 1.0), ("warmup_steps", 1, -1),
+    ("dtype", "float16", "fp16"), ("split", "none", ""), ("out_dir", "x", ""), ("dataset", "x", "")])
+def test_bounds(name, good, bad):
+    cfg = config.Config(model="m", dataset="d")
+    config.check(dataclasses.replace(cfg, **{name: good}))
+    with pytest.raises(UserError, match=f"^{name} has to be .*, not "):
+        config.check(dataclasses.replace(cfg, **{name: bad}))
+
+
+def test_the_published_ratios_of_another_model_follow_a_task():
+    cfg = config.load(["config/math.py"])
+    assert (cfg.mlp_sparsity, cfg.attn_sparsity) == (
+        {"3-30": .99}, {"14-19": .75, "21-23": .75, "25-29": .75})
+    cfg = config.load(["config/math.py", "config/llama2_7b.py"])
+    assert (cfg.mlp_sparsity, cfg.attn_sparsity) == (
+        {"13-29": .9}, {"17-19": .6, "21-23": .6, "25-29": .6})
+    assert (cfg.dataset, cfg.epochs, cfg.model) == ("math", 3, "meta-llama/Llama-2-7b-hf")
+    cfg = config.load(["config/math.py", "config/llama2_13b.py"])
+    assert (cfg.mlp_sparsity, cfg.attn_sparsity) == ({"13-36": .97}, {"17-36": .25})
+    assert (cfg.dataset, cfg.epochs, cfg.model) == ("math", 3, "meta-llama/Llama-2-13b-hf")
 
 
 @pytest.mark.parametrize("flag", ["-h", "--help"])
@@ -687,4 +694,5 @@ def test_every_shipped_config_loads():
     folder = os.path.join(config.ROOT, "config")
     for name in sorted(os.listdir(folder)):
         if name.endswith(".py") and name != "__init__.py":
-            config.load([os.path.join(folder, name)])
+            before = ["config/math.py"] if name.startswith("llama2") else []
+            config.load([*before, os.path.join(folder, name)])
