@@ -22,6 +22,9 @@ from typing import Literal
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 Ratios = float | list | dict  # of channels that are skipped, block by block: ratios() says in which forms
 TARGETS = "q", "k", "v", "o", "gate", "up", "down"
+# What others call some options, where the name itself does not lead to ours.
+ELSEWHERE = dict(lr="learning_rate", wd="weight_decay", bs="batch_size", rank="lora_r", ratio="mlp_sparsity",
+                 gradient_accumulation_steps="micro_batch_size", model_name_or_path="model")
 
 
 class UserError(Exception):
@@ -153,10 +156,16 @@ def run_file(file):
 
 
 def know(name, where):
-    """UserError, with the nearest real name, if there is no such option."""
-    if name not in FIELDS:
-        nearest = difflib.get_close_matches(name, FIELDS, 1, 0)[0]
-        raise UserError(f"unknown option {name!r} in {where}: did you mean {nearest}? (-h lists all)")
+    """UserError if there is no such option, with the one that is meant: the same under a name that others use,
+    one that has this word in its name, or the nearest by its letters."""
+    if name in FIELDS:
+        return
+    meant = [ELSEWHERE[name]] if name in ELSEWHERE else []
+    meant += [known for known in FIELDS if name in known.split("_")]
+    meant += difflib.get_close_matches(name, FIELDS, 1, 0.6)
+    if not meant:
+        raise UserError(f"unknown option {name!r} in {where}: did you mean one of those that -h lists?")
+    raise UserError(f"unknown option {name!r} in {where}: did you mean {meant[0]}? (-h lists all)")
 
 
 def kinds(name):

@@ -646,6 +646,24 @@ def test_ratios():
             config.ratios(value, 4, "mlp_sparsity")
 
 
+@pytest.mark.parametrize("name, meant", [
+    ("lr", "learning_rate"), ("learningrate", "learning_rate"), ("wd", "weight_decay"), ("bs", "batch_size"),
+    ("steps", "max_steps"), ("max_step", "max_steps"), ("rank", "lora_r"), ("alpha", "lora_alpha"),
+    ("output_dir", "out_dir"), ("warmup_ratio", "warmup_steps"), ("sparsity", "mlp_sparsity"),
+    ("max_length", "max_seq_len"), ("data", "dataset"), ("num_epochs", "epochs"), ("model_name", "model"),
+    ("gradient_clip", "grad_clip"), ("mlp", "mlp_sparsity"), ("ratio", "mlp_sparsity"), ("targets", "lora_targets"),
+    ("gradient_accumulation_steps", "micro_batch_size"), ("model_name_or_path", "model")])
+def test_an_unknown_option_leads_to_ours(name, meant, tmp_path):
+    with pytest.raises(UserError, match=f"unknown option '{name}' in .*: did you mean {meant}[?] .-h lists"):
+        load(tmp_path, f"--{name}=1")
+
+
+@pytest.mark.parametrize("name", ["xyzzy", "f", "", "temperature"])
+def test_no_guess_where_it_would_mislead(name, tmp_path):
+    with pytest.raises(UserError, match=f"unknown option '{name}' in .*: did you mean one of those that -h"):
+        load(tmp_path, f"--{name}=1")
+
+
 # A value on each side of the bound of every kind of option.
 @pytest.mark.parametrize("name, good, bad", [
     ("max_seq_len", 2, 1), ("batch_size", 1, 0), ("eval_interval", 0, -1), ("weight_decay", 0.0, -0.1),
