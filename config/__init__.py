@@ -122,8 +122,8 @@ def load(argv):
 
 
 def parse_flag(arg):
-    """"--name=value" -> (name, value). A Python literal; for a text, anything else is taken as it is.
-    UserError: another form, no such option, a value of the wrong type."""
+    """"--name=value" -> (name, value). A Python literal; true and false too for a bool; for a text, anything
+    else is taken as it is. UserError: another form, no such option, a value of the wrong type."""
     name, equals, text = arg.removeprefix("--").partition("=")
     if not arg.startswith("--") or not equals:
         raise UserError(f"cannot read the argument {arg!r}: write --name=value, or the name of a .py file")
@@ -134,6 +134,8 @@ def parse_flag(arg):
         value = text
     if kinds(name) == (str,) and not isinstance(value, str):
         value = text
+    if kinds(name) == (bool,) and text in ("true", "false"):
+        value = text == "true"
     return name, convert(name, value, arg)
 
 

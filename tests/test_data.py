@@ -15,6 +15,7 @@ import config
 import data
 from config import UserError
 from data import tokenizer as tok
+from lib import cli
 
 LLAMA3_MODEL = "/work/shared/tokenizers/llama3.model"
 TEXT = [f"Anna has {a} boxes with {b} apples in each. She doesn't sell; it's {a}*{b} = {a * b}.\n\n#### {a}\n"
@@ -590,7 +591,7 @@ def test_files_then_flags(tmp_path):
     ("--max_steps=True", "max_steps has to be int, not True"),
     ("--learning_rate=True", "has to be float, not True"),
     ("--resume=1", "resume has to be True or False, not 1"),
-    ("--resume=true", "resume has to be True or False"),
+    ("--resume=yes", "resume has to be True or False, not 'yes'"),
     ("--mlp_sparsity=high", "mlp_sparsity has to be float or list or dict"),
     ("--lora_r=[8]", "lora_r has to be int"),
     ("--mlp_sparsity=1", r"not a number in \[0, 1\)"), ("--mlp_sparsity=-.1", r"not a number in \[0, 1\)"),
@@ -662,6 +663,13 @@ def test_an_unknown_option_leads_to_ours(name, meant, tmp_path):
 def test_no_guess_where_it_would_mislead(name, tmp_path):
     with pytest.raises(UserError, match=f"unknown option '{name}' in .*: did you mean one of those that -h"):
         load(tmp_path, f"--{name}=1")
+
+
+def test_true_and_false_are_also_written_small(tmp_path):
+    cfg = load(tmp_path, "--resume=true", "--debug=True", "--fsdp=false", "--out_dir=true")
+    assert (cfg.resume, cfg.debug, cfg.fsdp, cfg.out_dir) == (True, True, False, "true")
+    own = cli.options(["--a=true", "--b=false"], "", (0, 0), a=False, b=True)[1]
+    assert (own["a"], own["b"]) == (True, False)
 
 
 # A value on each side of the bound of every kind of option.
