@@ -6,7 +6,8 @@
 Config files are Python and are executed, so use only what you trust: plain assignments to the names below.
 Several may follow one another; without any, config/tiny.py is taken. Then come the flags, --name=literal; of
 two equal ones the last wins. A name that does not exist or a value of the wrong type is an error everywhere.
-Helper names in a file begin with "_"; imported modules are ignored too.
+Helper names in a file begin with "_"; imported modules are ignored too. A config file, and the `model` and
+`dataset` that it names, are looked for in the current directory and then in the repository.
 """
 import ast
 import dataclasses
@@ -140,8 +141,8 @@ def parse_flag(arg):
 
 
 def run_file(file):
-    """Executes a config file -> {option: value}. A path is looked for here, then in the repository."""
-    path = file if os.path.exists(file) else os.path.join(ROOT, file)
+    """Executes a config file -> {option: value}, its model and dataset found as find() has it."""
+    path = find(file)
     try:
         with open(path, encoding="utf-8") as f:
             code = compile(f.read(), path, "exec")
@@ -154,7 +155,20 @@ def run_file(file):
     named = {k: v for k, v in space.items() if not k.startswith("_") and not isinstance(v, types.ModuleType)}
     for name in named:
         know(name, file)
-    return {name: convert(name, value, file) for name, value in named.items()}
+    values = {name: convert(name, value, file) for name, value in named.items()}
+    for name in {"model", "dataset"} & values.keys():
+        values[name] = find(values[name])
+    return values
+
+
+def find(path):
+    """A relative path is looked for in the current directory, then in the repository; so train.py finds its
+    config files, its embedded model and its data from anywhere. What is in neither (a hub id, the name of a
+    data set) stays as it is."""
+    at_home = os.path.join(ROOT, path)
+    if path and not os.path.exists(path) and os.path.exists(at_home):
+        return at_home
+    return path
 
 
 def know(name, where):

@@ -732,3 +732,18 @@ def test_a_shipped_config_loads_and_holds_only_what_differs(name):
     for line in lines:
         option = line.partition(" = ")[0]
         assert values.get(option) != default.get(option, "") or "  # " in line, line
+
+
+def test_files_are_found_from_another_directory(tmp_path, monkeypatch):
+    """What a config file names: here first, then in the repository. What a flag names: here only."""
+    monkeypatch.chdir(tmp_path)
+    base = os.path.join(config.ROOT, "data/tiny/base")
+    assert (config.load([]).model, config.load([]).dataset) == (base, "tiny")
+    assert config.load(["config/tiny_base.py"]).model == os.path.join(config.ROOT, "data/tiny/untrained")
+    assert config.load(["config/smollm2.py"]).model == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert config.load(["--model=data/tiny/base"]).model == "data/tiny/base"
+    assert load(tmp_path, text="model = 'data/tiny/base'\ndataset = '/nowhere/x'\n").dataset == "/nowhere/x"
+    with pytest.raises(UserError, match="model has to be given, not ''"):
+        load(tmp_path, text="model = ''\ndataset = 'd'\n")
+    (tmp_path / "data/tiny/base").mkdir(parents=True)
+    assert config.load([]).model == "data/tiny/base"
