@@ -9,10 +9,8 @@ device = "cpu"
 dtype = "float32"  # bfloat16 takes half the time on a CPU that has it in hardware
 max_seq_len = 320  # drops the longest few of a hundred: they would cost the most
 
-batch_size = 8
 max_steps = 100
 learning_rate = 5e-4
-lr_schedule = "cosine"
 warmup_steps = 10
 eval_interval = 50
 eval_examples = 32
@@ -24,11 +22,8 @@ lora_r = 16
 lora_alpha = 32
 lora_targets = "q,k,v,o,gate,up,down"
 
-# Ratios: ours, from tools/sensitivity.py (results/sensitivity): alone, no MLP of blocks 20-28 moves the loss by
-# more than .02 at .9, block 0's by +.60. All together, on validation problems: +.018 for 8 % of the FLOPs (.5
-# in blocks 1-28: +.108 for 14 %; results/README.md). More than that this model pays for: MLP .9 in blocks 1-28
-# costs +.98 with measured channels, before any training.
+# Ratios: ours, from tools/sensitivity.py (results/sensitivity): alone, no MLP of blocks 20-28 moves the loss
+# by more than .02 at .9, block 0's by +.60. All together, on validation problems: +.018 for 8 % of the FLOPs
+# (.5 in blocks 1-28: +.108 for 14 %; results/README.md). More than that this model pays for: MLP .9 in blocks
+# 1-28 costs +.98 with measured channels, before any training.
 mlp_sparsity = {"20-28": 0.9}
-attn_sparsity = 0.0
-predictor = "measured"
-sparse_start = 0.05

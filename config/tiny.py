@@ -3,7 +3,6 @@
 
 model = "data/tiny/base"
 dataset = "tiny"
-prompt_format = "plain"
 out_dir = "out/tiny"
 device = "cpu"
 threads = 1  # matrices this small gain little from a second, and lose everything on a busy machine
@@ -28,10 +27,7 @@ lora_r = 16
 lora_alpha = 32
 lora_targets = "q,k,v,o,gate,up,down"
 
-# tools/sensitivity.py on the fine-tuned base (results/sensitivity/tiny-finetuned-svd.txt): block 0's MLP costs
-# +.19 at .9, those of blocks 1-4 at most .001 at .97, block 0's attention +3.1 at .5. The last block, 5, always
-# runs dense: only its loss rows compute more than keys and values.
+# tools/sensitivity.py on the fine-tuned base (results/sensitivity/tiny-finetuned-svd.txt): block 0's MLP
+# costs +.19 at .9, those of blocks 1-4 at most .001 at .97, block 0's attention +3.1 at .5. The last block
+# always runs dense: only its loss rows compute more than keys and values.
 mlp_sparsity = {"1-4": 0.9}
-attn_sparsity = 0.0
-predictor = "svd"
-sparse_start = 0.05

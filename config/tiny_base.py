@@ -4,7 +4,6 @@
 
 model = "data/tiny/untrained"  # a config.json, a tokenizer and no weights: starts from random ones
 dataset = "tiny_base"
-prompt_format = "plain"
 prompt_weight = 0.1  # a problem's words are worth learning too; .3: 1,000 steps learn 69 instead of 79 %
 out_dir = "out/tiny_base"
 device = "cpu"
@@ -21,7 +20,6 @@ warmup_steps = 50
 weight_decay = 0.05
 beta2 = 0.99
 eval_interval = 1000
-eval_examples = 256
 save_interval = 1000
 test_examples = 400  # of its own kinds
 max_new_tokens = 48

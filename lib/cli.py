@@ -6,6 +6,8 @@ import traceback
 
 from config import UserError
 
+BOOLS = {"True": True, "true": True, "False": False, "false": False}
+
 
 def options(argv, usage, positional, **defaults):
     """argv -> (positional arguments, {name: value}). A value has the type of its default.
@@ -23,7 +25,7 @@ def options(argv, usage, positional, **defaults):
                             + (f"; did you mean --{near[0]}?" if near else f": there are {', '.join(out)}"))
         kind = type(out[name])
         try:
-            out[name] = {"True": True, "False": False}[value] if kind is bool else kind(value)
+            out[name] = BOOLS[value] if kind is bool else kind(value)
         except (KeyError, ValueError):
             wanted = "True or False" if kind is bool else f"of type {kind.__name__}"
             raise UserError(f"{arg}: {name} must be {wanted}") from None
@@ -46,7 +48,7 @@ def run(main):
     try:
         main(sys.argv[1:])
     except UserError as e:
-        if "--debug=True" in sys.argv:
+        if {"--debug=True", "--debug=true"} & set(sys.argv):
             traceback.print_exc()
         sys.exit(f"error: {e}")
     except KeyboardInterrupt:

@@ -25,13 +25,11 @@ from config import Config, UserError
 from lib.files import write_text
 
 FORMAT = 1
-# Options that may be others on resume: they say where and how fast a run computes and how much it tells, not
-# what it computes (device and micro_batch_size change the rounding, the latter also whose rows choose
-# channels together). The contents of model and dataset are compared instead of their paths (fingerprint),
-# `published` by the ratios that came of it.
-FREE = {"model", "dataset", "out_dir", "resume", "debug", "threads", "device",
-        "micro_batch_size", "recompute", "fsdp", "timeout", "log_interval", "eval_interval", "eval_examples",
-        "save_interval", "max_steps"}
+# Options that may be others on resume: they say where, how far and how fast a run computes and how much it tells, not
+# what it computes (device and micro_batch_size change the rounding, the latter also whose rows choose channels
+# together). The contents of model and dataset are compared instead of their paths (fingerprint).
+FREE = {"model", "dataset", "out_dir", "resume", "debug", "threads", "device", "micro_batch_size", "recompute", "fsdp",
+        "timeout", "log_interval", "eval_interval", "eval_examples", "save_interval", "max_steps"}
 
 
 class Damaged(Exception):
@@ -170,7 +168,7 @@ def read(folder):
 
 def differences(there, here):
     """Of a state and of a run that wants to go on from it -> ["seed = 1 there, 2 here", ...]: what should be
-    equal and is not."""
+    equal and is not. An option that the state lacks has its default there; one that is no option any more says nothing."""
     old, new = {**vars(Config()), **there["config"]}, json.loads(json.dumps(here["config"]))
     odd = [f"{k} = {old[k]!r} there, {v!r} here" for k, v in new.items() if k not in FREE and old[k] != v]
     return odd + [f"{k} = {old[k]!r} there, {new[k]!r} here, with other contents"

@@ -100,7 +100,6 @@ def table(cfg, n_layers, folder, mlp, attn, budgets, blocks=""):
     rows[4] = [dense, ours] + [(f"split {s}", [f"--split={s}"]) for s in ("rectangle", "none", "random")]
     rows[5] = [dense, ours, ("sparse from the start", ["--sparse_start=0"]),
                ("dense for 20 %", ["--sparse_start=0.2"]),
-               ("dense for 5 %, ramp over 20 %", ["--sparse_start=0.05", "--sparse_ramp=0.2"]),
                ("dense for 5 % and the last 10 %", ["--sparse_start=0.05", "--sparse_end=0.9"])]
     rows[6] = [dense, ours] + [(f"svd, rank {r}", ["--predictor=svd", f"--predictor_rank={r}"])
                                for r in (1, 2, 4, 8, 16, 64)]
@@ -218,9 +217,8 @@ def read(out):
     scales = [m["scale"] for m in lines if "loss" in m]
     r["switch"] = next((i for i, scale in enumerate(scales) if scale), None)
     r["steps"] = len(scales)
-    if all(scale in (0, 1) for scale in scales):  # time_ratio is that of the full ratios: nothing of a ramp's
-        # up to each step, a dense one's is 1
-        r["times"] = list(accumulate((r["time_ratio"] if scale else 1.0 for scale in scales), initial=0.0))
+    # up to each step, a dense one's is 1
+    r["times"] = list(accumulate((r["time_ratio"] if scale else 1.0 for scale in scales), initial=0.0))
     if result.get("val_loss") is not None:
         r["evaluations"].append((r["steps"], result["val_loss"]))
     return {k: v for k, v in r.items() if v is not None}

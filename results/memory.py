@@ -147,7 +147,7 @@ def fits(card, fixed, count):
 def table():
     lines = ["| model | GPUs | weights, LoRA (GB a GPU) | " + " | ".join(f"{c} GB" for c in CARDS) + " |",
              "|---" * (3 + len(CARDS)) + "|"]
-    math_ratios = config.load(["config/math.py", "--model=x/Meta-Llama-3-8B-Instruct"])
+    math_ratios = config.load(["config/math.py"])
     for name, shape in MODELS.items():
         n = shape["num_hidden_layers"]
         model = make_model(shape)

@@ -1,5 +1,6 @@
 """Tests of config/ and data/: python -m pytest tests/test_data.py (a few seconds, no network)."""
 import base64
+import dataclasses
 import importlib.util
 import json
 import os
@@ -14,6 +15,7 @@ import config
 import data
 from config import UserError
 from data import tokenizer as tok
+from lib import cli
 
 LLAMA3_MODEL = "/work/shared/tokenizers/llama3.model"
 TEXT = [f"Anna has {a} boxes with {b} apples in each. She doesn't sell; it's {a}*{b} = {a * b}.\n\n#### {a}\n"
@@ -583,23 +585,20 @@ def test_files_then_flags(tmp_path):
     ("--learing_rate=1", "unknown option 'learing_rate'.*did you mean learning_rate"),
     ("--batchsize=1", "did you mean batch_size"),
     ("--learning-rate=1", "did you mean learning_rate"), ("--=1", "did you mean"),
-    ("--ratio_source=1", "unknown option"),
     ("--max_steps", "write --name=value"), ("100", "write --name=value"), ("-x=1", "write --name=value"),
     ("--learning_rate=fast", "learning_rate has to be float, not 'fast'"),
     ("--max_steps=1e3", "max_steps has to be int"),
     ("--max_steps=True", "max_steps has to be int, not True"),
     ("--learning_rate=True", "has to be float, not True"),
     ("--resume=1", "resume has to be True or False, not 1"),
-    ("--resume=true", "resume has to be True or False"),
+    ("--resume=yes", "resume has to be True or False, not 'yes'"),
     ("--mlp_sparsity=high", "mlp_sparsity has to be float or list or dict"),
-    ("--published=3", "published has to be dict"), ("--lora_r=[8]", "lora_r has to be int"),
+    ("--lora_r=[8]", "lora_r has to be int"),
     ("--mlp_sparsity=1", r"not a number in \[0, 1\)"), ("--mlp_sparsity=-.1", r"not a number in \[0, 1\)"),
     ("--attn_sparsity=[.5, 1.5]", r"attn_sparsity has the ratio 1.5"),
     ("--mlp_sparsity=[.5, 'x']", "has the ratio 'x'"),
     ("--mlp_sparsity={'9-3': .5}", "has the key '9-3'"), ("--mlp_sparsity={'all': .5}", "has the key 'all'"),
     ("--mlp_sparsity={'1-4': .5, '3': .2}", "names block 3 twice"),
-    ("--published={'x': 1}", "published maps"),
-    ("--published={'x': (.5, 2)}", "has the ratio 2"),
     ("--batch_size=0", "batch_size has to be at least 1, not 0"), ("--micro_batch_size=-1", "at least 0"),
     ("--max_seq_len=1", "max_seq_len has to be at least 2"), ("--max_steps=-1", "at least 0"),
     ("--epochs=0", "max_steps has to be"),
@@ -648,23 +647,57 @@ def test_ratios():
             config.ratios(value, 4, "mlp_sparsity")
 
 
-def test_published_ratios(tmp_path):
-    table = BASE + ("mlp_sparsity = .25\n"
-                    "published = {'Llama-3-8B': (.9, .5), 'llama-3-8b-INSTRUCT': ({'1': .8}, .4)}\n")
-    cfg = load(tmp_path, "--model=x/Meta-LLaMA-3-8B-Instruct", text=table)
-    assert (cfg.mlp_sparsity, cfg.attn_sparsity) == ({"1": .8}, .4)
-    assert cfg.ratio_source() == "published for llama-3-8b-INSTRUCT"
-    cfg = load(tmp_path, "--model=x/Meta-Llama-3-8B", text=table)
-    assert (cfg.mlp_sparsity, cfg.attn_sparsity, cfg.ratio_source()) == (.9, .5, "published for Llama-3-8B")
-    cfg = load(tmp_path, "--model=x/Qwen", text=table)
-    assert (cfg.mlp_sparsity, cfg.attn_sparsity, cfg.ratio_source()) == (.25, 0.0, "ours")
-    cfg = load(tmp_path, "--model=x/Llama-3-8B", "--mlp_sparsity=0", text=table)
-    assert (cfg.mlp_sparsity, cfg.attn_sparsity, cfg.ratio_source()) == (0.0, .5, "ours")
-    (tmp_path / "own.py").write_text("mlp_sparsity = .1\nattn_sparsity = .1")
-    cfg = load(tmp_path, str(tmp_path / "own.py"), "--model=x/Llama-3-8B", text=table)
-    assert (cfg.mlp_sparsity, cfg.attn_sparsity, cfg.ratio_source()) == (.1, .1, "ours")
-    cfg = config.load([str(tmp_path / "own.py"), str(tmp_path / "c.py"), "--model=x/Llama-3-8B"])
-    assert cfg.ratio_source() == "published for Llama-3-8B"  # the later file has the table
+@pytest.mark.parametrize("name, meant", [
+    ("lr", "learning_rate"), ("learningrate", "learning_rate"), ("wd", "weight_decay"), ("bs", "batch_size"),
+    ("steps", "max_steps"), ("max_step", "max_steps"), ("rank", "lora_r"), ("alpha", "lora_alpha"),
+    ("output_dir", "out_dir"), ("warmup_ratio", "warmup_steps"), ("sparsity", "mlp_sparsity"),
+    ("max_length", "max_seq_len"), ("data", "dataset"), ("num_epochs", "epochs"), ("model_name", "model"),
+    ("gradient_clip", "grad_clip"), ("mlp", "mlp_sparsity"), ("ratio", "mlp_sparsity"), ("targets", "lora_targets"),
+    ("gradient_accumulation_steps", "micro_batch_size"), ("model_name_or_path", "model")])
+def test_an_unknown_option_leads_to_ours(name, meant, tmp_path):
+    with pytest.raises(UserError, match=f"unknown option '{name}' in .*: did you mean {meant}[?] .-h lists"):
+        load(tmp_path, f"--{name}=1")
+
+
+@pytest.mark.parametrize("name", ["xyzzy", "f", "", "temperature"])
+def test_no_guess_where_it_would_mislead(name, tmp_path):
+    with pytest.raises(UserError, match=f"unknown option '{name}' in .*: did you mean one of those that -h"):
+        load(tmp_path, f"--{name}=1")
+
+
+def test_true_and_false_are_also_written_small(tmp_path):
+    cfg = load(tmp_path, "--resume=true", "--debug=True", "--fsdp=false", "--out_dir=true")
+    assert (cfg.resume, cfg.debug, cfg.fsdp, cfg.out_dir) == (True, True, False, "true")
+    own = cli.options(["--a=true", "--b=false"], "", (0, 0), a=False, b=True)[1]
+    assert (own["a"], own["b"]) == (True, False)
+
+
+# A value on each side of the bound of every kind of option.
+@pytest.mark.parametrize("name, good, bad", [
+    ("max_seq_len", 2, 1), ("batch_size", 1, 0), ("eval_interval", 0, -1), ("weight_decay", 0.0, -0.1),
+    ("grad_clip", 0.0, float("inf")), ("epochs", 0.5, float("nan")), ("learning_rate", 1e-9, 0.0),
+    ("lora_alpha", 1.0, float("inf")), ("sparse_start", 1.0, 1.1), ("sparse_end", 1.0, -0.1),
+    ("prompt_weight", 1.0, float("nan")), ("val_fraction", 0.0, 1.0), ("val_fraction", 0.99, -0.1),
+    ("beta2", 0.0, 1.0), ("beta2", 0.9, float("nan")), ("warmup_steps", 0.9, 1.0), ("warmup_steps", 1, -1),
+    ("dtype", "float16", "fp16"), ("split", "none", ""), ("out_dir", "x", ""), ("dataset", "x", "")])
+def test_bounds(name, good, bad):
+    cfg = config.Config(model="m", dataset="d")
+    config.check(dataclasses.replace(cfg, **{name: good}))
+    with pytest.raises(UserError, match=f"^{name} has to be .*, not "):
+        config.check(dataclasses.replace(cfg, **{name: bad}))
+
+
+def test_the_published_ratios_of_another_model_follow_a_task():
+    cfg = config.load(["config/math.py"])
+    assert (cfg.mlp_sparsity, cfg.attn_sparsity) == (
+        {"3-30": .99}, {"14-19": .75, "21-23": .75, "25-29": .75})
+    cfg = config.load(["config/math.py", "config/llama2_7b.py"])
+    assert (cfg.mlp_sparsity, cfg.attn_sparsity) == (
+        {"13-29": .9}, {"17-19": .6, "21-23": .6, "25-29": .6})
+    assert (cfg.dataset, cfg.epochs, cfg.model) == ("math", 3, "meta-llama/Llama-2-7b-hf")
+    cfg = config.load(["config/math.py", "config/llama2_13b.py"])
+    assert (cfg.mlp_sparsity, cfg.attn_sparsity) == ({"13-36": .97}, {"17-36": .25})
+    assert (cfg.dataset, cfg.epochs, cfg.model) == ("math", 3, "meta-llama/Llama-2-13b-hf")
 
 
 @pytest.mark.parametrize("flag", ["-h", "--help"])
@@ -683,8 +716,34 @@ def test_config_needs_no_torch():
     assert subprocess.run([sys.executable, "-c", code], cwd=config.ROOT).returncode == 0
 
 
-def test_every_shipped_config_loads():
-    folder = os.path.join(config.ROOT, "config")
-    for name in sorted(os.listdir(folder)):
-        if name.endswith(".py") and name != "__init__.py":
-            config.load([os.path.join(folder, name)])
+SHIPPED = sorted(name for name in os.listdir(os.path.join(config.ROOT, "config"))
+                 if name.endswith(".py") and name != "__init__.py")
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_config_loads_and_holds_only_what_differs(name):
+    """A line that repeats the default is there for its comment. The first line names the command."""
+    before = ["config/math.py"] if name.startswith("llama2") else []
+    config.load([*before, os.path.join(config.ROOT, "config", name)])
+    values, default = config.run_file(f"config/{name}"), vars(config.Config())
+    with open(os.path.join(config.ROOT, "config", name)) as f:
+        lines = f.read().splitlines()
+    assert lines[0].startswith("# ") and ("config/" + name in lines[0] or "`python train.py`" in lines[0])
+    for line in lines:
+        option = line.partition(" = ")[0]
+        assert values.get(option) != default.get(option, "") or "  # " in line, line
+
+
+def test_files_are_found_from_another_directory(tmp_path, monkeypatch):
+    """What a config file names: here first, then in the repository. What a flag names: here only."""
+    monkeypatch.chdir(tmp_path)
+    base = os.path.join(config.ROOT, "data/tiny/base")
+    assert (config.load([]).model, config.load([]).dataset) == (base, "tiny")
+    assert config.load(["config/tiny_base.py"]).model == os.path.join(config.ROOT, "data/tiny/untrained")
+    assert config.load(["config/smollm2.py"]).model == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert config.load(["--model=data/tiny/base"]).model == "data/tiny/base"
+    assert load(tmp_path, text="model = 'data/tiny/base'\ndataset = '/nowhere/x'\n").dataset == "/nowhere/x"
+    with pytest.raises(UserError, match="model has to be given, not ''"):
+        load(tmp_path, text="model = ''\ndataset = 'd'\n")
+    (tmp_path / "data/tiny/base").mkdir(parents=True)
+    assert config.load([]).model == "data/tiny/base"

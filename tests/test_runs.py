@@ -25,7 +25,7 @@ from tests.testing import (ROOT, at_step, cut, env, equal, flip, make_base, metr
 
 # ---- resume ------------------------------------------------------------------------------------------------
 
-KINDS = {"measured": {}, "refresh": dict(predictor_refresh=3, sparse_ramp=0.4), "random": dict(predictor="random"), "svd": dict(predictor="svd"),
+KINDS = {"measured": {}, "refresh": dict(predictor_refresh=3), "random": dict(predictor="random"), "svd": dict(predictor="svd"),
          "no warm-up": dict(sparse_start=0.0, split="random"), "all weights": dict(lora_r=0, learning_rate=1e-3, weight_decay=0.1)}
 
 
@@ -42,6 +42,19 @@ def test_stopped_and_resumed_equals_uninterrupted(home, tmp_path, monkeypatch, k
     assert newest(tmp_path / "b")[1]["step"] == 10
     train.main(options(home, out_dir=tmp_path / "b", resume=True, **changes))
     same_run(tmp_path / "a", tmp_path / "b")
+
+
+def test_a_state_may_hold_options_that_are_gone(home, half, tmp_path):
+    """An older version's state goes on; an option that it lacks had its default."""
+    shutil.copytree(half / "half", tmp_path / "a")
+    for path in (tmp_path / "a/state").glob("*/state.json"):
+        old = json.loads(path.read_text())
+        old["info"]["config"].update(sparse_ramp=0.0, published={"Llama-3-8B": [0.9, {"1": 0.5}]})
+        del old["info"]["config"]["length_window"]
+        path.write_text(json.dumps(state.sealed(old["info"], old["tensors"])))
+    train.main(options(home, out_dir=tmp_path / "a", resume=True))
+    same_run(half / "whole", tmp_path / "a")
+    assert "published" not in state.read(max((tmp_path / "a/state").iterdir()))[1]["config"]
 
 
 def test_looking_does_not_change_the_training(home, tmp_path):
