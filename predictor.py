@@ -260,7 +260,8 @@ class Predictor:
         if "xx" in self.sums:
             x, h = x.to(high), h.to(high).nan_to_num_(0.0, 0.0, 0.0)
             x1 = torch.cat([x, x.new_ones(len(x), 1)], 1)  # (n, D+1)
-            weight = 1 / h.square().sum(1, keepdim=True).clamp_(min=1e-12)  # (n, 1)
+            felt = dh.to(high).square().sum(1) / h.square().sum(1)
+            weight = felt.sqrt().nan_to_num_(0.0, 0.0, 0.0)[:, None]  # (n, 1): |dL/dh| / |h|
             xw = (x1 * weight).T  # (D+1, n)
             self.sums["xx"].addmm_(xw, x1)
             self.sums["xh"].addmm_(xw, h)
@@ -442,6 +443,9 @@ def fix(model):
             continue
         for t in p.sums.values():
             dist.all_reduce(t)
+        if not p.sums["rows"]:
+            raise UserError(f"predictor={p.kind} has measured nothing yet: no dense step had a context token; "
+                            "set mlp_sparsity = 0 and attn_sparsity = 0 for texts without prompts")
         with whole(model, name):
             p.fix()
 
@@ -463,7 +467,12 @@ def watch(model, batch):
         p.seen = []
     try:
         model.loss(batch)
-        return {name: quality(p, *p.seen[-1]) for name, p in watched if p.seen}
+        out = {}
+        for name, p in watched:
+            if p.seen:
+                with whole(model, name):
+                    out[name] = quality(p, *p.seen[-1])
+        return out
     finally:
         for _, p in watched:
             p.seen = None

@@ -69,7 +69,6 @@ def loop(run):
         # Now and then the validation loss is taken, on the dense model.
         if evaluation_due(run):
             log.flush()
-            save(run)
             evaluate(run)
             info["evaluated"] = step
 
@@ -78,7 +77,7 @@ def loop(run):
         micro = dist.micro_batches(run.tokenized["train"], batch, cfg, run.device, seed=step * cfg.batch_size)
 
         # Dense at first, then sparse. At the switch the channels that dense steps have measured are fixed.
-        scale = sparsity(cfg, step, run.max_steps)
+        scale = sparsity(run, step)
         if scale and not info["sparse"]:
             log.flush()
             start_sparse(run)
@@ -154,10 +153,11 @@ def learning_rate(cfg, step, max_steps):
     return cfg.learning_rate * (1 - f if cfg.lr_schedule == "linear" else 0.5 + 0.5 * math.cos(math.pi * f))
 
 
-def sparsity(cfg, step, max_steps):
-    """The schedule: 0 (dense) before sparse_start and from sparse_end on, 1 between."""
-    f = step / max_steps
-    return 1.0 if cfg.sparse_start <= f < cfg.sparse_end else 0.0
+def sparsity(run, step):
+    """The schedule: 0 (dense) before sparse_start and from sparse_end on, 1 between; 0 where no part has a ratio."""
+    if not predictor.predictors(run.model):
+        return 0.0
+    return float(run.cfg.sparse_start <= step / run.max_steps < run.cfg.sparse_end)
 
 
 def last_step(run):
@@ -388,15 +388,15 @@ def resume(run):
         tensors, info = state.load(run.out, {"config": asdict(run.cfg), "prints": run.prints})
     info = dist.share(info)
     tensors = dist.share_tensors(tensors)
-    if dist.rank() == 0:
-        state.cut_metrics(run.out / "metrics.jsonl", info and info["step"], info and info["evaluated"])
     if info is None:
+        if dist.rank() == 0:
+            write_text(run.out / "metrics.jsonl", "")
         return
     run.info.update({k: info[k] for k in run.info if k in info})
     run.max_steps = run.info["max_steps"]
-    if (run.cfg.max_steps or 0) > run.max_steps:
-        raise UserError(f"max_steps = {run.cfg.max_steps} is more than the {run.max_steps} that this run was planned for, "
-                        "and its schedules end there: start another with --init_adapter")
+    if run.cfg.max_steps > run.max_steps:
+        raise UserError(f"max_steps = {run.max_steps} there, {run.cfg.max_steps} here: the schedules of this run end there; "
+                        "go on from its adapter with --init_adapter and another --out_dir")
     for name, t in {"flat": run.flat, **optimizer_tensors(run.optimizer)}.items():
         if name not in tensors or tensors[name].shape != t.shape:
             raise UserError(f"the state in {run.out} is of a model of other sizes or other trained parts: "
@@ -406,6 +406,8 @@ def resume(run):
     if run.info["sparse"]:
         predictor.free(run.model)
     restore_generators(run, info["rng"])
+    if dist.rank() == 0:
+        state.cut_metrics(run.out / "metrics.jsonl", info["step"], info["evaluated"])
     say(f"resumed after step {run.info['step']} of {last_step(run)}")
 
 
@@ -425,6 +427,16 @@ def restore_generators(run, saved):
 # ---- evaluation, and the end -------------------------------------------------------------------------------
 
 def evaluate(run):
+    """validate(), and whatever goes wrong in it, the steps so far are saved."""
+    try:
+        return validate(run)
+    except (UserError, RuntimeError):
+        if dist.world() == 1:
+            save(run)
+        raise
+
+
+def validate(run):
     """Validation loss and answers, dense, and what the selection is worth while the run is sparse. Keeps the adapter
     with the least validation loss in best/."""
     cfg, info = run.cfg, run.info
@@ -452,6 +464,7 @@ def finish(run):
         save_checkpoint(run)
     if cfg.eval_interval:
         result.update(evaluate(run))
+        info["evaluated"] = info["step"]
     if cfg.test_examples:
         result["test_loss"] = None
         if run.tokenized["test"]:
@@ -501,7 +514,7 @@ def say_plan(run):
     sample = data.collate(run.tokenized["train"][:cfg.batch_size], cfg.split, 0, cfg.dense_first)
     dense, sparse = model.flops(sample)
     model.set_sparsity(0)
-    sparse_steps = [step for step in range(run.max_steps) if sparsity(cfg, step, run.max_steps)] or [run.max_steps]
+    sparse_steps = [step for step in range(run.max_steps) if sparsity(run, step)] or [run.max_steps]
     say(f"dense for {sparse_steps[0]} steps, then sparse ({cfg.predictor}) until step {sparse_steps[-1] + 1}: "
         f"a sparse step computes {sparse / dense:.0%} of a dense one's {dense / 1e9:,.1f} GFLOP")
 
@@ -558,7 +571,7 @@ def main(cfg, command="python train.py"):
 
 def cli(argv):
     """The command line. What goes wrong is one sentence, stderr's last line, and exit code 1."""
-    cfg, debug = None, "--debug=True" in argv
+    cfg, debug = None, "--debug=True" in argv or "--debug=true" in argv
     try:
         cfg = config.load(argv)
         debug = cfg.debug

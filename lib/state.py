@@ -204,10 +204,8 @@ def digest(tokenized):
 
 def cut_metrics(path, step, evaluated):
     """Keeps the lines of metrics.jsonl that a state after so many steps, evaluated last after so many, knows of: what
-    comes later is done again. Without a state (step None) nothing is kept."""
-    lines = []
-    if step is not None and path.exists():
-        lines = path.read_text(encoding="utf-8").splitlines(True)
+    comes later is done again."""
+    lines = path.read_text(encoding="utf-8").splitlines(True) if path.exists() else []
     lines = [l for l in lines if l.startswith("{") and l.endswith("}\n")]  # a killed process may have left a torn one
     write_text(path, "".join(l for l in lines if known(json.loads(l), step, evaluated)))
 

@@ -130,7 +130,7 @@ BAD = {
     "learning rate as text": (flags("--learning_rate=nan"), "learning_rate has to be float, not 'nan'"),
     "sequence of 1": (flags("--max_seq_len=1"), "max_seq_len has to be at least 2"),
     "lora target": (flags("--lora_targets=q,w"), "lora_targets has to be some of q,k,v,o"),
-    "predictor": (flags("--predictor=svp"), "predictor has to be one of svd"),
+    "predictor": (flags("--predictor=svp"), "predictor has to be one of measured"),
     "prompt format": (flags("--prompt_format=llama2"), "prompt_format has to be one of plain"),
     "dtype": (flags("--dtype=float8"), "dtype has to be one of float32"),
     "half for trained weights": (flags("--lora_r=0", "--dtype=bfloat16"), "dtype has to be float32 where lora_r is 0"),

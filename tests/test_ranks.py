@@ -161,7 +161,7 @@ def test_fsdp_reads_and_keeps_its_share(home, tmp_path):
 def hook_signal(rank):
     """Rank 1 gets a SIGTERM in step 4; rank 0 does not."""
     real, calls = train.update, iter(range(100))
-    train.update = lambda run, lr: (rank == 1 and next(calls) == 4 and term(run), real(run, lr))[1]
+    train.update = lambda *a: (rank == 1 and next(calls) == 4 and term(), real(*a))[1]
 
 
 @pytest.mark.parametrize("ranks", [(2, 1), (1, 2), pytest.param((2, 3), marks=pytest.mark.slow)])
@@ -195,23 +195,23 @@ def test_two_ranks_resume_bit_for_bit(home, tmp_path, kind):
     (ta, ia), (tb, ib) = newest(tmp_path / "a"), newest(tmp_path / "b")
     assert ia == ib and ta.keys() == tb.keys()
     for k in ta:
-        torch.testing.assert_close(ta[k], tb[k], rtol=1e-5 if k.startswith("energies") else 0, atol=0)
+        torch.testing.assert_close(ta[k], tb[k], rtol=1e-5 if ".sums." in k or ".map." in k else 0, atol=0)
 
 
 def hook_death(rank):
     real, calls = train.update, iter(range(100))
-    train.update = lambda run, lr: (rank == 1 and next(calls) == 4 and os._exit(3), real(run, lr))[1]
+    train.update = lambda *a: (rank == 1 and next(calls) == 4 and os._exit(3), real(*a))[1]
 
 
 def hook_death_in_forward(rank):
     """Under FSDP the others then wait in a block's all-gather."""
     real, calls = LLaMA.loss, iter(range(1000))
-    LLaMA.loss = lambda self, batch: (rank == 1 and torch.is_grad_enabled() and next(calls) == 6 and os._exit(3), real(self, batch))[1]
+    LLaMA.loss = lambda self, batch, **k: (rank == 1 and torch.is_grad_enabled() and next(calls) == 6 and os._exit(3), real(self, batch, **k))[1]
 
 
 def hook_hang(rank):
     real, calls = train.update, iter(range(100))
-    train.update = lambda run, lr: (rank == 1 and next(calls) == 4 and time.sleep(40), real(run, lr))[1]
+    train.update = lambda *a: (rank == 1 and next(calls) == 4 and time.sleep(40), real(*a))[1]
 
 
 @pytest.mark.parametrize("hook", [hook_death, hook_death_in_forward, pytest.param(hook_hang, marks=pytest.mark.slow)])
@@ -233,7 +233,7 @@ def test_torchrun(home, tmp_path):
     done = subprocess.run([*torchrun, str(ROOT / "train.py"), *flags], capture_output=True, text=True, env=env())
     assert done.returncode == 0 and done.stdout.count("step    3/4") == 1, done.stderr[-2000:]
     (tmp_path / "dies.py").write_text("import os, sys\nimport train\nreal = train.update\n"
-                                      "def update(run, lr):\n    if os.environ['RANK'] == '1' and run.info['step'] == 2:\n        os._exit(3)\n    return real(run, lr)\n"
+                                      "calls = iter(range(100))\ndef update(*a):\n    if os.environ['RANK'] == '1' and next(calls) == 2:\n        os._exit(3)\n    return real(*a)\n"
                                       "train.update = update\ntrain.cli(sys.argv[1:])\n")
     begun = time.time()
     done = subprocess.run([*torchrun, str(tmp_path / "dies.py"), *flags, f"--out_dir={tmp_path}/b"], capture_output=True, text=True, env=env())

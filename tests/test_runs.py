@@ -18,14 +18,14 @@ from safetensors.torch import load_file, save_file
 import train
 from config import UserError
 from model import LLaMA
-from lib import dist, evaluate as validate, log as report, state
+from lib import dist, evaluate, log, state
 from tests.testing import (ROOT, at_step, cut, env, equal, flip, make_base, metrics, metrics_lines, newest,
                            options, same_run, start, term, tree, weights)
 
 
 # ---- resume ------------------------------------------------------------------------------------------------
 
-KINDS = {"measured": {}, "refresh": dict(predictor_refresh=3), "random": dict(predictor="random"), "svd": dict(predictor="svd"),
+KINDS = {"measured": {}, "random": dict(predictor="random"), "svd": dict(predictor="svd"),
          "no warm-up": dict(sparse_start=0.0, split="random"), "all weights": dict(lora_r=0, learning_rate=1e-3, weight_decay=0.1)}
 
 
@@ -68,8 +68,8 @@ def test_stop_in_an_evaluation(home, tmp_path, monkeypatch):
     """The evaluation that a signal broke off is done again."""
     train.main(options(home, out_dir=tmp_path / "a"))
     with monkeypatch.context() as m:
-        real = validate.mean_loss
-        m.setattr(validate, "mean_loss", lambda run, *a: (term(run), real(run, *a))[1])
+        real = train.mean_loss
+        m.setattr(train, "mean_loss", lambda *a: (term(), real(*a))[1])
         assert train.main(options(home, out_dir=tmp_path / "b")) is None
     assert newest(tmp_path / "b")[1]["step"] == 4 and newest(tmp_path / "b")[1]["evaluated"] == 0
     train.main(options(home, out_dir=tmp_path / "b", resume=True))
@@ -256,7 +256,7 @@ def test_measured_needs_context(home, tmp_path):
 def test_each_step_has_its_own_seconds(home, tmp_path, monkeypatch):
     """Though a step is reported when the next one has been launched; an evaluation counts for none."""
     real, calls, real_evaluate = train.forward_backward, iter(range(100)), train.evaluate
-    monkeypatch.setattr(train, "forward_backward", lambda *a: (time.sleep(next(calls) in (1, 6)), real(*a)))
+    monkeypatch.setattr(train, "forward_backward", lambda *a, **k: (time.sleep(next(calls) in (1, 6)), real(*a, **k)))
     monkeypatch.setattr(train, "evaluate", lambda *a: (time.sleep(1), real_evaluate(*a))[1])
     result = train.main(options(home, out_dir=tmp_path / "a", eval_interval=4))
     seconds = {m["step"]: m["seconds"] for m in metrics_lines(tmp_path / "a") if "seconds" in m}
@@ -271,7 +271,7 @@ def test_the_plan_counts_the_dense_steps_that_come(home, tmp_path, capsys):
 
 
 def test_json_has_no_nan():
-    assert report.finite({"a": float("nan"), "b": {"c": [1], "d": -float("inf"), "e": 2.5}}) == {
+    assert log.finite({"a": float("nan"), "b": {"c": [1], "d": -float("inf"), "e": 2.5}}) == {
         "a": None, "b": {"c": [1], "d": None, "e": 2.5}}
 
 
@@ -280,7 +280,7 @@ def test_a_prompt_over_max_seq_len_is_not_answered(home, tmp_path, monkeypatch):
     lines = [dict(prompt="word " * n, response="3", answer="3") for n in (300, 5, 6, 7)]
     (tmp_path / "v.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     seen, real = [], LLaMA.generate
-    monkeypatch.setattr(validate, "at_once", lambda model, tokens: 2)
+    monkeypatch.setattr(evaluate, "at_once", lambda model, tokens: 2)
     monkeypatch.setattr(LLaMA, "generate", lambda self, prompts, *a, **k: (seen.append(len(prompts)), real(self, prompts, *a, **k))[1])
     result = train.main(options(home, out_dir=tmp_path / "a", val_dataset=tmp_path / "v.jsonl", max_steps=1, eval_interval=1,
                                 test_examples=0))
@@ -305,8 +305,8 @@ def test_a_named_gpu_becomes_the_current_one(home, monkeypatch):
 
 # ---- steps that are not finite -----------------------------------------------------------------------------
 
-def poison(run):
-    run.grad[3] = float("nan")
+def poison(grad):
+    grad[3] = float("nan")
 
 
 def test_a_step_that_is_not_finite_is_skipped(home, tmp_path, monkeypatch, capsys):
@@ -314,13 +314,18 @@ def test_a_step_that_is_not_finite_is_skipped(home, tmp_path, monkeypatch, capsy
     seen = []
     real, calls = train.update, iter(range(100))
 
-    def update(run, lr):
-        before = run.flat.clone(), {k: v.clone() for k, v in state.optimizer_tensors(run).items()}
+    def everything(optimizer):
+        weights = {str(i): group["params"][0].detach() for i, group in enumerate(optimizer.param_groups)}
+        moments = {k: t for k, t in train.optimizer_tensors(optimizer).items() if k != "skipped"}
+        return {**weights, **moments}
+
+    def update(optimizer, grad, *args):
+        before = {k: v.clone() for k, v in everything(optimizer).items()}
         n = next(calls)
         if n in (2, 3, 6):
-            run.grad[n] = float("nan") if n % 2 else float("inf")
-        out = real(run, lr)
-        seen.append(torch.equal(before[0], run.flat) and equal(before[1], state.optimizer_tensors(run)))
+            grad[n] = float("nan") if n % 2 else float("inf")
+        out = real(optimizer, grad, *args)
+        seen.append(equal(before, everything(optimizer)))
         return out
 
     monkeypatch.setattr(train, "update", update)
@@ -428,7 +433,7 @@ def test_killed_before_every_step_of_a_save(half, tmp_path):
 def slow_child(home, changes, seconds):
     """A run whose steps take so long that a signal meets one, and which writes its output to out_dir/../log."""
     real = train.update
-    train.update = lambda run, lr: (time.sleep(seconds), real(run, lr))[1]
+    train.update = lambda *a: (time.sleep(seconds), real(*a))[1]
     sys.stdout = open(Path(changes["out_dir"]).parent / "log", "a", buffering=1)
     torch.set_num_threads(1)
     train.main(options(home, resume=True, **changes))

@@ -67,7 +67,7 @@ def newest(out):
 
 
 def same_run(a, b):
-    """Two out_dirs hold the same run, bit for bit: adapter, moments, energies, generators, counters, metrics."""
+    """Two out_dirs hold the same run, bit for bit: adapter, moments, what was measured, generators, counters, metrics."""
     (ta, ia), (tb, ib) = newest(a), newest(b)
     name = next(n for n in ("adapter_model.safetensors", "model.safetensors") if (Path(a) / n).exists())
     assert equal(load_file(Path(a) / name), load_file(Path(b) / name))
@@ -80,22 +80,22 @@ def tree(folder):
 
 
 def at_step(monkeypatch, n, do):
-    """Calls do(run) before the n-th optimizer step of the next run, counted from 0."""
+    """Calls do(grad) before the n-th optimizer step of the next run, counted from 0."""
     real, calls = train.update, iter(range(10 ** 6))
 
-    def update(run, lr):
+    def update(optimizer, grad, *args):
         if next(calls) == n:
-            do(run)
-        return real(run, lr)
+            do(grad)
+        return real(optimizer, grad, *args)
 
     monkeypatch.setattr(train, "update", update)
 
 
-def crash(run):
+def crash(grad):
     1 / 0
 
 
-def term(run):
+def term(*_):
     os.kill(os.getpid(), signal.SIGTERM)
 
 
