@@ -282,7 +282,7 @@ class Predictor:
             return
         channels = top(scores, self.c)
         fitted = None
-        if "xx" in self.sums:
+        if self.map_rank and "xx" in self.sums:
             fitted = fit_map(self.sums["xx"], self.sums["xh"], self.part.down, channels, self.map_rank)
         self.keep(channels, fitted=fitted)
 

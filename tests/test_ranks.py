@@ -43,18 +43,18 @@ def run_ranks(home, world=2, hook=None, **changes):
 
 def as_two_ranks(monkeypatch):
     """One process makes the micro-batches of two ranks, one after the other: with svd each of them gets its own channels."""
-    real = train.make_batches
+    real = dist.micro_batches
 
-    def make_batches(run, split, idx, seed=0):
+    def micro_batches(*args, **kw):
         out = []
         for r in range(2):
             with pytest.MonkeyPatch.context() as m:
                 m.setattr(dist, "rank", lambda: r)
                 m.setattr(dist, "world", lambda: 2)
-                out += real(run, split, idx, seed)
+                out += real(*args, **kw)
         return out
 
-    monkeypatch.setattr(train, "make_batches", make_batches)
+    monkeypatch.setattr(dist, "micro_batches", micro_batches)
 
 
 def assert_close_runs(a, b):

@@ -4,6 +4,8 @@ a compute budget.
     python -m tools.sensitivity config/tiny.py --budget=0.75
     python train.py config/tiny.py out/tiny/ratios.py --out_dir=out/tiny_0.75
 
+    --by=gradient          what a part's price is: "gradient", 1 - the cosine of LoRA's gradient with the dense model's
+                           (a backward pass each), or "loss", the mean over batches of |rise of the loss|
     --budget=0.75          FLOPs of a sparse training step over those of dense LoRA's
     --ratios=.5,.75,.9,.97 the ratios that are tried
     --batches=8            batches to measure on, and as many others to check the result on; all from
@@ -14,22 +16,22 @@ a compute budget.
     --option=value         everything else is train.py's: --model=DIR, --predictor=measured, --threads=1, ...
 
 One part (the MLP or the attention of one block) at a time is made sparse, all else stays dense, and the loss
-rises by so much, on the very same batch. Then
+rises by so much, and its gradient turns by so much, on the very same batch. Then
 
-    curve of a part    points (saved FLOPs, change of the loss), one a ratio, from (0, 0); only its lower
-                       convex hull counts. Change: the mean over batches of |rise|
+    curve of a part    points (saved FLOPs, change), one a ratio, from (0, 0); only its lower convex hull
+                       counts. Change: the mean over batches of 1 - cosine, or of |rise|
     choice             the hulls' edges in order of their slope (change per saved FLOP), taken until the
                        budget is met, the last one in part
 
-A fall counts like a rise, batch by batch: before fine-tuning, breaking a block may lower the loss (block 0's
+By the loss a fall counts like a rise, batch by batch: before fine-tuning, breaking a block may lower the loss (block 0's
 attention of the embedded base, -.16), and yet the part is not free; and where batches disagree the mean of
 their rises may be near 0 by chance (SmolLM2 at a budget of .9, two batches to choose on: chosen by the mean
 rise, the pattern costs .136 on others, by the mean |rise| .007).
 
 If changes add up, this choice is the best. They do not quite (errors of one block meet those of another),
 so it is checked: its true rise on other batches, beside that of uniform ratios and of the published
-middle-to-late pattern at the same FLOPs. Cost: 2 (L - 1) parts * ratios * batches forward passes, each from
-its own block on (half of the model on average); no gradient.
+middle-to-late pattern at the same FLOPs. Cost: 2 (L - 1) parts * ratios * batches forward and backward passes, by the
+loss only forward and each from its own block on (half of the model on average).
 """
 import bisect
 import hashlib
@@ -48,13 +50,14 @@ import data.tokenizer
 import predictor
 import train
 from config import UserError
-from lib.cli import run, split_options
+from lib import dist
 from lib.cache import checksum
+from lib.cli import run, split_options
 from lib.files import resolve, write_text
 from lib.flops import flops_by_part
 from lib.log import clock
 
-OWN = dict(budget=0.75, ratios=".5,.75,.9,.97", batches=8, out="")
+OWN = dict(budget=0.75, ratios=".5,.75,.9,.97", batches=8, by="gradient", out="")
 # mean |rise| of the loss below which the shade is used
 SHADES = ((.003, " "), (.01, "░"), (.03, "▒"), (.1, "▓"), (float("inf"), "█"))
 # LLaMA-3-8B's blocks: MLP at .99, attention at .75, of 32
@@ -72,18 +75,17 @@ def setup(cfg, n):
     if not cfg.lora_r:
         raise UserError("lora_r = 0 trains all weights, and weights that are trained run dense: "
                         "there is nothing to analyse")
-    device = train.dist.setup(cfg)
+    device = dist.setup(cfg)
     folder = resolve(cfg.model)
     tokenizer = data.tokenizer.load(folder)
     model = train.load_model(replace(cfg, mlp_sparsity=0.0, attn_sparsity=0.0, fsdp=False), folder, device,
                              tokenizer)
-    warm = n if cfg.predictor == "measured" else 0
+    warm = n if cfg.predictor in ("measured", "energy") else 0
     batches = calibration(cfg, tokenizer, warm + 2 * n, device)
-    predictor.attach(model, .5, 0.0 if model.config.qk_norm else .5, cfg.predictor_rank, cfg.predictor,
-                     seed=cfg.seed)
+    attn = 0.0 if model.config.qk_norm else .5
+    predictor.attach(model, .5, attn, cfg.predictor_rank, cfg.predictor, cfg.map_rank, cfg.seed)
     if warm:
         predictor.measure(model, batches[:warm])
-    model.eval()
     return model, batches[:warm], batches[warm:warm + n], batches[warm + n:]
 
 
@@ -98,12 +100,12 @@ def calibration(cfg, tokenizer, n, device):
     if len(whole) < n:
         raise UserError(f"{n} batches of {cfg.batch_size} are needed and {cfg.dataset} makes {len(whole)}: "
                         "lower --batches or --batch_size")
-    return [data.collate([tokenized[j] for j in idx], cfg.split).to(device) for idx in whole]
+    return [data.collate([tokenized[j] for j in idx], cfg.split, 0, cfg.dense_first).to(device) for idx in whole]
 
 
 def fingerprint(model, cfg, warm):
     """A hash of all that a measurement depends on but the batch: the weights and the predictor."""
-    key = hashlib.sha256(f"2 {cfg.predictor} {cfg.predictor_rank} {cfg.seed} {cfg.dtype} "
+    key = hashlib.sha256(f"3 {cfg.predictor} {cfg.predictor_rank} {cfg.map_rank} {cfg.seed} {cfg.dtype} "
                          f"{list(map(digest, warm))}".encode())
     for name, p in model.named_parameters():
         if not name.endswith("/A"):  # with B = 0 an adapter changes nothing; with a trained B, B differs too
@@ -120,32 +122,58 @@ def digest(batch):
 
 # ---- measure -----------------------------------------------------------------------------------------------
 
-@torch.no_grad()
-def analyse(model, batches, ratios, done, save):
-    """Fills done, {batch: {"dense": loss, "3.mlp 0.9": loss, ...}}, losses per scored token; what is there is
-    not measured again."""
-    jobs = [(name, r) for name, _ in predictor.predictors(model) for r in ratios]
-    bar = Progress(sum(f"{name} {r}" not in done.get(digest(b), {}) for b in batches for name, r in jobs))
+def analyse(model, batches, ratios, by, done, save):
+    """Fills done, {batch: {"dense": loss, "3.mlp 0.9": loss, ...}}, losses per scored token, and by the gradient also
+    "3.mlp 0.9 cosine"; what is there is not measured again."""
+    jobs = [(name, r, f"{name} {r}" + " cosine" * (by == "gradient"))
+            for name, _ in predictor.predictors(model) for r in ratios]
+    bar = Progress(sum(key not in done.get(digest(b), {}) for b in batches for _, _, key in jobs))
     for b in batches:
         seen, total = done.setdefault(digest(b), {}), b.weights.sum().item()
-        if all(f"{name} {r}" in seen for name, r in jobs):
+        if all(key in seen for _, _, key in jobs):
             continue
-        inputs = []  # of every block, dense
-        hooks = [block.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
-                 for block in model.blocks]
         predictor.set_ratios(model, {})
-        seen["dense"] = model.loss(b).item() / total
-        for h in hooks:
-            h.remove()
-        for name, r in jobs:
-            if f"{name} {r}" not in seen:
-                predictor.set_ratios(model, {name: r})
+        inputs, dense = [], None
+        if by == "loss":
+            inputs, seen["dense"] = block_inputs(model, b)
+        else:
+            seen["dense"], dense = gradient(model, b)
+        seen["dense"] /= total
+        for name, r, key in jobs:
+            if key in seen:
+                continue
+            predictor.set_ratios(model, {name: r})
+            if by == "loss":
                 i = int(name.split(".")[0])
-                seen[f"{name} {r}"] = model.loss(b, inputs[i], i).item() / total
-                bar.step()
-                if r == ratios[-1]:
-                    save()
+                with torch.no_grad():
+                    loss = model.loss(b, inputs[i], i).item()
+            else:
+                loss, g = gradient(model, b)
+                seen[key] = torch.cosine_similarity(g, dense, 0).item()
+            seen[f"{name} {r}"] = loss / total
+            bar.step()
+            if r == ratios[-1]:
+                save()
     bar.close()
+
+
+@torch.no_grad()
+def block_inputs(model, batch):
+    """-> ([the input of every block], loss) of a forward."""
+    inputs = []
+    hooks = [block.register_forward_pre_hook(lambda _, args: inputs.append(args[0])) for block in model.blocks]
+    loss = model.loss(batch).item()
+    for h in hooks:
+        h.remove()
+    return inputs, loss
+
+
+def gradient(model, batch):
+    """-> (loss, the gradients of all of LoRA's B put end to end): with B = 0, as a fresh adapter has it, A has none."""
+    params = [p for name, p in model.lora_parameters().items() if "lora_B" in name]
+    loss = model.loss(batch)
+    gradients = torch.autograd.grad(loss, params, allow_unused=True)
+    return loss.item(), torch.cat([g.flatten() for g in gradients if g is not None])
 
 
 def rises(done, batches):
@@ -154,15 +182,20 @@ def rises(done, batches):
     return {k: mean_and_error(v) for k, v in by_batch(done, batches).items()}
 
 
-def changes(done, batches):
-    """-> {"3.mlp 0.9": mean over the batches of |rise|}: what the choice is made by."""
-    return {k: sum(map(abs, v)) / len(v) for k, v in by_batch(done, batches).items()}
+def changes(done, batches, by="loss"):
+    """-> {"3.mlp 0.9": what the choice is made by}: mean over the batches of |rise|, or of 1 - cosine."""
+    rise = by_batch(done, batches)
+    if by == "loss":
+        return {k: sum(map(abs, v)) / len(v) for k, v in rise.items()}
+    rows = [done[digest(b)] for b in batches]
+    return {k: sum(1 - row[k + " cosine"] for row in rows) / len(rows) for k in rise}
 
 
 def by_batch(done, batches):
     """-> {"3.mlp 0.9": [rise in loss, one a batch]}."""
     rows = [done[digest(b)] for b in batches]
-    return {k: [row[k] - row["dense"] for row in rows] for k in rows[0] if k != "dense"}
+    keys = [k for k in rows[0] if k != "dense" and not k.endswith("cosine")]
+    return {k: [row[k] - row["dense"] for row in rows] for k in keys}
 
 
 def mean_and_error(values):
@@ -174,6 +207,18 @@ def mean_and_error(values):
 def losses(model, batches, ratios):
     predictor.set_ratios(model, ratios)
     return [model.loss(b).item() / b.weights.sum().item() for b in batches]
+
+
+def cosine(model, batches, ratios):
+    """Mean over the batches of the gradient's cosine with the dense model's, at {part: ratio}."""
+    total = 0.0
+    for b in batches:
+        predictor.set_ratios(model, {})
+        _, dense = gradient(model, b)
+        predictor.set_ratios(model, ratios)
+        _, sparse = gradient(model, b)
+        total += torch.cosine_similarity(sparse, dense, 0).item()
+    return total / len(batches)
 
 
 def flops(model, batches, ratios):
@@ -280,7 +325,7 @@ def same_flops(model, batches, pattern, wanted):
 def show(rise, change, ratios, L):
     """The heat map: a row a block, a column a part and ratio. Numbers are rises, shades mean |rise|s."""
     kinds = [k for k in ("mlp", "attn") if any(f".{k} " in key for key in rise)]
-    print("\nrise in loss, one part sparse: mean ± standard error; by mean |rise|:  "
+    print("\nrise in loss, one part sparse: mean ± standard error; shade, by change:  "
           + "  ".join(f"{s or ' '} < {t:g}" for t, s in SHADES[:-1]) + "  █ more")
     print("block " + " | ".join("  ".join(f"{kind:>5s} {r:<8g}" for r in ratios) for kind in kinds))
     for i in range(L - 1):
@@ -312,7 +357,7 @@ def draw(path, change, ratios, chosen, L):
                      [chosen.get(f"{i}.{kind}", 0) for i in range(L - 1)], .4, label=kind)
     axes[-1].set(ylabel="chosen", xlabel="block", ylim=(0, 1))
     axes[-1].legend(fontsize=7)
-    fig.colorbar(im, ax=list(axes[:-1]), label="mean |rise| of the loss")
+    fig.colorbar(im, ax=list(axes[:-1]), label="change")
     fig.savefig(path, dpi=130)
     plt.close(fig)
     print(f"heat map: {path}")
@@ -344,6 +389,8 @@ def parse(own):
     if not 0 < own["budget"] < 1:
         raise UserError(f"--budget={own['budget']} has to be above 0 and below 1: "
                         "FLOPs of a sparse step over a dense one's")
+    if own["by"] not in ("gradient", "loss"):
+        raise UserError(f"--by={own['by']} has to be gradient or loss")
     if own["batches"] < 1:
         raise UserError(f"--batches={own['batches']} has to be at least 1")
     return ratios
@@ -377,8 +424,9 @@ def main(argv):
     path = out.with_name("sensitivity.json")
     store, key = load_json(path), fingerprint(model, cfg, warm)
     done = store.setdefault(key, {})
-    analyse(model, batches, ratios, done, lambda: write_text(path, json.dumps(store)))
-    change = changes(done, batches)
+    by = own["by"]
+    analyse(model, batches, ratios, by, done, lambda: write_text(path, json.dumps(store)))
+    change = changes(done, batches, by)
     show(rises(done, batches), change, ratios, L)
     curves = {k: [(r, at[0.0][k] - at[r][k], change[f"{k} {r}"]) for r in ratios] for k in names}
     chosen, predicted = choose(curves, total * (1 - own["budget"]),
@@ -391,13 +439,14 @@ def main(argv):
             **{k: same_flops(model, fresh[:1], p, wanted) for k, p in patterns(model).items() if p}}
     dense, base = losses(model, fresh, {}), sum(flops(model, fresh, {}).values())
     print(f"\nchecked on {len(fresh)} other batches (dense loss {sum(dense) / len(dense):.4f}); "
-          f"predicted |change| {predicted:.4f}")
+          f"predicted change by {by} {predicted:.4f}")
     command, first = "python -m tools.sensitivity " + " ".join(argv), 0.0
     for name, pattern in rows.items():
         mean, error = mean_and_error([s - d for s, d in zip(losses(model, fresh, pattern), dense)])
         share = sum(flops(model, fresh, pattern).values()) / base
         first = share if name == "chosen" else first
-        line = (f"{name:18s} {share:6.1%} of the FLOPs, loss {mean:+.4f} ± {error:.4f}"
+        line = (f"{name:18s} {share:6.1%} of the FLOPs, loss {mean:+.4f} ± {error:.4f}, "
+                f"cosine {cosine(model, fresh, pattern):.3f}"
                 + " (cannot come nearer)" * (abs(share - first) > .02))
         print("  " + line)
         where = out if name == "chosen" else out.with_name(
