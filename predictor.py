@@ -211,10 +211,14 @@ class Predictor:
     def __init__(self, part, ratio, kind, map_rank, rng):
         self.part, self.ratio, self.kind, self.map_rank, self.rng = part, ratio, kind, map_rank, rng
         self.is_mlp = hasattr(part, "down")
-        self.n_channels = len(part.down) if self.is_mlp else part.n_kv_heads * part.head_dim
-        self.c = 0  # how many of them a forward keeps now; 0: dense
+        if self.is_mlp:
+            self.n_channels = self.n_scores = len(part.down)  # I
+        else:
+            self.n_channels = part.n_kv_heads * part.head_dim  # Nkv, of k and of v
+            self.n_scores = self.n_channels // 2 + self.n_channels  # rotary pairs, values
+        self.c = 0  # how many channels a forward keeps now; 0: dense
         self.P = self.Q = self.ranks = None  # of svd: load_factors()
-        self.sums = self.new_sums() if self.measures() else None  # {name: tensor}, until free()
+        self.sums = self.new_sums()  # {name: tensor}, until free(); None where nothing is measured
         self.fixed = None  # what fix() chose: KeepMLP or KeepAttention
         self.seen = None  # watch() puts a list here: select() appends what it is given and what it keeps
 
@@ -223,22 +227,24 @@ class Predictor:
         return self.kind in ("measured", "energy")
 
     def new_sums(self):
+        if not self.measures():
+            return None
         w = self.part.fused()
+        D = w.shape[1]
+        shapes = {"rows": (1,), "scores": (self.n_scores,)}
+        if self.kind == "energy" and not self.is_mlp:
+            shapes["scores"] = (len(w),)  # energies of q, k and v: pairs are scored when they are chosen
+        if self.kind == "measured" and self.is_mlp and self.map_rank:
+            shapes.update(xx=(D + 1, D + 1), xh=(D + 1, self.n_channels))
         high = torch.promote_types(w.dtype, torch.float32)
-        zeros = lambda *shape: torch.zeros(*shape, dtype=high, device=w.device)
-        if not self.is_mlp:
-            n = len(w) if self.kind == "energy" else self.n_channels // 2 + self.n_channels
-            return {"scores": zeros(n), "rows": zeros(1)}
-        sums = {"scores": zeros(self.n_channels), "rows": zeros(1)}
-        if self.kind == "measured" and self.map_rank:
-            D = w.shape[1]
-            sums.update(xx=zeros(D + 1, D + 1), xh=zeros(D + 1, self.n_channels))
-        return sums
+        return {name: torch.zeros(shape, dtype=high, device=w.device) for name, shape in shapes.items()}
 
     @property
     def map(self):
         """(U (D, r), V (r, D), b (D,)) of the dropped channels, or None."""
-        return self.fixed.map if self.is_mlp and self.fixed is not None else None
+        if self.is_mlp and self.fixed is not None:
+            return self.fixed.map
+        return None
 
     def map_rank_now(self):
         """The rank of the map that a sparse forward adds: also before it is fitted, to count its FLOPs."""
@@ -269,7 +275,10 @@ class Predictor:
     def see_attention(self, y, dy):
         """q, k, v side by side and their gradients, (n, Nq + 2 Nkv), of a dense step's context rows."""
         self.sums["rows"] += len(y)
-        score = energy(y) if self.kind == "energy" else taylor_attention(self.part, y, dy)
+        if self.kind == "energy":
+            score = energy(y)
+        else:
+            score = taylor_attention(self.part, y, dy)
         self.sums["scores"] += score.nan_to_num_(0.0, 0.0, 0.0)
 
     def fix(self):
@@ -304,7 +313,9 @@ class Predictor:
     def set_scale(self, scale):
         """Sparsity ratio * scale from now on; 0 is dense. Channels that were measured are chosen anew where their
         number changes."""
-        self.c = count(self.n_channels, self.ratio * scale) if scale > 0 else 0
+        self.c = 0
+        if scale > 0:
+            self.c = count(self.n_channels, self.ratio * scale)
         if self.c and self.fixed is not None and self.c != self.n_kept():
             if self.sums is None:
                 raise UserError(f"the channels were fixed at {self.n_kept()} of {self.n_channels} and what was "
@@ -312,22 +323,26 @@ class Predictor:
             self.fix()
 
     def n_kept(self):
-        channels = self.fixed.channels
-        return len(channels) if self.is_mlp else len(channels[1])
+        if self.is_mlp:
+            return len(self.fixed.channels)
+        return len(self.fixed.channels[1])
 
     def scores(self, x):
         """x (n, D) -> one score a channel of an MLP; of an attention as attention_scores has them."""
         if self.kind == "random":
-            n = self.n_channels if self.is_mlp else self.n_channels // 2 + self.n_channels
-            return torch.rand(n, generator=self.rng, device=x.device)
+            return torch.rand(self.n_scores, generator=self.rng, device=x.device)
         if self.kind == "svd" and self.is_mlp:
             return svd_mlp(x, self.P, self.Q)
         if self.kind == "svd":
             energies = svd_attention(x, self.P, self.Q, self.ranks)
         else:  # oracle, worst
             energies = energy(self.part.activations(x))
-        scores = energies if self.is_mlp else attention_scores(self.part, energies)
-        return -scores if self.kind == "worst" else scores
+        scores = energies
+        if not self.is_mlp:
+            scores = attention_scores(self.part, energies)
+        if self.kind == "worst":
+            return -scores
+        return scores
 
     @torch.no_grad()
     def select(self, x):
@@ -368,13 +383,8 @@ def attach(model, mlp_sparsity, attn_sparsity, rank=8, kind="svd", map_rank=64, 
     loss rows compute anything but keys and values. Errors: UserError for an unknown kind, a bad ratio, or attention
     sparsity in a model with q/k norms, which would rescale what is left of a query."""
     n = len(model.blocks)
-    mlp, attn = (r if isinstance(r, (list, tuple)) else [r] * n for r in (mlp_sparsity, attn_sparsity))
-    for name, ratios in (("mlp_sparsity", mlp), ("attn_sparsity", attn)):
-        if len(ratios) != n:
-            raise UserError(f"{name} has {len(ratios)} ratios, but the model has {n} blocks: "
-                            "give one a block")
-        if not all(0 <= r < 1 for r in ratios):
-            raise UserError(f"{name} = {ratios} holds a ratio outside [0, 1): 0 is dense, .9 keeps a tenth")
+    mlp = ratio_list(mlp_sparsity, n, "mlp_sparsity")
+    attn = ratio_list(attn_sparsity, n, "attn_sparsity")
     if kind not in KINDS:
         raise UserError(f"predictor = {kind!r} is none of {', '.join(KINDS)}")
     if any(attn) and model.config.qk_norm:
@@ -392,6 +402,17 @@ def attach(model, mlp_sparsity, attn_sparsity, rank=8, kind="svd", map_rank=64, 
     model.set_sparsity(1.0)
 
 
+def ratio_list(ratios, n, name):
+    """A float for all n blocks, or a list of one a block -> the list, checked."""
+    if not isinstance(ratios, (list, tuple)):
+        ratios = [ratios] * n
+    if len(ratios) != n:
+        raise UserError(f"{name} has {len(ratios)} ratios, but the model has {n} blocks: give one a block")
+    if not all(0 <= r < 1 for r in ratios):
+        raise UserError(f"{name} = {ratios} holds a ratio outside [0, 1): 0 is dense, .9 keeps a tenth")
+    return ratios
+
+
 def predictors(model):
     """[(name, Predictor)] of all parts that have one, in the order of the blocks: ("0.attn", ...), ("0.mlp", ...)."""
     parts = [(f"{i}.{kind}", getattr(b, kind))
@@ -405,7 +426,7 @@ def set_ratios(model, ratios):
     parts one by one."""
     for name, p in predictors(model):
         p.ratio = ratios.get(name, 0.0)
-        p.set_scale(1.0 if p.ratio else 0.0)
+        p.set_scale(float(p.ratio > 0))
 
 
 def measuring(model):
@@ -510,7 +531,9 @@ def state(model):
         if p.fixed is None:
             out.update({f"{name}.sums.{k}": t for k, t in p.sums.items()})
             continue
-        channels = [p.fixed.channels] if p.is_mlp else p.fixed.channels[1:]
+        channels = [p.fixed.channels]
+        if not p.is_mlp:
+            channels = p.fixed.channels[1:]  # those of k and v say all
         out.update({f"{name}.channels.{i}": t for i, t in enumerate(channels)})
         out.update({f"{name}.map.{i}": t for i, t in enumerate(p.map or ())})
     return out

@@ -253,23 +253,30 @@ def halves(gu):
     return [(0, C), (C, 2 * C)]
 
 
-CHANNEL_AXIS = (None, 0, None, 0, 1, None)  # of A_g (R, D), B_g (I, R), A_u, B_u, A_d (R, I), B_d (D, R)
-
-
 def kept_lora(lora, keep):
     """The MLP's six LoRA factors, cut down to the kept channels: B_g[idx], B_u[idx], A_d[:, idx]."""
     if keep is None:
         return lora
-    return [p if axis is None else p.index_select(axis, keep.channels) for p, axis in zip(lora, CHANNEL_AXIS)]
+    Ag, Bg, Au, Bu, Ad, Bd = lora
+    idx = keep.channels
+    return [Ag, Bg[idx], Au, Bu[idx], Ad[:, idx], Bd]
 
 
 def add_kept(total, gradients, keep):
     """Adds the gradients of what kept_lora returned to those of the whole factors."""
-    for whole, part, axis in zip(total, gradients, CHANNEL_AXIS):
-        if keep is None or axis is None:
+    if keep is None:
+        for whole, part in zip(total, gradients):
             whole += part
-        else:
-            whole.index_add_(axis, keep.channels, part)
+        return
+    Ag, Bg, Au, Bu, Ad, Bd = total
+    dAg, dBg, dAu, dBu, dAd, dBd = gradients
+    idx = keep.channels
+    Ag += dAg
+    Bg.index_add_(0, idx, dBg)
+    Au += dAu
+    Bu.index_add_(0, idx, dBu)
+    Ad.index_add_(1, idx, dAd)
+    Bd += dBd
 
 
 def kinds_of_rows(T, n, keep):
@@ -297,17 +304,22 @@ class SwiGLU(Function):
         x, gate_up, down, *rest = ctx.saved_tensors
         lora, saved = rest[:6], rest[6:]
         train_gate_up, train_down = ctx.needs_input_grad[1:3]
-        dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        dx = dw_gate_up = dw_down = None
+        if ctx.needs_input_grad[0]:
+            dx = torch.empty_like(x)
         dlora = [torch.zeros_like(p) for p in lora]
         want_h = train_down or ctx.measure is not None
         kinds = kinds_of_rows(len(x), ctx.n, ctx.keep)
         for (rows, keep), gu, z_gu, z_down in zip(kinds, saved[0::3], saved[1::3], saved[2::3]):
             gradients, h, dh, dgu = mlp_backward(
                 dy[rows], x[rows], gate_up, down, keep, kept_lora(lora, keep), ctx.s, gu, z_gu, z_down,
-                None if dx is None else dx[rows], want_h)
+                dx if dx is None else dx[rows], want_h)
             add_kept(dlora, gradients, keep)
-        if ctx.measure is not None:  # a dense step: h, dh and dgu are those of all rows
+        # below all rows are dense: h, dh and dgu are those of all rows
+        if ctx.measure is not None:
             ctx.measure.see_mlp(x[:ctx.n], h[:ctx.n], dh[:ctx.n])
-        dw_gate_up = weight_grad(dgu, x) if train_gate_up else None
-        dw_down = weight_grad(h, dy) if train_down else None
+        if train_gate_up:
+            dw_gate_up = weight_grad(dgu, x)
+        if train_down:
+            dw_down = weight_grad(h, dy)
         return dx, dw_gate_up, dw_down, None, None, None, None, *dlora

@@ -145,12 +145,16 @@ def count(model, micro):
 
 def learning_rate(cfg, step, max_steps):
     """Linear warm-up, constant until decay_start, then a cosine, or a line, down to 0."""
-    warmup = cfg.warmup_steps if isinstance(cfg.warmup_steps, int) else round(cfg.warmup_steps * max_steps)
+    warmup = cfg.warmup_steps
+    if isinstance(warmup, float):  # a fraction of the training
+        warmup = round(warmup * max_steps)
     if step < warmup:
         return cfg.learning_rate * (step + 1) / (warmup + 1)
     first = max(warmup, cfg.decay_start * max_steps)
     f = max(0, step - first) / max(1, max_steps - first)
-    return cfg.learning_rate * (1 - f if cfg.lr_schedule == "linear" else 0.5 + 0.5 * math.cos(math.pi * f))
+    if cfg.lr_schedule == "linear":
+        return cfg.learning_rate * (1 - f)
+    return cfg.learning_rate * (0.5 + 0.5 * math.cos(math.pi * f))
 
 
 def sparsity(run, step):
@@ -228,9 +232,10 @@ def selection(run):
             say(f"  true energy held by the kept {kind} channels, by block: " + " ".join(shares))
     mlps = [v for v in seen.values() if "residual" in v]
     if mlps:
-        missing, without = (sum(v[k] for v in mlps) / len(mlps) for k in ("residual", "without_map"))
-        with_map = f", {missing:.2f} with the map" if missing != without else ""
-        say(f"  missing of the MLPs' output energy on one validation batch: {without:.2f}{with_map}")
+        missing = sum(v["residual"] for v in mlps) / len(mlps)
+        without_map = sum(v["without_map"] for v in mlps) / len(mlps)
+        say(f"  missing of the MLPs' output energy on one validation batch: {missing:.2f} "
+            f"({without_map:.2f} without the map)")
     say(f"  its loss: {dense:.4f} dense, {sparse:.4f} sparse ({sparse - dense:+.4f})")
     return dict(held={name: v["held"] for name, v in seen.items()}, dense_loss=dense, sparse_loss=sparse)
 
@@ -286,8 +291,10 @@ def load_model(cfg, folder, device, tokenizer):
     dtype = getattr(torch, cfg.dtype)
     if cfg.lora_r == 0 and not any(folder.glob("*.safetensors")):
         model = LLaMA(ModelConfig.from_dir(folder), dtype, device)
+    elif cfg.fsdp:
+        model = LLaMA.from_pretrained(folder, dtype, device, shard=dist.fsdp(device))
     else:
-        model = LLaMA.from_pretrained(folder, dtype, device, shard=dist.fsdp(device) if cfg.fsdp else None)
+        model = LLaMA.from_pretrained(folder, dtype, device)
     c, L = model.config, len(model.blocks)
     if tokenizer.n_vocab > c.vocab_size:
         raise UserError(f"the tokenizer of {folder} has {tokenizer.n_vocab} tokens, "
@@ -362,8 +369,9 @@ def save(run):
     stays."""
     tensors = {"flat": run.flat, **optimizer_tensors(run.optimizer)}
     for name, t in predictor.state(run.model).items():
-        measured = ".sums." in name  # each rank has measured its own share; channels and maps are the same on all
-        tensors[name] = dist.all_reduce(t.clone()) if measured else t
+        if ".sums." in name:  # each rank has measured its own share; channels and maps are the same on all
+            t = dist.all_reduce(t.clone())
+        tensors[name] = t
     rng = {"cpu": [torch.get_rng_state()], "select": dist.gather(run.model.selection_rng.get_state())}
     if run.device.type == "cuda":
         rng["cuda"] = [torch.cuda.get_rng_state()]
@@ -375,7 +383,9 @@ def save(run):
                 save_adapter(run, run.out)
         return True
     except OSError as e:
-        kept = "the last good one stays" if state.numbers(run.out / "state") else "there is none yet"
+        kept = "there is none yet"
+        if state.numbers(run.out / "state"):
+            kept = "the last good one stays"
         say(f"warning: the state after step {run.info['step']} could not be saved ({e.strerror}): {kept}, "
             "the run goes on")
         return False
@@ -443,10 +453,13 @@ def validate(run):
     some = run.tokenized["val"][:cfg.eval_examples]
     loss = mean_loss(run.model, some, cfg, run.stop)
     right, answered = accuracy(run.model, run.tokenizer, run.examples["val"], cfg.eval_examples, cfg, run.stop)
-    answers = f", {right:.1%} of {answered} answers right" if answered else ""
-    say(f"step {info['step']}: validation loss {loss:.4f}{answers}")
-    seen = selection(run) if info["sparse"] else {}
-    result = dict(val_loss=loss, val_accuracy=right, **seen)
+    line = f"step {info['step']}: validation loss {loss:.4f}"
+    if answered:
+        line += f", {right:.1%} of {answered} answers right"
+    say(line)
+    result = dict(val_loss=loss, val_accuracy=right)
+    if info["sparse"]:
+        result.update(selection(run))
     run.log.record(dict(step=info["step"], **result))
     if cfg.lora_r and (info["best"] is None or loss < info["best"]):
         info["best"] = loss
@@ -484,9 +497,11 @@ def finish(run):
 
 
 def save_adapter(run, folder):
-    """In PEFT's format."""
-    local = Path(run.cfg.model).is_dir()
-    run.model.save_adapter(folder, run.folder.resolve() if local else run.cfg.model)
+    """In PEFT's format. A base that is a directory is named by its whole path."""
+    base = run.cfg.model
+    if Path(base).is_dir():
+        base = run.folder.resolve()
+    run.model.save_adapter(folder, base)
 
 
 def save_checkpoint(run):
@@ -528,7 +543,14 @@ def say_result(run, r):
         say(f"FLOPs saved   {1 - r['flops'] / r['dense_flops']:.1%} of dense LoRA's over the whole run")
         say(f"time saved    {1 - r['time_ratio']:.1%} of a dense step's forward and backward, "
             "timed in turn on the same batches")
-    say(f"{'adapter' if run.cfg.lora_r else 'checkpoint'}       {run.out}")
+    say(f"{what(run.cfg):14s}{run.out}")
+
+
+def what(cfg):
+    """What a run makes."""
+    if cfg.lora_r:
+        return "adapter"
+    return "checkpoint"
 
 
 # ---- one run, and the command line -------------------------------------------------------------------------
@@ -547,21 +569,24 @@ def main(cfg, command="python train.py"):
             lock = state.lock(run.out)
         resume(run)
         if run.info["finished"]:
-            return say(f"{run.out} is finished: its {'adapter' if cfg.lora_r else 'checkpoint'} lies there; "
-                       "another run needs another --out_dir")
+            return say(f"{run.out} is finished: its {what(cfg)} lies there; another run needs another --out_dir")
         texts = lambda batch: [run.tokenizer.decode(run.tokenized["train"][j].tokens) for j in batch]
         run.log = Log(run.out / "metrics.jsonl", run.info, cfg, last_step(run), device, texts)
         with run.stop:
             if run.info["before"] is None and cfg.test_examples:
                 run.info["before"], n = accuracy(run.model, run.tokenizer, run.examples["test"], cfg.test_examples,
                                                  cfg, run.stop)
-                say(f"before training: {run.info['before']:.1%} of {n} test problems right"
-                    if n else "no test example has an answer")
+                if n:
+                    say(f"before training: {run.info['before']:.1%} of {n} test problems right")
+                else:
+                    say("no test example has an answer")
             loop(run)
             return finish(run)
     except Interrupted:
         run.log.flush()
-        kept = "" if save(run) else " (which could not be saved: the last saved step counts)"
+        kept = ""
+        if not save(run):
+            kept = " (which could not be saved: the last saved step counts)"
         say(f"stopped by {run.stop.name()} after step {run.info['step']} of {last_step(run)}{kept}; "
             f"go on with:\n  {command} --resume=True")
     finally:
@@ -588,7 +613,9 @@ def cli(argv):
             traceback.print_exc()
     sys.stdout.flush()
     print(reason, file=sys.stderr, flush=True)
-    os._exit(1) if dist.world() > 1 else sys.exit(1)  # with others in the group, do not wait for them
+    if dist.world() > 1:
+        os._exit(1)  # with others in the group, do not wait for them
+    sys.exit(1)
 
 
 def explain(e, cfg):
@@ -596,16 +623,20 @@ def explain(e, cfg):
     deserves its traceback."""
     if isinstance(e, UserError):
         return f"error: {e}"
-    saved = cfg and state.numbers(Path(cfg.out_dir, "state"))
-    rest = "; a saved state stays, go on from it with --resume=True" if saved else ""
+    rest = ""
+    if cfg and state.numbers(Path(cfg.out_dir, "state")):
+        rest = "; a saved state stays, go on from it with --resume=True"
     if isinstance(e, torch.OutOfMemoryError):
         return (f"error: out of memory on {cfg.device} with micro-batches of {cfg.micro_batch_size} examples "
                 f"of up to {cfg.max_seq_len} tokens: lower micro_batch_size or set recompute=True{rest}")
     if isinstance(e, KeyboardInterrupt):
         return "interrupted before the training began"
     if isinstance(e, OSError):
-        return f"error: {e.strerror or e} ({e.filename or (cfg.out_dir if cfg else 'stdout')}){rest}"
-    return f"error: {dist.lost_message(e)}" if dist.is_loss(e) else None
+        place = e.filename or (cfg and cfg.out_dir) or "stdout"
+        return f"error: {e.strerror or e} ({place}){rest}"
+    if dist.is_loss(e):
+        return f"error: {dist.lost_message(e)}"
+    return None
 
 
 if __name__ == "__main__":
