@@ -3,7 +3,6 @@ import importlib.util
 import itertools
 import json
 import shlex
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 import config
 import predictor
 from config import UserError
-from results import ablations, gradient_quality, overlap, patterns, plot, predictor_quality, tables
+from results import ablations, plot, tables
 from tools import sensitivity
 
 FAST = ["--batches=2", "--ratios=.25,.5,.75"]
@@ -277,33 +276,6 @@ def test_summary():
     assert ablations.summary([2.0]) == dict(mean=2.0, error=None, n=1)
     s = ablations.summary([1.0, 2.0, 3.0])
     assert s["mean"] == 2 and abs(s["error"] - 1 / 3 ** .5) < 1e-12
-
-
-def test_quality_overlap_and_gradients(home, tmp_path, monkeypatch, capsys):
-    base = [str(home / "c.py"), "--threads=1"]
-    for module in (predictor_quality, overlap, gradient_quality):
-        monkeypatch.setattr(module, "HERE", tmp_path)
-    predictor_quality.main([*base, "--ranks=1,8", "--ratios=.5,.75", "--batches=2"])
-    rows = json.loads((tmp_path / "predictor_quality.json").read_text())["tiny"]["rows"]
-    held = {(r["part"], r["method"], r["ratio"]): r for r in rows}
-    assert all(r["recall"] == 1 for r in rows if r["method"] == "oracle")
-    assert all(r["held"] <= held[r["part"], "oracle", r["ratio"]]["held"] + 1e-4 for r in rows if r["part"].endswith("mlp"))
-    shutil.copy(home / "data.jsonl", tmp_path / "other.jsonl")
-    overlap.main([*base, "--batches=2", "--ratio=.5", f"--data=a:{home / 'data.jsonl'},b:{tmp_path / 'other.jsonl'}"])
-    study = json.loads((tmp_path / "overlap.json").read_text())["tiny"]["mlp 0.5"]
-    assert study["overlap"]["a"] == study["overlap"]["b"] and 0 < study["overlap"]["a"]["b"] <= 1
-    with pytest.raises(UserError, match="two tasks"):
-        overlap.main([*base, "--data=a:x"])
-    patterns.main([*base, "--batches=1", "--mlp=1:.5,0-1:.75"])
-    said = capsys.readouterr().out.splitlines()
-    assert said[-2].startswith("MLP 0.5 in 1 ") and said[-1].startswith("MLP 0.75 in 0-1") and said[-1].endswith("of the FLOPs")
-    with pytest.raises(UserError, match="BLOCKS:RATIO"):
-        patterns.main([*base, "--batches=1", "--mlp=1"])
-    gradient_quality.main([*base, "--every=6", "--batches=1", "--kinds=oracle,measured,random", "--max_steps=6"])
-    looks = json.loads((tmp_path / "gradient_quality.json").read_text())["tiny"]
-    assert [look["step"] for look in looks] == [0, 6] and all(-1 <= c <= 1 for c, _ in looks[0]["kinds"]["oracle"].values())
-    for name in ("predictor_quality", "overlap", "gradient_quality"):
-        assert (tmp_path / f"{name}.md").read_text().startswith("# ")
 
 
 def test_command_line_errors_are_one_line():
