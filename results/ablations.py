@@ -1,243 +1,242 @@
-"""The ablations: every run is a train.py command line that can be pasted; this script only runs them and
-collects what they wrote.
+"""The ablations: every run is a train.py command line that can be pasted. This script runs them and collects
+what they wrote in ablations.json, of which results/tables.py makes ablations.md and the pictures.
 
-    python -m results.ablations config/tiny.py                       all rows, five seeds for 1, 4 and 7,
-                                                                     three for the others
-    python -m results.ablations config/tiny.py --rows=1,4 --seeds=3 --name=lists --dataset=tiny_lists
-                                       --model=out/lists_base        (made as data/tiny/prepare.py says)
-    python -m results.ablations config/smollm2.py --rows=1,4,7 --seeds=3 --name=smollm2 --mlp=.5 --attn=
-                                       --budgets=.9,.95,.85,.75 --model=DIR --save_interval=0 --dtype=bfloat16
-                                       --max_steps=30 --test_examples=0 --max_new_tokens=1 --eval_examples=48
-                                       --eval_interval=30            (DIR: a link to the model)
+    python -m results.ablations config/tiny.py
+    python -m results.ablations config/smollm2.py --rows=channels,tokens,budgets --seeds=3 --name=smollm2
+                             --mlp=.5 --attn= --budgets=.9,.95,.85,.75 --model=DIR --dtype=bfloat16 ...
 
-    --rows=1,2,...     1 selectors  2 MLP, attention, both  3 where the ratios come from  4 split
-                       5 when it is sparse  6 rank and refresh  7 budgets, and dense LoRA stopped early
-                       8 long runs  9 who has a loss sooner
-    --seeds=0          runs of each line; 0: as above
+    --rows=            channels, ratios, tokens, budgets, long, sooner, or some of them (titles: tables.py)
+    --seeds=0          runs of each line; 0: five for channels, tokens and budgets, three for the others
     --name=tiny        of this base, in the tables and under out/ablations
-    --mlp=, --attn=    ratios of rows 1, 2 and 9; --blocks=20-28: in these blocks, not in all but the first
-                       and the last
-    --budgets=         of row 7 (FLOPs of a sparse step over a dense one's; the first one is row 3's)
+    --kinds=           predictors of the row channels
+    --mlp=, --attn=    ratios there; --blocks=20-28: in these blocks, not in all but the first and the last
+    --budgets=         FLOPs of a sparse step over a dense one's; the first one is that of the row ratios
     --jobs=2           runs at a time, one thread each
     --dry=True         only print the command lines;  --collect=True: only collect
     --option=value     everything else goes to every train.py
 
-Interrupted, it goes on: finished runs have a result.json, half-finished ones a state. Writes
-results/ablations.json (all numbers; what it has of other lines and seeds stays), results/ablations.md (mean,
-standard error and number of seeds, with the options of each) and the README's table.
+Interrupted, it goes on: finished runs have a result.json, half-finished ones a state.
 """
 import json
-import math
 import shlex
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, replace
 from itertools import accumulate
 from pathlib import Path
+from typing import NamedTuple
 
 import config
 from config import UserError
-from predictor import KINDS
-from results import plot, tables
-from results.tables import summary
 from lib.cli import run, split_options
-from lib.files import resolve, write_section, write_text
+from lib.files import resolve, write_text
+from results import tables
 
 ROOT = Path(__file__).resolve().parent.parent
-OWN = dict(rows="1,2,3,4,5,6,7,8,9", seeds=0, name="tiny", mlp=".9,.95,.97", attn=".25,.5", blocks="",
+OWN = dict(rows="channels,ratios,tokens,budgets,long,sooner", seeds=0, name="tiny",
+           kinds="svd,measured,oracle,random,worst", mlp=".9,.95,.97", attn=".25,.5", blocks="",
            budgets=".75,.9,.85,.8,.7,.65", jobs=2, dry=False, collect=False)
-TITLES = {1: "Which channels: five selectors", 2: "Which part",
-          3: "Where the ratios come from, at equal FLOPs", 4: "Which tokens are dense",
-          5: "When it is sparse", 6: "Rank of the SVD, refreshing of the measured channels",
-          7: "Budgets, against dense LoRA stopped early", 8: "Ten times as long",
-          9: "Who has a given validation loss sooner"}
-SENSITIVITY = ["python", "-m", "tools.sensitivity"]
-SEEDS = {1: 5, 4: 5, 7: 5}  # three for the others
+SEEDS = dict(channels=5, ratios=3, tokens=5, budgets=5, long=3, sooner=3)
+ANALYSIS = ["python", "-m", "tools.sensitivity"]
+# what ablations.json keeps of a run
+HEAD = "label", "seed", "rows", "options", "commit"
+NUMBERS = ("before", "after", "test_loss", "val_loss", "sooner", "rise_at_switch", "rise_at_end", "spike",
+           "flops_share", "time_share", "seconds", "steps")
 
 
-# ---- the table of runs: row -> [(label, arguments of train.py)]. -------------------------------------------
-# A label is one set of arguments; rows may share it.
+class Line(NamedTuple):
+    """One line of a table."""
+    label: str
+    args: list  # of train.py, besides the base's
+    analysis: tuple = ()  # options of the tools.sensitivity that writes the file of ratios among args
 
-def table(cfg, n_layers, folder, mlp, attn, budgets, blocks=""):
-    """cfg: the base config with its flags; folder: where the chosen ratios are written. -> (rows, {file of
-    ratios among their arguments: the options of the tools.sensitivity that writes it})."""
-    needs = {}
-    # block 0 costs everything, the last one is dense in any case
-    inner = blocks or ("1" if n_layers < 4 else f"1-{n_layers - 2}")
-    steps = cfg.max_steps or 200
 
-    def ratios(m=0, a=0):
-        return [f'--{k}_sparsity={{"{inner}": {r}}}' if r else f"--{k}_sparsity=0"
-                for k, r in (("mlp", m), ("attn", a))]
+class Run(NamedTuple):
+    line: Line
+    seed: int
+    command: list
+    out: Path
 
-    def chosen(kind, budget, pattern="", tuned=False):
-        name = f"{folder}/{kind}-{budget:g}{'_tuned' * tuned}"
-        init = [f"--init_adapter={folder}/{short('dense LoRA')}/0"] * tuned
-        needs[name + pattern + ".py"] = [f"--predictor={kind}", f"--budget={budget:g}", *init,
-                                         f"--out={name}.py"]
-        return [name + pattern + ".py"]
 
-    where = f" in blocks {blocks}" if blocks else ""
-    dense, ours, measured = (("dense LoRA", ratios()), ("as configured", []),
-                             ("measured", ["--predictor=measured"]))
+# ---- which runs there are ----------------------------------------------------------------------------------
 
-    def sparse(kind, m=0, a=0):
-        parts = [f"MLP {m:g}"] * bool(m) + [f"attention {a:g}"] * bool(a)
-        return f"{kind}, {' and '.join(parts)}{where}", ratios(m, a) + [f"--predictor={kind}"]
+def table(cfg, own, inner, folder):
+    """-> {row: [Line]}; a row begins with the dense run that its others are compared with. cfg: the base's
+    options; inner: the blocks that are made sparse; folder: where files of ratios go."""
+    mlp, attn, budgets = (numbers(own, key) for key in ("mlp", "attn", "budgets"))
+    kinds, steps = own["kinds"].split(","), cfg.max_steps or 200
+    where = f" in blocks {own['blocks']}" if own["blocks"] else ""
+    none = ["--mlp_sparsity=0", "--attn_sparsity=0"]
+    # written out, so that it is another command line when the config file changes
+    ratios = [f"--mlp_sparsity={json.dumps(cfg.mlp_sparsity or 0)}",
+              f"--attn_sparsity={json.dumps(cfg.attn_sparsity or 0)}"]
+    ours = ratios + [f"--predictor={cfg.predictor}"]
+    dense, usual = Line("dense LoRA", none), Line("as configured", ours)
 
-    rows = {1: [dense, *(sparse(kind, m) for m in mlp for kind in KINDS),
-                *(sparse(kind, 0, a) for a in attn for kind in KINDS)]}
-    m, a = (mlp or [0])[0], (attn or [0])[0]
-    rows[2] = [dense, *(sparse(cfg.predictor, *some) for some in ((m, 0), (0, a), (m, a)) if any(some))]
-    rows[3] = [dense] + [(f"{cfg.predictor}, {what}, budget {budgets[0]:g}",
-                          chosen(cfg.predictor, budgets[0], pattern, tuned))
-                         for what, pattern, tuned in (("uniform", "_uniform", False),
-                                                      ("uniform in the MLPs", "_uniform_mlp", False),
-                                                      ("published pattern", "_published", False),
-                                                      ("sensitivity", "", False),
-                                                      ("sensitivity after fine-tuning", "", True))]
-    rows[4] = [dense, ours] + [(f"split {s}", [f"--split={s}"]) for s in ("rectangle", "none", "random")]
-    rows[5] = [dense, ours, ("sparse from the start", ["--sparse_start=0"]),
-               ("dense for 20 %", ["--sparse_start=0.2"]),
-               ("dense for 5 % and the last 10 %", ["--sparse_start=0.05", "--sparse_end=0.9"])]
-    rows[6] = [dense, ours] + [(f"svd, rank {r}", ["--predictor=svd", f"--predictor_rank={r}"])
-                               for r in (1, 2, 4, 8, 16, 64)]
-    rows[6] += [measured] + [(f"measured, refresh {n}", ["--predictor=measured", f"--predictor_refresh={n}"])
-                             for n in (50, 10)]
-    rows[7] = [dense] + [(f"dense LoRA, {round(f * steps)} steps",
-                          ratios() + [f"--max_steps={round(f * steps)}"]) for f in (.9, .8, .7, .6, .5, .4)]
-    rows[7] += [(f"{k}, sensitivity, budget {b:g}", chosen(k, b))
-                for k in dict.fromkeys(("svd", "measured", cfg.predictor))
-                for b in sorted(budgets, reverse=True)]
-    long = [f"--max_steps={10 * steps}"]
-    rows[8] = [(f"{name}, {10 * steps} steps", args + long) for name, args in (dense, ours, measured)]
+    def sparse(kind, part, ratio):
+        value = {"MLP": 0, "attention": 0, part: json.dumps({inner: ratio})}
+        return Line(f"{kind}, {part} {ratio:g}{where}", [f"--mlp_sparsity={value['MLP']}",
+                    f"--attn_sparsity={value['attention']}", f"--predictor={kind}"])
+
+    def chosen(kind, budget, what="sensitivity", pattern=""):
+        """Ratios that tools.sensitivity chooses, or a pattern of equal FLOPs that it writes beside them."""
+        file = f"{folder}/{kind}-{budget:g}"
+        return Line(f"{kind}, {what}, budget {budget:g}", [f"{file}{pattern}.py"],
+                    (f"--predictor={kind}", f"--budget={budget:g}", f"--out={file}.py"))
+
+    rows = {}
+    rows["channels"] = [dense]
+    rows["channels"] += [sparse(kind, "MLP", ratio) for ratio in mlp for kind in kinds]
+    rows["channels"] += [sparse(kind, "attention", ratio) for ratio in attn for kind in kinds]
+    rows["ratios"] = [dense, chosen(cfg.predictor, budgets[0], "uniform", "_uniform"),
+                      chosen(cfg.predictor, budgets[0], "uniform in the MLPs", "_uniform_mlp"),
+                      chosen(cfg.predictor, budgets[0], "published pattern", "_published"),
+                      chosen(cfg.predictor, budgets[0])]
+    rows["tokens"] = [dense, usual]
+    rows["tokens"] += [Line(f"split {s}", ours + [f"--split={s}"]) for s in ("rectangle", "none", "random")]
+    rows["budgets"] = [dense, usual]
+    for n in (round(share * steps) for share in (.9, .8, .7, .6, .5, .4)):
+        rows["budgets"].append(Line(f"dense LoRA, {n} steps", none + [f"--max_steps={n}"]))
+    for kind in dict.fromkeys(("svd", "measured", cfg.predictor)):
+        rows["budgets"] += [chosen(kind, budget) for budget in sorted(budgets, reverse=True)]
+    long, after = f"--max_steps={10 * steps}", f", {10 * steps} steps"
+    rows["long"] = [Line(dense.label + after, none + [long]), Line(usual.label + after, ours + [long]),
+                    Line("measured" + after, ratios + ["--predictor=measured", long])]
     # for the loss alone no answer is written
     often = [f"--eval_interval={max(1, steps // 10)}", "--max_new_tokens=1", "--test_examples=0"]
-    rows[9] = [(f"{name}, often evaluated", args + often)
-               for name, args in (dense, *(sparse("measured", m) for m in mlp))]
-    return merged(rows, cfg, n_layers), needs
-
-
-def merged(rows, cfg, n_layers):
-    """The same rows; runs that come out the same (rank 8 is the default, ...) get the label of the first of
-    them and so are run once."""
-    first = {}
-    for runs in rows.values():
-        for k, (label, args) in enumerate(runs):
-            if not any(a.endswith(".py") for a in args):
-                c = replace(cfg, **dict(config.parse_flag(a) for a in args))
-                # the last block is dense
-                parts = [config.ratios(r, n_layers, "sparsity")[:-1]
-                         for r in (c.mlp_sparsity, c.attn_sparsity)]
-                key = repr(replace(c, mlp_sparsity=parts[0], attn_sparsity=parts[1],
-                                   predictor=c.predictor if any(sum(parts, [])) else ""))
-                runs[k] = first.setdefault(key, (label, args))
+    rows["sooner"] = [Line(f"{line.label}, often evaluated", line.args + often)
+                      for line in (dense, *(sparse("measured", "MLP", ratio) for ratio in mlp))]
     return rows
 
 
+def numbers(own, key):
+    try:
+        return [float(v) for v in own[key].split(",") if v]
+    except ValueError:
+        raise UserError(f"--{key}={own[key]} has to be numbers with commas between") from None
+
+
 def short(label):
-    return "".join(c if c.isalnum() or c in ".-" else "_"
-                   for c in label.replace(", ", "-").replace(" %", "pct"))
+    """The name of its folder."""
+    return "".join(c if c.isalnum() or c in ".-" else "_" for c in label.replace(", ", "-"))
+
+
+def command_lines(base, own):
+    """-> ({row: [Line]}, the runs that are asked for)."""
+    cfg, wanted = config.load(base), own["rows"].split(",")
+    layers = json.loads((resolve(cfg.model) / "config.json").read_text())["num_hidden_layers"]
+    # block 0 costs everything, the last one is dense in any case
+    inner = own["blocks"] or ("1" if layers < 4 else f"1-{layers - 2}")
+    rows = table(cfg, own, inner, f"out/ablations/{own['name']}")
+    if not set(wanted) <= set(rows):
+        raise UserError(f"--rows={own['rows']} has to be some of {','.join(rows)}")
+    first = {}  # equal options are one line, with the label that comes first
+    rows = {row: [first.setdefault(tuple(line.args), line) for line in lines] for row, lines in rows.items()}
+    runs = {(line.label, seed): run_of(base, own["name"], line, seed)
+            for row in wanted for line in rows[row] for seed in range(own["seeds"] or SEEDS[row])}
+    return rows, list(runs.values())
+
+
+def run_of(base, name, line, seed):
+    out = f"out/ablations/{name}/{short(line.label)}/{seed}"
+    command = ["python", "train.py", *base, *line.args, "--threads=1", f"--seed={seed}", f"--out_dir={out}"]
+    return Run(line, seed, command, ROOT / out)
 
 
 # ---- run ---------------------------------------------------------------------------------------------------
 
 def execute(command, log):
-    """Runs a command line in the repository's root. Returns whether it succeeded; its output goes to
-    the file log."""
+    """Runs a command line in the repository's root, its output to the file log -> whether it succeeded."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "a") as f:
-        code = subprocess.run([sys.executable, *command[1:]], cwd=ROOT, stdout=f,
-                              stderr=subprocess.STDOUT).returncode
+        code = subprocess.run([sys.executable, *command[1:]], cwd=ROOT, stdout=f, stderr=f).returncode
     if code:
-        print(f"failed ({code}): {shlex.join(command)}\n  "
-              + (log.read_text().strip().splitlines() or [""])[-1], flush=True)
+        last = (log.read_text().strip().splitlines() or [""])[-1]
+        print(f"failed ({code}): {shlex.join(command)}\n  {last}", flush=True)
     return code == 0
 
 
-def run_all(commands, folder, base, jobs):
-    """commands: {(label, seed): (command line, arguments of the label, its analysis or None)}. First the
-    analyses, one after the other (they share one file), then the trainings, so many at a time; then the same
-    for the analyses that start from the adapter of a run."""
-    for tuned in (False, True):
-        some = {k: c for k, c in commands.items()
-                if any(o.startswith("--init_adapter=") for o in c[2] or ()) == tuned}
-        for need in dict.fromkeys(tuple(need) for _, _, need in some.values() if need):
-            if not Path(ROOT, need[-1].partition("=")[2]).exists():
-                execute([*SENSITIVITY, *base, "--threads=1", *need], ROOT / folder / "sensitivity.log")
-        train_all(some, jobs)
-
-
-def train_all(commands, jobs):
-    def one(key):
-        command, args, _ = commands[key]
-        out = Path(ROOT, command[-1].partition("=")[2])
-        if not finished(command) and all(Path(ROOT, a).exists() for a in args if a.endswith(".py")):
-            if execute(command + ["--resume=True"], out / "log.txt"):
-                print(f"done: {key[0]}, seed {key[1]}", flush=True)
-
+def run_all(runs, base, jobs):
+    """First the analyses, one after the other, for they share a file; then the trainings, so many at a time:
+    all lines with the first seed, then with the second."""
+    for analysis in dict.fromkeys(r.line.analysis for r in runs if r.line.analysis):
+        path = ROOT / analysis[-1].removeprefix("--out=")
+        if not path.exists():
+            execute([*ANALYSIS, *base, "--threads=1", *analysis], path.parent / "sensitivity.log")
     with ThreadPoolExecutor(jobs) as pool:
-        # all labels with the first seed, then with the second
-        list(pool.map(one, sorted(commands, key=lambda k: k[1])))
+        list(pool.map(train, sorted(runs, key=lambda r: r.seed)))
+
+
+def train(r):
+    if finished(r) or not options(r):
+        return
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    r.out.mkdir(parents=True, exist_ok=True)
+    write_text(r.out / "about.json", json.dumps(dict(commit=commit.stdout.strip(), options=options(r))))
+    if execute(r.command + ["--resume=True"], r.out / "log.txt"):
+        print(f"done: {r.line.label}, seed {r.seed}", flush=True)
+
+
+def about(r):
+    """What was noted when the run began."""
+    path = r.out / "about.json"
+    return json.loads(path.read_text()) if path.exists() else dict(commit="", options="")
+
+
+def options(r):
+    """All that this train.py is told, the ratios in a file too. "": that file is not here."""
+    if r.line.analysis and not Path(ROOT, r.line.args[0]).exists():
+        return ""
+    return repr(config.load(r.command[2:]))
+
+
+def finished(r):
+    """UserError where its directory holds a run of other options, or of ratios that were chosen anew."""
+    if not (r.out / "result.json").exists():
+        return False
+    there, here = about(r)["options"], options(r)
+    if there and here and there != here:
+        raise UserError(f"{r.out} holds a run of other options (about.json) than `{shlex.join(r.command)}`: "
+                        "remove it, or give another --name")
+    return True
 
 
 # ---- collect -----------------------------------------------------------------------------------------------
 
-def finished(command):
-    """Whether the run of this command line has. UserError where its directory holds one of other options, or
-    of ratios that were chosen anew since."""
-    out = Path(ROOT, command[-1].partition("=")[2])
-    if not (out / "result.json").exists():
-        return False
-    states = sorted((out / "state").glob("*/state.json"))
-    if states and all(Path(ROOT, a).exists() for a in command[2:] if a.endswith(".py")):
-        there = vars(config.Config()) | json.loads(states[-1].read_text())["info"]["config"]
-        here = json.loads(json.dumps(asdict(config.load(command[2:]))))
-        odd = [f"{k} = {there[k]!r}, not {v!r}" for k, v in here.items()
-               if k not in ("out_dir", "resume", "device") and there[k] != v]
-        if odd:
-            raise UserError(f"{out} holds a run with {odd[0]}: remove it, or give another --name")
-    return True
-
-
 def read(out):
-    """What a finished run wrote -> {quantity: number}, and "losses", its training losses."""
-    result = json.loads((out / "result.json").read_text())
+    """What a finished run wrote: its numbers, and its course, which only compare() needs."""
+    r = json.loads((out / "result.json").read_text())
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    r = {k: result.get(k) for k in ("after", "before", "test_loss", "val_loss", "seconds", "flops",
-                                    "dense_flops", "time_ratio")}
-    seen = [m for m in lines if m.get("sparse_loss") is not None]
-    if seen:
-        r["rise_at_switch"] = seen[0]["sparse_loss"] - seen[0]["dense_loss"]
-    if result.get("sparse_loss") is not None:
-        r["rise_at_end"] = result["sparse_loss"] - result["dense_loss"]
-    r["losses"] = [m["loss"] for m in lines if "loss" in m]
+    steps = [m for m in lines if "loss" in m]
+    switch = [m["sparse_loss"] - m["dense_loss"] for m in lines if m.get("sparse_loss") is not None]
+    if switch:
+        r["rise_at_switch"] = switch[0]
+    if r.get("sparse_loss") is not None:
+        r["rise_at_end"] = r["sparse_loss"] - r["dense_loss"]
+    r["steps"] = len(steps)
+    r["losses"] = [m["loss"] for m in steps]
+    r["sparse"] = [m["scale"] > 0 for m in steps]
+    # up to each step, in dense steps. A sparse one counts time_ratio: the two were timed in turn, so what
+    # else the machine did meanwhile hit both
+    r["times"] = list(accumulate((r["time_ratio"] if sparse else 1.0 for sparse in r["sparse"]), initial=0.0))
     r["evaluations"] = [(m["step"], m["val_loss"]) for m in lines if m.get("val_loss") is not None]
-    scales = [m["scale"] for m in lines if "loss" in m]
-    r["switch"] = next((i for i, scale in enumerate(scales) if scale), None)
-    r["steps"] = len(scales)
-    # up to each step, a dense one's is 1
-    r["times"] = list(accumulate((r["time_ratio"] if scale else 1.0 for scale in scales), initial=0.0))
-    if result.get("val_loss") is not None:
-        r["evaluations"].append((r["steps"], result["val_loss"]))
-    return {k: v for k, v in r.items() if v is not None}
+    if r.get("val_loss") is not None:
+        r["evaluations"].append((r["steps"], r["val_loss"]))
+    return r
 
 
 def compare(r, dense):
-    """Adds what needs the dense run of the same seed: the share of its FLOPs and of its time, and the spike:
-    by how much the training loss of the first five sparse steps lies over that of the dense
-    run on the same batches. A sparse step's time is counted as time_ratio dense ones: the two were timed in
-    turn, so what else the machine did meanwhile hit both. What needs the course of a run is left as it is
-    where ablations.json alone remembers the run."""
+    """Adds what needs the dense run of the same seed, of which ablations.json may remember no more than the
+    numbers: shares of FLOPs and time; the spike, by how much the training loss of the first five sparse steps
+    lies over the dense run's on the same batches; and when a validation loss is reached."""
     # against the dense FLOPs that the run itself counted: whatever a version counts, it counts in both
     r["flops_share"] = r["flops"] / r["dense_flops"] * r["steps"] / dense["steps"]
-    if "times" in r:
-        r["time_share"] = r["times"][-1] / dense["steps"]
-    if "switch" in r and {"losses"} <= r.keys() & dense.keys():
-        both = [(a, b) for a, b in list(zip(r["losses"], dense["losses"]))[r["switch"]:r["switch"] + 5]
-                if a is not None and b is not None]  # a step that was skipped has none
-        r["spike"] = sum(a - b for a, b in both) / max(1, len(both))
+    r["time_share"] = r["times"][-1] / dense["steps"]
+    if any(r.get("sparse", ())) and "losses" in dense:
+        first = r["sparse"].index(True)
+        pairs = list(zip(r["losses"], dense["losses"]))[first:first + 5]
+        rises = [a - b for a, b in pairs if a is not None and b is not None]  # a skipped step has no loss
+        r["spike"] = sum(rises) / max(1, len(rises))
     if min(len(x.get("evaluations", ())) for x in (r, dense)) > 9:
         # 20 losses down to the last that both reach: a single one, late and so on a flat curve, says little
         # (SmolLM2, three seeds: the last alone .87, 1.07, .81, the mean .95, .98, .91)
@@ -247,120 +246,81 @@ def compare(r, dense):
 
 
 def reach(r, high, low, n=20):
-    """When the validation loss first is at a target, between two evaluations on a line: the mean over n
-    targets, evenly from high (not included) to low."""
-    points = [dict(val_loss=value, time=r["times"][step]) for step, value in r["evaluations"]]
+    """The mean time to n validation losses, evenly from high (not included) to low."""
+    points = [(value, r["times"][step]) for step, value in r["evaluations"]]
     # max: rounding must not put the last target below what both reach
-    return sum(plot.reach(points, max(low, high - (high - low) * i / n))[0] for i in range(1, n + 1)) / n
+    return sum(time_to(points, max(low, high - (high - low) * i / n)) for i in range(1, n + 1)) / n
 
 
-def collect(commands, rows, base, known):
-    """known: what ablations.json has of this base. Its runs, which may lie on another machine, stay unless
-    they were made again or their command line has changed since.
-    -> {label: {"command", "rows", "seeds": {seed: {quantity: number}},
-    "summary": {quantity: {mean, error, n}}}}"""
-    out = {}
-    for (label, seed), (command, args, need) in commands.items():
-        if label not in out:
-            old = known.get(label, {})
-            ratios = old.get("ratios")
-            if need and Path(ROOT, args[0]).exists():
-                # the first line of a file of ratios is the command that wrote it
-                ratios = Path(ROOT, args[0]).read_text().partition("\n")[0].removeprefix("# ")
-            out[label] = dict(command=(f"{ratios} && " if ratios else "") + shlex.join(command[:-2]),
-                              ratios=ratios, base=shlex.join(command[:2] + base), args=shlex.join(args),
-                              rows=[n for n in rows if label in dict(rows[n])], seeds={})
-            if old.get("command") == out[label]["command"]:
-                out[label]["seeds"].update(old["seeds"])
-        if finished(command):
-            out[label]["seeds"][str(seed)] = read(Path(ROOT, command[-1].partition("=")[2]))
-    out = {label: entry for label, entry in out.items() if entry["seeds"]}
-    # else the dense run of usual length
-    reference = {label: rows[n][0][0] for n in (8, 9) for label, _ in rows[n]}
-    for label, entry in out.items():
-        for seed, r in entry["seeds"].items():
-            dense = out.get(reference.get(label, "dense LoRA"), {"seeds": {}})["seeds"].get(seed)
-            if dense:
-                compare(r, dense)
-    for label, entry in out.items():
-        entry["seeds"] = dict(sorted(entry["seeds"].items(), key=lambda item: int(item[0])))
-        some = entry["seeds"].values()
-        for r in some:
-            for key in ("losses", "evaluations", "times"):
-                r.pop(key, None)
-        keys = dict.fromkeys(k for r in some for k in r if k != "switch")
-        entry["summary"] = {k: summary([r[k] for r in some if k in r]) for k in keys}
-    for label, entry in out.items():
-        against(entry["summary"], out.get(reference.get(label, "dense LoRA"), {}).get("summary", {}))
-    # at the end those of other options, as --mlp
-    return out | {label: entry for label, entry in known.items() if (label, 0) not in commands}
+def time_to(points, target):
+    """points: [(loss, time)] -> when the loss first is at the target, on a line between two; None: never."""
+    before = None
+    for loss, time in points:
+        if loss <= target:
+            if before is None:
+                return time
+            return before[1] + (time - before[1]) * (before[0] - target) / (before[0] - loss)
+        before = loss, time
+    return None
 
 
-def against(s, dense):
-    """Adds the difference in accuracy of two summaries. Seeds are no pairs: rounding alone makes another run
-    (results/README.md)."""
-    if "after" in s and "after" in dense and s is not dense:
-        errors = [x["after"]["error"] for x in (s, dense)]
-        s["vs_dense"] = dict(mean=s["after"]["mean"] - dense["after"]["mean"], n=s["after"]["n"],
-                             error=None if None in errors else math.hypot(*errors))
+def collect(base, name, rows, known):
+    """known: the runs of this base that ablations.json has. They may lie on another machine, and stay unless
+    they were made again or their line is another command now. -> the same with those found here."""
+    lines = {line.label: line for some in rows.values() for line in some}
+    runs = {(r["label"], r["seed"]): r for r in known}
+    for label, line in lines.items():
+        head = dict(label=label, rows=[row for row in rows if line in rows[row]])
+        head["options"] = shlex.join(line.args)
+        for r in [r for r in known if r["label"] == label]:
+            del runs[label, r["seed"]]
+            if r["options"] == head["options"]:
+                runs[label, r["seed"]] = r | head
+        for out in (ROOT / "out/ablations" / name / short(label)).glob("[0-9]*"):
+            r = run_of(base, name, line, int(out.name))
+            if finished(r):
+                runs[label, r.seed] = head | dict(seed=r.seed, commit=about(r)["commit"]) | read(out)
+    for (label, seed), r in runs.items():
+        dense = runs.get((rows[r["rows"][0]][0].label, seed)) if "times" in r else None
+        if dense:
+            compare(r, dense)
+    order = [*lines, *(r["label"] for r in known)]  # at the end those of other options, as --mlp
+    return [kept(runs[key]) for key in sorted(runs, key=lambda key: (order.index(key[0]), key[1]))]
 
 
-def numbers(own, key, kind=float):
-    try:
-        return [kind(v) for v in own[key].split(",") if v]
-    except ValueError:
-        raise UserError(f"--{key}={own[key]} has to be numbers with commas between") from None
+def kept(r):
+    """What ablations.json keeps of a run, seven digits of each number."""
+    head = {key: r[key] for key in HEAD if key in r}
+    return head | {key: float(f"{r[key]:.7g}") for key in NUMBERS if r.get(key) is not None}
 
 
-def command_lines(base, own):
-    """-> (rows, {(label, seed): (command line as a list, arguments of the label, options of the analysis that
-    it needs, or None)} of all rows, the keys of those to run, folder)."""
-    cfg = config.load(base)
-    layers = json.loads((resolve(cfg.model) / "config.json").read_text())["num_hidden_layers"]
-    folder = f"out/ablations/{own['name']}"
-    rows, needs = table(cfg, layers, folder, numbers(own, "mlp"), numbers(own, "attn"),
-                        numbers(own, "budgets"), own["blocks"])
-    wanted, commands, keys = numbers(own, "rows", int), {}, []
-    if not set(wanted) <= set(rows):
-        raise UserError(f"--rows={own['rows']} has to be some of {','.join(map(str, rows))}")
-    for n, (label, args) in ((n, run) for n in [*wanted, *(n for n in rows if n not in wanted)]
-                             for run in rows[n]):
-        seeds = own["seeds"] or SEEDS.get(n, 3)
-        for seed in range(max(10, seeds)):  # more than are run now, for those that ablations.json knows
-            command = ["python", "train.py", *base, *args, "--threads=1", f"--seed={seed}",
-                       f"--out_dir={folder}/{short(label)}/{seed}"]
-            this = command, args, needs.get(args[0]) if args else None
-            assert commands.get((label, seed), this) == this, f"two runs are called {label}"
-            commands[label, seed] = this
-            if n in wanted and seed < seeds and (label, seed) not in keys:
-                keys.append((label, seed))
-    return rows, commands, keys, folder
+def one_run_a_line(everything):
+    return json.dumps(everything).replace('{"label": ', '\n{"label": ') + "\n"
 
 
 def main(argv):
     own, base = split_options(argv, __doc__, **OWN)
-    base = base if any(a.endswith(".py") for a in base) else ["config/tiny.py", *base]
-    rows, commands, keys, folder = command_lines(base, own)
+    if not any(arg.endswith(".py") for arg in base):
+        base = ["config/tiny.py", *base]
+    rows, runs = command_lines(base, own)
     if own["dry"]:
-        return print("\n".join(shlex.join(commands[k][0]) for k in keys))
+        return print("\n".join(shlex.join(r.command) for r in runs))
+    name, command = own["name"], shlex.join(["python", "train.py", *base])
     path = ROOT / "results" / "ablations.json"
     everything = json.loads(path.read_text()) if path.exists() else {}
-    known, line = everything.get(own["name"], {}), shlex.join(["python", "train.py", *base])
-    for entry in known.values():
-        if entry["base"] != line:
-            raise UserError(f"{path} holds runs of `{entry['base']}` as {own['name']}, not of `{line}`: "
-                            "give another --name")
+    ratios = shlex.join([*ANALYSIS, *base, "--threads=1"])
+    ours = everything.setdefault(name, dict(command=command, ratios=ratios, runs=[]))
+    if ours["command"] != command:
+        raise UserError(f"{path} holds runs of `{ours['command']}` as {name}, not of `{command}`: "
+                        "give another --name")
     if not own["collect"]:
-        run_all({k: commands[k] for k in keys}, folder, base, own["jobs"])
-    found = collect(commands, rows, base, known)
-    if not found:
-        raise UserError(f"no run under {folder} has finished: nothing to collect")
-    everything[own["name"]] = found
-    write_text(path, json.dumps(everything, indent=1) + "\n")
-    write_text(path.with_suffix(".md"), tables.markdown(everything, TITLES))
-    if (ROOT / "README.md").exists():
-        write_section(ROOT / "README.md", "ablations", tables.readme(everything))
-    tables.draw_budgets(everything[own["name"]], path.with_name(f"budgets_{own['name']}.png"))
+        run_all(runs, base, own["jobs"])
+    ours["runs"] = collect(base, name, rows, ours["runs"])
+    if not ours["runs"]:
+        raise UserError(f"no run under out/ablations/{name} has finished: nothing to collect")
+    write_text(path, one_run_a_line(everything))
+    write_text(path.with_suffix(".md"), tables.markdown(everything))
+    tables.draw(name, ours["runs"], path.with_name(f"budgets_{name}.png"))
     print(path.with_suffix(".md"))
 
 

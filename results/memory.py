@@ -1,21 +1,23 @@
 """What fits where: counts the bytes of a training step, without a GPU.
 
-    python -m results.memory            writes results/memory.md (three minutes of one core)
+    python -m results.memory            writes results/memory.md (a quarter of an hour of one core)
 
-The step is run for real, on the meta device: every tensor that model.py and sparse.py make is there, with its
-shape and type but without storage, and a dispatch mode follows how many bytes are alive at once, in forward
-and backward. Three things that PyTorch or Triton compute in one kernel on a GPU, but from parts on other
-devices, are replaced by functions that keep and return what those kernels do: attention (flash), RMSNorm and
-SwiGLU. Counted beside that: weights, LoRA with its gradient and AdamW's two moments (16 bytes a weight), one
-chunk of the loss's logits, and 1.2 GB for the CUDA context and the allocator's gaps. Nothing of this was
-measured on a GPU.
+The step is run for real, on torch's fake tensors: every tensor that model.py and sparse.py make is there,
+with its shape and type but without storage, and a dispatch mode follows how many bytes are alive at once, in
+forward and backward. Three things that PyTorch or Triton compute in one kernel on a GPU, but from parts on
+other devices, are replaced by functions that keep and return what those kernels do: attention (flash),
+RMSNorm and SwiGLU. Counted beside that: weights, LoRA with its gradient and AdamW's two moments (16 bytes a
+weight), one chunk of the loss's logits, and 1.2 GB for the CUDA context and the allocator's gaps. Nothing of
+this was measured on a GPU.
 """
 import bisect
 import weakref
 from functools import cache, partial
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import Function
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -35,6 +37,14 @@ MODELS = {"8B": dict(BASE, vocab_size=128256, hidden_size=4096, intermediate_siz
                       num_hidden_layers=80, num_attention_heads=64, num_key_value_heads=8)}
 CARDS = 24, 48, 80, 141  # GB of 10^9 bytes
 RESERVE = 1.2e9
+FAKE = FakeTensorMode()  # of a CPU: the meta device has no random generator, which attach() wants
+HEAD = """# What fits where (counted, not measured: `python -m results.memory`)
+
+bf16 weights, LoRA of rank 32 on q, k, v, o, examples of 512 tokens of which 128 are scored. A cell is the
+largest `micro_batch_size`, dense / sparse (the ratios of config/math.py; a sparse run starts with dense
+steps, so its dense number holds unless `sparse_start = 0`); after the semicolon with `--recompute=True`. "-"
+does not fit, 64 is where the table ends. A `batch_size` above it is accumulated.
+"""
 
 
 class Alive(TorchDispatchMode):
@@ -87,43 +97,35 @@ class Norm(Function):
         return torch.empty_like(dy), None
 
 
-def keep_channels(model, mlp, attn):
-    """Fixed channels at these ratios, as predictor svd has them: numbers, no copies of rows."""
-    for i, (b, m, a) in enumerate(zip(model.blocks[:-1], mlp, attn)):
-        for part, ratio, n, energies, keep in (
-                (b.attn, a, b.attn.n_kv_heads * b.attn.head_dim, len(b.attn.qkv), predictor.keep_attention),
-                (b.mlp, m, len(b.mlp.down), len(b.mlp.down), predictor.keep_mlp)):
-            if ratio:
-                p = part.predictor = predictor.Predictor(part, ratio, "measured", None, keep, n, energies)
-                p.c = predictor.count(n, ratio)
-                p.fixed = keep(part, torch.empty(energies, device="meta"), p.c)
-
-
 def make_model(shape, r=32):
-    """On the meta device, in bf16, with LoRA on q, k, v, o."""
-    model = llama.LLaMA(llama.ModelConfig.from_dict(shape), torch.bfloat16, "meta")
-    model.add_lora(r, 2 * r)
+    """In bf16, with LoRA on q, k, v, o."""
+    with FAKE:
+        model = llama.LLaMA(llama.ModelConfig.from_dict(shape), torch.bfloat16, "cpu")
+        model.add_lora(r, 2 * r)
     return model.train()
 
 
+def keep_channels(model, mlp, attn):
+    """Sparse at these ratios. Which channels are kept does not matter, their number does."""
+    with FAKE:
+        predictor.attach(model, mlp, attn, kind="random")
+
+
 def step_bytes(model, examples, recompute, length=512, scored=128):
-    """The most bytes that a step of so many examples has alive besides weights and what belongs
-    to LoRA's weights."""
+    """The most bytes that a step of so many examples has alive besides weights and what belongs to LoRA's
+    weights."""
     tokens = data.Tokenized([0] * (length + 1), [0.0] * (length + 1 - scored) + [1.0] * scored)
-    batch = data.collate([tokens] * examples).to("meta")
-    for p in model.lora_parameters().values():
-        p.grad = torch.zeros_like(p)
     model.recompute = recompute
-    attend, norm, swiglu, backward = llama.attend, llama.Block.norm, kernels.swiglu, kernels.swiglu_backward
-    llama.attend, llama.Block.norm = Attend.apply, lambda self, x, w: Norm.apply(x, w)
-    kernels.swiglu = lambda gu: gu.new_empty(len(gu), gu.shape[1] // 2)
-    kernels.swiglu_backward = lambda dh, gu: torch.empty_like(gu)
-    try:
+    with (FAKE,
+          patch.object(llama, "attend", Attend.apply),
+          patch.object(llama.Block, "norm", lambda self, x, w: Norm.apply(x, w)),
+          patch.object(kernels, "swiglu", lambda gu: gu.new_empty(len(gu), gu.shape[1] // 2)),
+          patch.object(kernels, "swiglu_backward", lambda dh, gu: torch.empty_like(gu))):
+        batch = data.collate([tokens] * examples)
+        for p in model.lora_parameters().values():
+            p.grad = torch.zeros_like(p)
         with Alive() as alive:
             model.loss(batch).backward()
-    finally:
-        llama.attend, llama.Block.norm, kernels.swiglu, kernels.swiglu_backward = (
-            attend, norm, swiglu, backward)
     chunk = 2 ** 26 // model.config.vocab_size  # rows of logits, in bf16, fp32 and bf16 again
     return alive.peak + min(chunk, examples * scored) * model.config.vocab_size * 8
 
@@ -134,73 +136,59 @@ def weight_bytes(model, ranks):
     all of the embedding and the head."""
     lora = sum(p.numel() for p in model.lora_parameters().values())
     block = 2 * sum(p.numel() for p in model.blocks[0].parameters()) - 2 * lora // len(model.blocks)
-    rest = 2 * (model.embed.numel() + model.head.numel() * (model.head is not model.embed))
     blocks = len(model.blocks) * block
-    return rest + (blocks if ranks == 1 else blocks / ranks + 3 * block), 16 * lora
+    rest = 2 * (model.embed.numel() + model.head.numel() * (model.head is not model.embed))
+    if ranks == 1:
+        return rest + blocks, 16 * lora
+    return rest + blocks / ranks + 3 * block, 16 * lora
+
+
+def two_models(shape):
+    """One dense, one with the ratios of config/math.py: at the same relative depth the same ratio."""
+    math = config.load(["config/math.py", "--model=x/Meta-Llama-3-8B-Instruct"])
+    n, dense, sparse = shape["num_hidden_layers"], make_model(shape), make_model(shape)
+    mlp, attn = (config.ratios(r, 32, "ratio") for r in (math.mlp_sparsity, math.attn_sparsity))
+    keep_channels(sparse, *([r[i * 32 // n] for i in range(n)] for r in (mlp, attn)))
+    return dense, sparse
 
 
 def fits(card, fixed, count):
     """The largest number of examples at once, up to 64. count(n): bytes of a step of n examples."""
-    return bisect.bisect_right(range(1, 65), card * 1e9 - RESERVE - fixed, key=count)
+    room = card * 1e9 - RESERVE - fixed
+    return bisect.bisect_right(range(1, 65), room, key=count) if room > 0 else 0
 
 
-def table():
-    lines = ["| model | GPUs | weights, LoRA (GB a GPU) | " + " | ".join(f"{c} GB" for c in CARDS) + " |",
-             "|---" * (3 + len(CARDS)) + "|"]
-    math_ratios = config.load(["config/math.py"])
-    for name, shape in MODELS.items():
-        n = shape["num_hidden_layers"]
-        model = make_model(shape)
-        dense_model, model = model, make_model(shape)
-        mlp = config.ratios(math_ratios.mlp_sparsity, 32, "mlp")
-        attn = config.ratios(math_ratios.attn_sparsity, 32, "attn")
-        # the same depth, the same ratio
-        keep_channels(model, *([r[i * 32 // n] for i in range(n)] for r in (mlp, attn)))
-        count = cache(lambda kind, recompute, n: step_bytes(model if kind == "sparse" else dense_model, n,
-                                                            recompute))
-        for gpus, ranks in (("1, or each of 8", 1), ("8, fsdp", 8)):
-            frozen, lora = weight_bytes(model, ranks)
-            cells = []
-            for card in CARDS:
-                found = {(kind, k): fits(card, frozen + lora, partial(count, kind, k))
-                         for kind in ("dense", "sparse") for k in (False, True)}
-                best = [" / ".join(str(found[kind, k] or "-")
-                                   for kind in ("dense", "sparse")) for k in (False, True)]
-                cells.append("-" if max(found.values()) < 1 else f"{best[0]}; {best[1]}")
-            lines.append(f"| {name} | {gpus} | {frozen / 1e9:.1f} + {lora / 1e9:.1f} | "
-                         + " | ".join(cells) + " |")
-        if name == "8B":
-            frozen, lora = weight_bytes(model, 1)
-            dense, sparse = (step_bytes_8(shape, kind, mlp, attn) for kind in ("dense", "sparse"))
-            parts = [("weights, bf16", frozen),
-                     ("LoRA r 32 on q, k, v, o: weights, gradient, two moments in fp32", lora),
-                     ("a step of 8 x 512 tokens with recompute, dense", dense),
-                     ("(the same step, sparse)", sparse), ("CUDA context and gaps", RESERVE)]
-            total = frozen + lora + dense + RESERVE
-            eight = ([f"| {what} | {n / 1e9:.2f} GB |" for what, n in parts]
-                     + [f"| all, dense | {total / 1e9:.2f} GB |"])
-    return lines, eight
+def rows(name, shape):
+    """The table's rows of one model, on one GPU and on eight."""
+    models = two_models(shape)
+    count = cache(lambda model, recompute, n: step_bytes(model, n, recompute))
+    for gpus, ranks in (("1, or each of 8", 1), ("8, fsdp", 8)):
+        frozen, lora = weight_bytes(models[0], ranks)
+        cells = []
+        for card in CARDS:
+            found = [[fits(card, frozen + lora, partial(count, model, recompute)) for model in models]
+                     for recompute in (False, True)]
+            text = "; ".join(" / ".join(str(n or "-") for n in pair) for pair in found)
+            cells.append(text if any(map(any, found)) else "-")
+        yield f"| {name} | {gpus} | {frozen / 1e9:.1f} + {lora / 1e9:.1f} | " + " | ".join(cells) + " |"
 
 
-def step_bytes_8(shape, kind, mlp, attn):
-    model = make_model(shape)
-    if kind == "sparse":
-        keep_channels(model, mlp, attn)
-    return step_bytes(model, 8, True)
+def small_card():
+    """What LLaMA-3-8B takes of 24 GB, part by part."""
+    dense, sparse = two_models(MODELS["8B"])
+    frozen, lora = weight_bytes(dense, 1)
+    step = step_bytes(dense, 8, True)
+    parts = {"weights, bf16": frozen, "LoRA r 32 on q, k, v, o: weights, gradient, two moments in fp32": lora,
+             "a step of 8 x 512 tokens with recompute, dense": step,
+             "(the same step, sparse)": step_bytes(sparse, 8, True), "CUDA context and gaps": RESERVE,
+             "all, dense": frozen + lora + step + RESERVE}
+    return [f"| {what} | {n / 1e9:.2f} GB |" for what, n in parts.items()]
 
 
 if __name__ == "__main__":
-    lines, eight = table()
-    text = ("# What fits where (counted, not measured: `python -m results.memory`)\n\n"
-            "bf16 weights, LoRA of rank 32 on q, k, v, o, examples of 512 tokens of which 128 are scored. "
-            "A cell is the largest `micro_batch_size`,\n"
-            "dense / sparse (the ratios of config/math.py; a sparse run starts with dense steps, so its "
-            "dense number holds unless `sparse_start = 0`);\n"
-            'after the semicolon with `--recompute=True`. "-" does not fit, 64 is where the table ends. '
-            "A `batch_size` above it is accumulated.\n\n"
-            f"{chr(10).join(lines)}\n\n"
-            "LLaMA-3-8B on a 24 GB card:\n\n"
-            "| what | bytes |\n|---|---|\n"
-            f"{chr(10).join(eight)}\n")
-    (Path(__file__).parent / "memory.md").write_text(text)
-    print(text)
+    cards = " | ".join(f"{card} GB" for card in CARDS)
+    lines = [HEAD, f"| model | GPUs | weights, LoRA (GB a GPU) | {cards} |", "|---" * (3 + len(CARDS)) + "|",
+             *(row for name, shape in MODELS.items() for row in rows(name, shape)),
+             "", "LLaMA-3-8B on a 24 GB card:", "", "| what | bytes |", "|---|---|", *small_card()]
+    (Path(__file__).parent / "memory.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))

@@ -1,137 +1,67 @@
-"""The tables and pictures of results/ablations.py: ablations.md, the README's part of it, the budgets' curve.
+"""ablations.md and its pictures, from the runs that results/ablations.py has collected.
 """
 import math
 
-from predictor import KINDS
+TITLES = dict(channels="Which channels", ratios="Where the ratios come from, at equal FLOPs",
+              tokens="Which tokens are dense", budgets="Budgets, against dense LoRA stopped early",
+              long="Ten times as long", sooner="Who has a given validation loss sooner")
+COLUMNS = dict(after=("accuracy", "{:.1%}"), vs_dense=("against dense", "{:+.1%}"),
+               test_loss=("test loss", "{:.4f}"), val_loss=("validation loss", "{:.4f}"),
+               over=("above dense LoRA's, same seed", "{:+.4f}"), sooner=("time to a loss", "{:.0%}"),
+               rise_at_switch=("rise at switch", "{:+.3f}"), rise_at_end=("rise at end", "{:+.3f}"),
+               spike=("spike", "{:+.3f}"), flops_share=("FLOPs", "{:.0%}"), time_share=("time", "{:.0%}"))
+# bases whose answers say nothing (2 of 64 right), so that losses are compared: with the same seed they are
+# pairs (differences spread by .0006, losses by .006), which the embedded base's runs are not (README.md)
+BY_LOSS = "smollm2", "smollm2_math"
+KINDS = "oracle", "measured", "energy", "svd", "random", "worst"  # from the best to the worst that is known
+HEAD = """# Ablations
 
-RATIO_OPTIONS = ("--predictor=", "--budget=", "--init_adapter=", "--out=")  # by which files of ratios differ
-COLUMNS = (("after", "accuracy", "{:.1%}"), ("vs_dense", "against dense", "{:+.1%}"),
-           ("test_loss", "test loss", "{:.4f}"), ("val_loss", "validation loss", "{:.4f}"),
-           ("over", "above dense LoRA's, same seed", "{:+.4f}"),
-           ("sooner", "time to a loss", "{:.0%}"), ("rise_at_switch", "rise at switch", "{:+.3f}"),
-           ("rise_at_end", "rise at end", "{:+.3f}"), ("spike", "spike", "{:+.3f}"),
-           ("flops_share", "FLOPs", "{:.0%}"), ("time_share", "time", "{:.0%}"))
+Made by results/ablations.py; every run is a line of ablations.json, with its commit. Mean ± standard error
+over n seeds.
 
-
-def budgets(*some):
-    """{label: its name in the README} of row 7's sparse runs."""
-    return {f"{kind}, sensitivity, budget {b}": f"{kind}, budget {b}" for kind in KINDS[:2] for b in some}
-
-
-def fewer(*steps):
-    labels = ["dense LoRA", *(f"dense LoRA, {n} steps" for n in steps)]
-    return dict(zip(labels, labels))
-
-
-# The README's tables of costs: (base, title, quantities, the one of the last column, {label: its name there})
-SHIPPED = "as configured: measured, MLP .9 in blocks 20-28"
-COSTS = (("tiny", "embedded default", ("after", "test_loss"), "after",
-          {**fewer(360, 320, 280, 240), "svd, MLP 0.9": "as configured: svd, MLP .9 in blocks 1-4",
-           **budgets(.9, .85, .8, .75, .7)}),
-         ("smollm2", "SmolLM2, GSM8K", ("val_loss", "over"), "over",
-          {**fewer(27, 24, 21), "as configured": SHIPPED, **budgets(.95, .9, .85, .75)}),
-         ("smollm2_math", "SmolLM2, LLM-Adapters' math", ("val_loss", "after", "over"), "over",
-          {**fewer(54, 48, 42), "measured, MLP 0.9 in blocks 20-28": SHIPPED, **budgets(.95, .9, .85, .75)}))
-# and those of channels and of tokens: (base, title, quantity, label of a selector, or of the default)
-CHANNELS = (("tiny", "embedded default, MLP .9", "after", "{}, MLP 0.9"),
-            ("tiny", "MLP .95", "after", "{}, MLP 0.95"), ("tiny", "MLP .97", "after", "{}, MLP 0.97"),
-            ("lists", "lists of words, MLP .9", "after", "{}, MLP 0.9"),
-            ("multihead", "multi-head base, MLP .9", "after", "{}, MLP 0.9"),
-            ("smollm2", "SmolLM2, GSM8K, MLP .5: loss", "val_loss", "{}, MLP 0.5"),
-            ("smollm2_math", "SmolLM2, math, MLP .9 in 20-28: loss", "val_loss",
-             "{}, MLP 0.9 in blocks 20-28"))
-TOKENS = (("tiny", "embedded default", "after", "svd, MLP 0.9"),
-          ("lists", "lists of words", "after", "svd, MLP 0.9"),
-          ("smollm2", "SmolLM2, GSM8K: loss", "val_loss", "as configured"),
-          ("smollm2_math", "SmolLM2, math: loss", "val_loss", "measured, MLP 0.9 in blocks 20-28"))
+* accuracy: greedy answers to test problems, after training, dense; against dense: difference of the means, as
+  of independent runs; above dense LoRA's: difference of validation losses
+* time to a loss: over dense LoRA's (under 100%: sooner), the mean over 20 validation losses, from the first
+  that was measured down to the last that both reach
+* rise: of one validation batch's loss when its context runs sparse; spike: training loss of the first five
+  sparse steps over the dense run's
+* FLOPs, time (forward and backward, sparse and dense steps timed in turn): of the whole run over full-length
+  dense LoRA's
+* budget: the share of a dense step's FLOPs for which tools/sensitivity.py chose the ratios
+* dense LoRA's in that time: what dense LoRA with fewer steps reaches in the time of this line, on a line
+  between two runs
+"""
 
 
 def summary(values):
-    """-> mean, standard error (None for one value), n."""
-    n, mean = len(values), sum(values) / len(values)
-    return dict(mean=mean,
-                error=math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1) / n) if n > 1 else None, n=n)
+    """-> mean, standard error (None for one value), n; None for no value."""
+    n = len(values)
+    if n == 0:
+        return None
+    mean, error = sum(values) / n, None
+    if n > 1:
+        error = math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1) / n)
+    return dict(mean=mean, error=error, n=n)
 
 
-def cell(s, form):
-    if s is None:
-        return ""
-    error = "" if s["error"] is None else " ± " + form.replace("+", "").format(s["error"]).rstrip("%")
-    return form.format(s["mean"]) + error
-
-
-def markdown(everything, titles):
-    """everything: ablations.json; titles: {number of a row of runs: its title}. -> ablations.md."""
-    lines = ["# Ablations", "",
-             "Made by results/ablations.py; all numbers are in ablations.json. Mean ± standard error over n "
-             "seeds. accuracy: greedy answers to test problems, after training, dense. against dense: "
-             "the difference of the means, as of independent runs. rise: of one validation batch's loss "
-             "when its context runs sparse. spike: training loss of the first five sparse steps over the "
-             "dense run's. time to a loss: over dense LoRA's (under 100%: sooner), of the mean over 20 "
-             "validation losses, from the first measured down to the last that both reach. FLOPs, time "
-             "(forward and backward, sparse and dense steps timed in turn): of the whole run over "
-             "full-length dense LoRA's.", ""]
-    for name, entries in everything.items():
-        before = [r["before"] for e in entries.values() for r in e["seeds"].values() if "before" in r]
-        base = next(iter(entries.values()))["base"]
-        ratios = {" ".join(word for word in e["ratios"].split() if not word.startswith(RATIO_OPTIONS))
-                  for e in entries.values() if e["ratios"]}
-        lines += [f"## {name}", "", f"`{base} OPTIONS --threads=1 --seed=N`."
-                  + "".join(f" A file of ratios is what `{r} --predictor=KIND --budget=B --out=FILE` wrote."
-                            for r in sorted(ratios))
-                  + (f" Before training: {before[0]:.1%}." if before else ""), ""]
-        for n, title in titles.items():
-            some = {label: e for label, e in entries.items() if n in e["rows"]}
-            if all(min(e["rows"]) < n or label == "dense LoRA" for label, e in some.items()):
-                continue  # all of them stand in a table above
-            shown = [c for c in COLUMNS if any(c[0] in e["summary"] for e in some.values())]
-            lines += [f"### {n}. {title}", "", "| | n | " + " | ".join(c[1] for c in shown) + " | options |",
-                      "|---" * (len(shown) + 3) + "|"]
-            for label, e in some.items():
-                row = [label, str(len(e["seeds"])),
-                       *(cell(e["summary"].get(k), form) for k, _, form in shown),
-                       f"`{e['args']}`" if e["args"] else ""]
-                lines.append("| " + " | ".join(row) + " |")
-            lines.append("")
-    return "\n".join(lines)
-
-
-def readme(everything):
-    """The README's tables: what is reached at which cost, a base each, and which channels and tokens matter.
-    The rest is in ablations.md."""
-    selectors = {k: k for k in ("dense LoRA", "oracle", "measured", *KINDS)}
-    splits = {"tokens in the loss dense": "{}", "random ones": "split random",
-              "a rectangle": "split rectangle", "none": "split none"}
-    done = [costs(everything[name], *rest) for name, *rest in COSTS if name in everything]
-    return "\n".join([*done, across(everything, CHANNELS, selectors), across(everything, TOKENS, splits)])
-
-
-def costs(entries, title, keys, goal, names):
-    """One base, from the dearest run to the cheapest, folded. Beside each sparse run what dense LoRA reaches
-    with so many steps that it takes the same time, on a line between the dense runs there are. "over": of
-    losses with the same seed, which are pairs on SmolLM2 (differences spread by .0006, losses by .006)."""
-    dense = {label for label, e in entries.items() if label.startswith("dense LoRA") and 7 in e["rows"]}
-    some = {label: dict(e["summary"], over=above(e["seeds"], entries["dense LoRA"]["seeds"]))
-            for label, e in entries.items() if label in dense | names.keys()}
-    form = next(f for k, _, f in COLUMNS if k == goal)
-    shown = [c for c in COLUMNS if c[0] in (*keys, "flops_share", "time_share")]
-    line = sorted((s["time_share"]["mean"], s[goal]["mean"], s[goal]["error"])
-                  for s in map(some.get, dense))
-    lines = [f"<details><summary>{title}, run by run</summary>", "",
-             "| | seeds | " + " | ".join(c[1] for c in shown)
-             + " | dense LoRA's in that time |", "|---" * (len(shown) + 3) + "|"]
-    for label in sorted(some.keys() & names.keys(), key=lambda k: -some[k]["flops_share"]["mean"]):
-        s = some[label]
-        exact = ("flops_share", "time_share") if label in dense else ("flops_share",)
-        cells = [cell(s.get(k) and (dict(s[k], error=None) if k in exact else s[k]), f) for k, _, f in shown]
-        cells.append("" if label in dense else cell(between(line, s["time_share"]["mean"]), form))
-        lines.append(" | ".join([f"| {names[label]}", str(len(entries[label]["seeds"])), *cells]) + " |")
-    return "\n".join(lines) + "\n\n</details>\n"
-
-
-def above(seeds, dense):
-    """Validation losses less dense LoRA's with the same seed, a summary."""
-    return summary([r["val_loss"] - dense[s]["val_loss"] for s, r in seeds.items() if s in dense])
+def summaries(runs, row):
+    """-> {label: {quantity: summary or None, "n", "options"}} of one row, from all runs of a base."""
+    lines, out = {}, {}
+    for r in runs:
+        if row in r["rows"]:
+            lines.setdefault(r["label"], {})[r["seed"]] = r
+    dense = next((seeds for label, seeds in lines.items() if label.startswith("dense LoRA")), {})
+    for label, seeds in lines.items():
+        s = {key: summary([r[key] for r in seeds.values() if key in r]) for key in COLUMNS}
+        base = summary([r["after"] for r in dense.values() if "after" in r])
+        if s["after"] and base and seeds is not dense:
+            errors = base["error"], s["after"]["error"]
+            error = None if None in errors else math.hypot(*errors)
+            s["vs_dense"] = dict(mean=s["after"]["mean"] - base["mean"], error=error, n=s["after"]["n"])
+        s["over"] = summary([r["val_loss"] - dense[seed]["val_loss"] for seed, r in seeds.items()
+                             if seed in dense and "val_loss" in r])
+        out[label] = s | dict(n=len(seeds), options=next(iter(seeds.values()))["options"])
+    return out
 
 
 def between(points, x):
@@ -145,43 +75,126 @@ def between(points, x):
     return dict(mean=points[-1][1], error=points[-1][2])
 
 
-def across(everything, columns, names):
-    """names, {name of a row: what its label's {} stands for, or its label}, down, bases across."""
-    some = [c for c in columns if c[0] in everything]
-    lines = ["| | " + " | ".join(title for _, title, _, _ in some) + " |", "|---" * (len(some) + 1) + "|"]
-    for name, what in names.items():
-        cells = []
-        for base, _, key, label in some:
-            e = everything[base].get(label.format(what) if what in KINDS or what == "{}" else what)
-            cells.append(cell(e["summary"].get(key), next(f for k, _, f in COLUMNS if k == key)) if e else "")
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+def add_equal_time(lines, key):
+    """Adds to the sparse lines of the budgets what dense LoRA reaches with so many steps that it takes as
+    long."""
+    dense = {label: s for label, s in lines.items() if label.startswith("dense LoRA")}
+    points = sorted((s["time_share"]["mean"], s[key]["mean"], s[key]["error"]) for s in dense.values())
+    for label, s in lines.items():
+        if label not in dense and s["time_share"]:
+            s["equal_time"] = between(points, s["time_share"]["mean"])
 
 
-def draw_budgets(entries, path):
-    """Row 7: accuracy (where no answers were written, validation loss) against FLOPs and against time, dense
-    LoRA stopped early beside the sparse runs."""
+# ---- Markdown
+
+def cell(s, form):
+    if not s:
+        return ""
+    if s["error"] is None:
+        return form.format(s["mean"])
+    return form.format(s["mean"]) + " ± " + form.replace("+", "").format(s["error"]).rstrip("%")
+
+
+def grid(rows):
+    """rows: lists of cells, the first of which is the head -> Markdown."""
+    head, *rest = ["| " + " | ".join(cells) + " |" for cells in rows]
+    return [head, "|---" * len(rows[0]) + "|", *rest, ""]
+
+
+def table(name, runs, row):
+    """The table of one row of a base."""
+    lines, columns = summaries(runs, row), dict(COLUMNS)
+    if name not in BY_LOSS:
+        del columns["over"]
+    if row == "budgets":
+        key = "over" if name in BY_LOSS else "after"
+        add_equal_time(lines, key)
+        columns["equal_time"] = "dense LoRA's in that time", COLUMNS[key][1]
+        # from the dearest to the cheapest
+        lines = dict(sorted(lines.items(), key=lambda item: -item[1]["flops_share"]["mean"]))
+    columns = {key: column for key, column in columns.items() if any(s.get(key) for s in lines.values())}
+    rows = [["", "n", *(title for title, _ in columns.values()), "options"]]
+    for label, s in lines.items():
+        cells = [cell(s.get(key), form) for key, (_, form) in columns.items()]
+        rows.append([label, str(s["n"]), *cells, f"`{s['options']}`"])
+    return [f"### {TITLES[row]}", "", *grid(rows)]
+
+
+def section(name, base):
+    """All tables of a base."""
+    runs = base["runs"]
+    lines = [f"## {name}", "", f"`{base['command']} OPTIONS --threads=1 --seed=N`. A file of ratios is what "
+             f"`{base['ratios']} --predictor=KIND --budget=B --out=FILE` wrote."]
+    lines += [f"Before training: {r['before']:.1%}." for r in runs[:1] if "before" in r] + [""]
+    if enough(runs):
+        lines += [f"![Budgets against FLOPs and against time](budgets_{name}.png)", ""]
+    for row in TITLES:
+        # a row whose lines all stand in tables above, but for dense LoRA, needs none
+        if any(r["rows"][0] == row and r["label"] != "dense LoRA" for r in runs):
+            lines += table(name, runs, row)
+    return lines
+
+
+def across(everything):
+    """Which channels and which tokens, in all bases: accuracies, or losses."""
+    channels, tokens = [], []
+    kinds = [kind for kind in KINDS if any(r["label"].startswith(f"{kind}, ")
+                                           for base in everything.values() for r in base["runs"])]
+    for name, base in everything.items():
+        key, what = "after", "accuracy"
+        if name in BY_LOSS:
+            key, what = "val_loss", "loss"
+        form = COLUMNS[key][1]
+        cells = {label: cell(s[key], form) for label, s in summaries(base["runs"], "channels").items()}
+        for part in dict.fromkeys(label.partition(", ")[2] for label in cells if ", " in label):
+            channels.append([f"{name}, {part}: {what}", cells.get("dense LoRA", ""),
+                             *(cells.get(f"{kind}, {part}", "") for kind in kinds)])
+        lines = summaries(base["runs"], "tokens").values()
+        if len(lines) == 5:
+            tokens.append([f"{name}: {what}", *(cell(s[key], form) for s in lines)])
+    return ["## Which channels, in all bases", "", *grid([["", "dense LoRA", *kinds], *channels]),
+            "## Which tokens are dense, in all bases", "",
+            *grid([["", "dense LoRA", "those in the loss", "a rectangle", "none", "random ones"], *tokens])]
+
+
+def markdown(everything):
+    """everything: what ablations.json holds -> ablations.md."""
+    lines = [HEAD, *across(everything)]
+    for name, base in everything.items():
+        lines += section(name, base)
+    return "\n".join(lines)
+
+
+# ---- the picture
+
+def enough(runs):
+    return len({r["label"] for r in runs if "budgets" in r["rows"]}) > 3
+
+
+def draw(name, runs, path):
+    """Budgets against FLOPs and against time: dense LoRA stopped early, and a curve for each predictor."""
     try:
         import matplotlib
     except ImportError:
-        return
+        return  # optional
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    some = {label: e["summary"] for label, e in entries.items()
-            if 7 in e["rows"] and {"val_loss", "flops_share"} <= e["summary"].keys()}
-    if len(some) < 3:
+    if not enough(runs):
         return
-    what = "after" if all("after" in s for s in some.values()) else "val_loss"
+    key, what, curves = "after", "accuracy on test problems", {}
+    if name in BY_LOSS:
+        key, what = "val_loss", "validation loss"
+    for label, s in summaries(runs, "budgets").items():
+        if "budget" in label or label.startswith("dense LoRA"):
+            curves.setdefault(label.split(",")[0], []).append(s)
     fig, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
-    for line in dict.fromkeys(label.split(",")[0] for label in some):
-        points = sorted((s for label, s in some.items() if label.split(",")[0] == line),
-                        key=lambda s: s["flops_share"]["mean"])
-        for ax, key in zip(axes, ("flops_share", "time_share")):
-            ax.errorbar([s[key]["mean"] for s in points], [s[what]["mean"] for s in points],
-                        [s[what]["error"] or 0 for s in points], marker="o", label=line, capsize=2)
-    axes[0].set(xlabel="FLOPs of the run / full dense LoRA's",
-                ylabel="accuracy on test problems" if what == "after" else "validation loss")
-    axes[1].set(xlabel="time of the run / full dense LoRA's")
+    for ax, share, unit in zip(axes, ("flops_share", "time_share"), ("FLOPs", "time")):
+        for curve, points in curves.items():
+            points.sort(key=lambda s: s["flops_share"]["mean"])
+            ax.errorbar([s[share]["mean"] for s in points], [s[key]["mean"] for s in points],
+                        [s[key]["error"] or 0 for s in points], marker="o", label=curve, capsize=2)
+        ax.set_xlabel(f"{unit} of the run / full dense LoRA's")
+    axes[0].set_ylabel(what)
     axes[0].legend()
     fig.savefig(path, dpi=130)
     plt.close(fig)

@@ -3,7 +3,6 @@ import importlib.util
 import itertools
 import json
 import shlex
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 import config
 import predictor
 from config import UserError
-from results import ablations, gradient_quality, overlap, patterns, plot, predictor_quality, tables
+from results import ablations, tables
 from tools import sensitivity
 
 FAST = ["--batches=2", "--ratios=.25,.5,.75"]
@@ -153,94 +152,100 @@ def test_lowest_budget_that_is_named_can_be_met(home, tmp_path):
 
 # ---- results -----------------------------------------------------------------------------------------------------------------------------
 
-def test_every_ablation_is_a_valid_command_line(home, tmp_path):
+def test_every_ablation_is_a_valid_command_line():
     own = dict(ablations.OWN, name="test")
-    rows, commands, keys, folder = ablations.command_lines(["config/tiny.py"], own)
-    assert sorted(rows) == list(range(1, 10)) and len({c[-1] for c, _, _ in commands.values()}) == len(commands)
-    for label, seed in keys:
-        command, args, need = commands[label, seed]
-        if need:  # its config file is yet to be written
-            assert {a.partition("=")[0] for a in need} - {"--init_adapter"} == {"--predictor", "--budget", "--out"}
-        assert shlex.split(shlex.join(command)) == command
-        cfg = config.load([a for a in command[2:] if not a.startswith("out/")])
-        assert cfg.seed == seed and cfg.threads == 1 and cfg.out_dir.startswith("out/ablations/test/")
+    rows, runs = ablations.command_lines(["config/tiny.py"], own)
+    assert list(rows) == list(tables.TITLES) == list(ablations.SEEDS)
+    labels = {line.label: line for lines in rows.values() for line in lines}
+    assert len({tuple(line.args) for line in labels.values()}) == len(labels) == len({ablations.short(label) for label in labels})
+    for r in runs:
+        if r.line.analysis:  # its config file is yet to be written
+            assert [a.partition("=")[0] for a in r.line.analysis] == ["--predictor", "--budget", "--out"]
+        assert shlex.split(shlex.join(r.command)) == r.command
+        cfg = config.load([a for a in r.command[2:] if not a.startswith("out/")])
+        assert cfg.seed == r.seed and cfg.threads == 1 and cfg.out_dir.startswith("out/ablations/test/")
         config.ratios(cfg.mlp_sparsity, 6, "mlp_sparsity")
     with pytest.raises(UserError, match="rows"):
         ablations.command_lines(["config/tiny.py"], dict(own, rows="10"))
     # one kind of ratio alone
     for off, on in (("mlp", "attn"), ("attn", "mlp")):
-        _, _, keys, _ = ablations.command_lines(["config/tiny.py"], dict(own, rows="1,2", **{off: ""}))
-        labels = " ".join(label for label, _ in keys)
+        _, runs = ablations.command_lines(["config/tiny.py"], dict(own, rows="channels", **{off: ""}))
+        labels = " ".join(r.line.label for r in runs)
         assert ("attention" in labels, "MLP" in labels) == (on == "attn", on == "mlp")
 
 
 @pytest.mark.slow
 def test_ablations_run_resume_and_collect(home, tmp_path, monkeypatch):
     monkeypatch.setattr(ablations, "ROOT", tmp_path)  # a copy of what train.py needs
-    for name in ("train.py", "model.py", "sparse.py", "kernels.py", "predictor.py", "config", "data", "tools"):
+    for name in ("train.py", "model.py", "sparse.py", "kernels.py", "predictor.py", "config", "data", "lib", "tools"):
         (tmp_path / name).symlink_to(Path(sensitivity.__file__).resolve().parent.parent / name)
     (tmp_path / "results").mkdir()
-    args = [str(home / "c.py"), "--rows=4", "--seeds=1", "--name=t", "--mlp=.5", "--max_steps=6"]
+    args = [str(home / "c.py"), "--rows=tokens", "--seeds=1", "--name=t", "--mlp=.5", "--max_steps=6"]
     ablations.main(args)
     path = tmp_path / "results" / "ablations.json"
-    entries = json.loads(path.read_text())["t"]
-    assert {"dense LoRA", "as configured", "split none"} <= entries.keys() and entries["dense LoRA"]["summary"]["after"]["n"] == 1
-    assert entries["split none"]["summary"].keys() >= {"vs_dense", "rise_at_switch", "rise_at_end", "spike", "flops_share"}
-    assert entries["as configured"]["summary"]["flops_share"]["mean"] < 1
+    lines = tables.summaries(json.loads(path.read_text())["t"]["runs"], "tokens")
+    assert {"dense LoRA", "as configured", "split none"} <= lines.keys() and lines["dense LoRA"]["after"]["n"] == 1
+    assert all(lines["split none"][key] for key in ("vs_dense", "rise_at_switch", "rise_at_end", "spike", "flops_share"))
+    assert lines["as configured"]["flops_share"]["mean"] < 1
     text = path.with_suffix(".md").read_text()
-    assert "### 4. Which tokens are dense" in text and "--split=none" in text
+    assert "### Which tokens are dense" in text and "--split=none" in text
     before = path.read_text()
     monkeypatch.setattr(ablations, "execute", lambda *a: pytest.fail("a finished run was run again"))
     ablations.main(args)
     assert path.read_text() == before
-
-    # and their losses over one another
-    pytest.importorskip("matplotlib")
-    plot.main([str(tmp_path / "out/ablations/t/dense_LoRA/0"), str(tmp_path / "out/ablations/t/as_configured/0"), f"--out={tmp_path / 'p.png'}"])
-    assert (tmp_path / "p.png").stat().st_size > 1000
-    with pytest.raises(UserError, match="out_dir of a run"):
-        plot.main([str(tmp_path / "nothing")])
+    # one that another config file made is no run of this line
+    (tmp_path / "c.py").write_text((home / "c.py").read_text() + "learning_rate = 1.0\n")
+    rows, runs = ablations.command_lines([str(tmp_path / "c.py"), *args[5:]], dict(ablations.OWN, name="t", rows="tokens"))
+    with pytest.raises(UserError, match="dense_LoRA/0 holds a run of other options"):
+        ablations.finished(runs[0])
 
 
 def test_what_is_known_of_other_seeds_stays(tmp_path, monkeypatch):
     monkeypatch.setattr(ablations, "ROOT", tmp_path)
-    rows, commands, _, _ = ablations.command_lines(["config/tiny.py"], dict(ablations.OWN, name="t"))
+    base = ["config/tiny.py"]
+    rows, _ = ablations.command_lines(base, dict(ablations.OWN, name="t"))
+    lines = {line.label: line for some in rows.values() for line in some}
 
     def finish(label, seed, after):
-        out = tmp_path / commands[label, seed][0][-1].partition("=")[2]
+        out = ablations.run_of(base, "t", lines[label], seed).out
         out.mkdir(parents=True)
         (out / "result.json").write_text(json.dumps(dict(after=after, flops=2, dense_flops=4, time_ratio=.5)))
         (out / "metrics.jsonl").write_text("".join(json.dumps(dict(step=i, loss=1 - after, scale=i % 2)) + "\n" for i in range(4)))
 
     def collect(known):
-        return json.loads(json.dumps(ablations.collect(commands, rows, ["config/tiny.py"], known)))
+        return json.loads(json.dumps(ablations.collect(base, "t", rows, known)))
 
-    assert collect({}) == {}
+    def seeds(runs, label):
+        return {r["seed"]: r for r in runs if r["label"] == label}
+
+    assert collect([]) == []
     finish("dense LoRA", 0, .8)
     finish("split none", 0, .6)
-    first = collect({})
-    assert first["split none"]["seeds"]["0"]["spike"] > .19 and collect(first) == first
+    first = collect([])
+    assert seeds(first, "split none")[0]["spike"] > .19 and collect(first) == first
     (tmp_path / "out").rename(tmp_path / "another_machine")
     assert collect(first) == first
     finish("split none", 1, .7)  # without its dense run
     finish("split none", 0, .5)  # again
     second = collect(first)
-    assert second["dense LoRA"] == first["dense LoRA"] and list(second["split none"]["seeds"]) == ["0", "1"]
-    assert second["split none"]["summary"]["after"]["mean"] == .6
-    assert second["split none"]["summary"]["vs_dense"] == dict(mean=.6 - .8, error=None, n=2)
-    assert second["split none"]["seeds"]["0"]["time_share"] == .75 and "spike" not in second["split none"]["seeds"]["0"]
+    none, summary = seeds(second, "split none"), tables.summaries(second, "tokens")["split none"]
+    assert seeds(second, "dense LoRA") == seeds(first, "dense LoRA") and list(none) == [0, 1]
+    assert summary["after"]["mean"] == .6
+    assert summary["vs_dense"] == dict(mean=.6 - .8, error=None, n=2)
+    assert none[0]["time_share"] == .75 and "spike" not in none[0]
     # another command line is another run; what other options made stays
-    known = {"split none": dict(second["split none"], command="python train.py"), "svd, MLP 0.1": first["dense LoRA"]}
-    third = collect(known)
-    assert list(third["split none"]["seeds"]) == ["0", "1"] and third["svd, MLP 0.1"] == first["dense LoRA"]
-    known["dense LoRA"] = dict(first["dense LoRA"], command="python train.py")
-    assert "dense LoRA" not in collect(known)
+    other = dict(first[0], label="svd, MLP 0.1")
+    third = collect([*(dict(r, options="--split=none") for r in none.values()), other])
+    assert list(seeds(third, "split none")) == [0, 1] and third[-1] == other
+    assert not seeds(collect([dict(first[0], options="--mlp_sparsity=0")]), "dense LoRA")
 
 
 def test_the_tables_say_what_the_numbers_do():
-    everything = json.loads((ablations.ROOT / "results" / "ablations.json").read_text())
-    assert (ablations.ROOT / "results" / "ablations.md").read_text() == tables.markdown(everything, ablations.TITLES)
-    assert tables.readme(everything).strip() in (ablations.ROOT / "README.md").read_text()
+    results = ablations.ROOT / "results"
+    everything = json.loads((results / "ablations.json").read_text())
+    assert (results / "ablations.md").read_text() == tables.markdown(everything)
+    assert (results / "ablations.json").read_text() == ablations.one_run_a_line(everything)
+    assert "](results/ablations.md)" in (ablations.ROOT / "README.md").read_text()
     line = [(.5, 60, 3), (.8, 90, 4), (1, 100, None)]
     between = lambda x: tuple(tables.between(line, x).values())
     assert between(.65) == pytest.approx((75, 2.5)) and between(.9) == (95, None)
@@ -256,9 +261,9 @@ def test_nothing_finished_leaves_the_tables_alone(home):
 
 
 def test_when_a_loss_is_reached():
-    runs = [dict(val_loss=v, seconds=s, flops=10 * s) for v, s in ((2.0, 10), (1.0, 20), (1.5, 30), (.5, 40))]
-    assert plot.reach(runs, 1.5) == (15, 150) and plot.reach(runs, 3.0) == (10, 100) and plot.reach(runs, .1) is None
-    assert plot.reach(runs, .75) == (37.5, 375) and plot.smooth([1, 2, 3], 2) == [1, 1.5, 2.5]
+    points = [(2.0, 10), (1.0, 20), (1.5, 30), (.5, 40)]
+    assert ablations.time_to(points, 1.5) == 15 and ablations.time_to(points, 3.0) == 10 and ablations.time_to(points, .1) is None
+    assert ablations.time_to(points, .75) == 37.5
 
 
 def test_who_has_a_loss_sooner():
@@ -274,36 +279,9 @@ def test_who_has_a_loss_sooner():
 
 
 def test_summary():
-    assert ablations.summary([2.0]) == dict(mean=2.0, error=None, n=1)
-    s = ablations.summary([1.0, 2.0, 3.0])
+    assert tables.summary([2.0]) == dict(mean=2.0, error=None, n=1)
+    s = tables.summary([1.0, 2.0, 3.0])
     assert s["mean"] == 2 and abs(s["error"] - 1 / 3 ** .5) < 1e-12
-
-
-def test_quality_overlap_and_gradients(home, tmp_path, monkeypatch, capsys):
-    base = [str(home / "c.py"), "--threads=1"]
-    for module in (predictor_quality, overlap, gradient_quality):
-        monkeypatch.setattr(module, "HERE", tmp_path)
-    predictor_quality.main([*base, "--ranks=1,8", "--ratios=.5,.75", "--batches=2"])
-    rows = json.loads((tmp_path / "predictor_quality.json").read_text())["tiny"]["rows"]
-    held = {(r["part"], r["method"], r["ratio"]): r for r in rows}
-    assert all(r["recall"] == 1 for r in rows if r["method"] == "oracle")
-    assert all(r["held"] <= held[r["part"], "oracle", r["ratio"]]["held"] + 1e-4 for r in rows if r["part"].endswith("mlp"))
-    shutil.copy(home / "data.jsonl", tmp_path / "other.jsonl")
-    overlap.main([*base, "--batches=2", "--ratio=.5", f"--data=a:{home / 'data.jsonl'},b:{tmp_path / 'other.jsonl'}"])
-    study = json.loads((tmp_path / "overlap.json").read_text())["tiny"]["mlp 0.5"]
-    assert study["overlap"]["a"] == study["overlap"]["b"] and 0 < study["overlap"]["a"]["b"] <= 1
-    with pytest.raises(UserError, match="two tasks"):
-        overlap.main([*base, "--data=a:x"])
-    patterns.main([*base, "--batches=1", "--mlp=1:.5,0-1:.75"])
-    said = capsys.readouterr().out.splitlines()
-    assert said[-2].startswith("MLP 0.5 in 1 ") and said[-1].startswith("MLP 0.75 in 0-1") and said[-1].endswith("of the FLOPs")
-    with pytest.raises(UserError, match="BLOCKS:RATIO"):
-        patterns.main([*base, "--batches=1", "--mlp=1"])
-    gradient_quality.main([*base, "--every=6", "--batches=1", "--kinds=oracle,measured,random", "--max_steps=6"])
-    looks = json.loads((tmp_path / "gradient_quality.json").read_text())["tiny"]
-    assert [look["step"] for look in looks] == [0, 6] and all(-1 <= c <= 1 for c, _ in looks[0]["kinds"]["oracle"].values())
-    for name in ("predictor_quality", "overlap", "gradient_quality"):
-        assert (tmp_path / f"{name}.md").read_text().startswith("# ")
 
 
 def test_command_line_errors_are_one_line():
