@@ -31,3 +31,4 @@ lora_targets = "q,k,v,o,gate,up,down"
 # costs +.19 at .9, those of blocks 1-4 at most .001 at .97, block 0's attention +3.1 at .5. The last block
 # always runs dense: only its loss rows compute more than keys and values.
 mlp_sparsity = {"1-4": 0.9}
+dense_first = 0  # its texts are short and it has no attention sinks: results/README.md

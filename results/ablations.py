@@ -34,7 +34,7 @@ from results import tables
 
 ROOT = Path(__file__).resolve().parent.parent
 OWN = dict(rows="channels,ratios,tokens,budgets,long,sooner", seeds=0, name="tiny",
-           kinds="svd,measured,oracle,random,worst", mlp=".9,.95,.97", attn=".25,.5", blocks="",
+           kinds="svd,measured,energy,oracle,random,worst", mlp=".9,.95,.97", attn=".25,.5", blocks="",
            budgets=".75,.9,.85,.8,.7,.65", jobs=2, dry=False, collect=False)
 SEEDS = dict(channels=5, ratios=3, tokens=5, budgets=5, long=3, sooner=3)
 ANALYSIS = ["python", "-m", "tools.sensitivity"]

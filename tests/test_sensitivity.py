@@ -88,12 +88,15 @@ def test_start_at_a_block_is_the_whole_forward(home):
         assert whole != dense and torch.equal(model.loss(batches[0], inputs[1], 1), whole)
 
 
-@pytest.mark.parametrize("kind", ["svd", "measured"])
-def test_analysis(home, tmp_path, capsys, kind):
+@pytest.mark.parametrize("kind, by", [("svd", "loss"), ("svd", "gradient"), ("measured", "loss"), ("measured", "gradient")])
+def test_analysis(home, tmp_path, capsys, kind, by):
     out = tmp_path / "ratios.py"
-    store = analyse(home, out, "--budget=.95", f"--predictor={kind}")
+    store = analyse(home, out, "--budget=.95", f"--predictor={kind}", f"--by={by}")
     (done,) = store.values()
-    assert len(done) == 2 and all(len(seen) == 1 + 2 * 2 * 3 for seen in done.values())  # 2 batches; 2 blocks, 2 parts, 3 ratios
+    numbers = 2 * 2 * 3 * (2 if by == "gradient" else 1)  # 2 blocks, 2 parts, 3 ratios: the loss, and the cosine
+    assert len(done) == 2 and all(len(seen) == 1 + numbers for seen in done.values())
+    cosines = [v for seen in done.values() for k, v in seen.items() if k.endswith("cosine")]
+    assert all(-1 <= v <= 1.00001 for v in cosines) and bool(cosines) == (by == "gradient")
     cfg = config.load([str(home / "c.py"), str(out)])
     assert len(cfg.mlp_sparsity) == len(cfg.attn_sparsity) == 3 and cfg.mlp_sparsity[2] == cfg.attn_sparsity[2] == 0 and cfg.predictor == kind
     model, _, batches, _ = sensitivity.setup(cfg, 2)
@@ -124,7 +127,7 @@ def test_goes_on_where_it_stopped(home, tmp_path, monkeypatch):
     monkeypatch.setattr(sensitivity.Progress, "step", lambda self: count.append(1))
     parts = json.loads((tmp_path / "b" / "sensitivity.json").read_text())
     (first,) = parts.values()
-    stored = sum(len(seen) - 1 for seen in first.values())
+    stored = sum(k.endswith("cosine") for seen in first.values() for k in seen)
     assert stored == 6
     count.clear()
     assert analyse(home, tmp_path / "b" / "r.py", "--budget=.95") == whole
