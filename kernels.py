@@ -86,7 +86,9 @@ def side_by_side(x):
 def precision(x):
     """fp32 products are exact unless the user has allowed TF32 for torch's own."""
     tf32 = x.dtype == torch.float32 and x.is_cuda and torch.backends.cuda.matmul.allow_tf32
-    return "tf32" if tf32 else "ieee"
+    if tf32:
+        return "tf32"
+    return "ieee"
 
 
 @jit
@@ -162,12 +164,15 @@ def gather_matmul_nt(x, w, idx, out=None, bias=None):
     w = side_by_side(w)
     T, D = x.shape
     C = len(idx)
-    y = x.new_empty(T, C) if out is None else out
+    y = out
+    if y is None:
+        y = x.new_empty(T, C)
     assert y.stride(1) == 1 or y.numel() == 0
     if T and C:
         grid = lambda meta: (triton.cdiv(T, meta["BLOCK_M"]) * triton.cdiv(C, meta["BLOCK_N"]),)
-        nt_kernel[grid](x, w, idx, w if bias is None else bias, y, T, C, x.stride(0), w.stride(0), y.stride(0),
-                        bucket(T), bucket(C), D, out is not None, bias is not None, precision(x))
+        any_pointer = w  # where there is no bias
+        nt_kernel[grid](x, w, idx, any_pointer if bias is None else bias, y, T, C, x.stride(0), w.stride(0),
+                        y.stride(0), bucket(T), bucket(C), D, out is not None, bias is not None, precision(x))
     return y
 
 
@@ -212,7 +217,9 @@ def gather_matmul_nn(x, w, idx, out=None):
     x = side_by_side(x)
     w = side_by_side(w)
     T, C, D = len(x), len(idx), w.shape[1]
-    y = x.new_empty(T, D) if out is None else out
+    y = out
+    if y is None:
+        y = x.new_empty(T, D)
     assert y.stride(1) == 1 or y.numel() == 0
     if T:  # C = 0 runs the loop no times and writes zeros
         grid = lambda meta: (triton.cdiv(T, meta["BLOCK_M"]) * triton.cdiv(D, meta["BLOCK_N"]),)
@@ -257,7 +264,8 @@ def swiglu_ref(gu):
 
 def swiglu_backward_ref(dh, gu, out=None):
     C = dh.shape[1]
-    out = torch.empty_like(gu) if out is None else out
+    if out is None:
+        out = torch.empty_like(gu)
     for d, x, o in row_blocks(C, dh, gu, out):
         g, dsilu = x[:, :C], d * x[:, C:]
         torch.mul(F.silu(g), d, out=o[:, C:])
@@ -314,7 +322,8 @@ def swiglu_backward(dh, gu, out=None):
     if not on_kernel(gu):
         return swiglu_backward_ref(dh, gu, out)
     dh, gu, (T, C) = side_by_side(dh), side_by_side(gu), dh.shape
-    out = torch.empty_like(gu) if out is None else out
+    if out is None:
+        out = torch.empty_like(gu)
     if T and C:
         grid, block = swiglu_blocks(T, C)
         swiglu_backward_kernel[grid](dh, gu, out, T, C, dh.stride(0), gu.stride(0), out.stride(0), *block)

@@ -85,8 +85,14 @@ class Part(nn.Module):
         keep = None
         if self.predictor is not None and self.predictor.c and n:
             keep = self.predictor.select(x[:n])
-        self.channels = None if keep is None else keep.channels
+        self.channels = keep and keep.channels
         return keep
+
+    def observer(self, measure):
+        """Who is shown what this part computes in a dense pass that measures: its predictor, or nobody."""
+        if measure:
+            return self.predictor
+        return None
 
     def sharded(self):
         """True where FSDP has cut the frozen weights up over ranks."""
@@ -104,16 +110,21 @@ class Attention(Part):
         self.shapes = {"q": (D, Nq), "k": (D, Nkv), "v": (D, Nkv), "o": (Nq, D)}  # in, out
         self.spans = {"q": (0, Nq), "k": (Nq, Nq + Nkv), "v": (Nq + Nkv, Nq + 2 * Nkv)}  # rows of qkv
         self.qkv = weight(Nq + 2 * Nkv, D, **kw)
-        self.qkv_bias = weight(Nq + 2 * Nkv, **kw) if c.qkv_bias else None
         self.o = weight(Nq, D, **kw)
-        self.q_norm = weight(self.head_dim, **kw) if c.qk_norm else None
-        self.k_norm = weight(self.head_dim, **kw) if c.qk_norm else None
+        self.qkv_bias = self.q_norm = self.k_norm = None
+        if c.qkv_bias:  # qwen2
+            self.qkv_bias = weight(Nq + 2 * Nkv, **kw)
+        if c.qk_norm:  # qwen3
+            self.q_norm = weight(self.head_dim, **kw)
+            self.k_norm = weight(self.head_dim, **kw)
 
     def project(self, x, targets, keep=None, n=0, measure=None):
         """x (T, D) -> (T, width): the projections "qkv", or only "q" or "kv", side by side."""
         lo, hi = self.spans[targets[0]][0], self.spans[targets[-1]][1]
         spans = [(self.spans[t][0] - lo, self.spans[t][1] - lo) for t in targets]
-        bias = None if self.qkv_bias is None else self.qkv_bias[lo:hi]
+        bias = self.qkv_bias
+        if bias is not None:
+            bias = bias[lo:hi]
         y = sparse.ProjectOut.apply(x, self.qkv[lo:hi], bias, keep and keep.qkv, n, self.lora_scale, spans, measure,
                                     *self.lora_of(targets))
         if self.q_norm is None:
@@ -125,7 +136,7 @@ class Attention(Part):
         """qwen3: RMSNorm of each query and each key head. y (T, heads hd)."""
         if target == "v":
             return y
-        w = self.q_norm if target == "q" else self.k_norm
+        w = {"q": self.q_norm, "k": self.k_norm}[target]
         heads = y.view(len(y), -1, self.head_dim)  # (T, heads, hd)
         return F.rms_norm(heads, (self.head_dim,), w, self.eps).flatten(1)
 
@@ -233,19 +244,25 @@ class Block(nn.Module):
     def norm(self, x, w):
         return F.rms_norm(x, w.shape, w, self.eps)
 
+    def part_of(self, target):
+        """The attention or the MLP, whichever has this LoRA target."""
+        if target in self.attn.shapes:
+            return self.attn
+        return self.mlp
+
     def forward(self, x, batch, rope, last, measure, chosen, cache=None):
         """x (T, D) -> (T, D), in the last block (T_loss, D). measure: whether the predictors are shown what this
         dense pass computes. chosen: a Chosen, where a forward writes its channels and a recomputation reads them."""
         n = batch.n_sparse
         h = self.norm(x, self.attn_norm)
         keep = self.choose("attn", h, n, chosen)
-        a = self.attn(h, batch, rope, keep, self.attn.predictor if measure else None, last, cache)
+        a = self.attn(h, batch, rope, keep, self.attn.observer(measure), last, cache)
         if last:
             x, n = x[batch.loss], 0
         x = x + a
         h = self.norm(x, self.mlp_norm)
         keep = self.choose("mlp", h, n, chosen)
-        return x + self.mlp(h, n, keep, self.mlp.predictor if measure else None)
+        return x + self.mlp(h, n, keep, self.mlp.observer(measure))
 
     def choose(self, name, h, n, chosen):
         """What part `name` keeps for its normed input h (T, D): chosen once a step."""
@@ -268,11 +285,16 @@ class LLaMA(nn.Module):
     def __init__(self, config, dtype=torch.float32, device="cpu"):
         super().__init__()
         c, kw = config, dict(dtype=dtype, device=device)
-        self.config, self.dtype, self.recompute, self.frequencies = c, dtype, False, None
+        self.config = c
+        self.dtype = dtype
         self.embed = weight(c.vocab_size, c.hidden_size, **kw)
         self.blocks = nn.ModuleList(Block(c, **kw) for _ in range(c.num_hidden_layers))
         self.final_norm = weight(c.hidden_size, **kw)
-        self.head = self.embed if c.tie_word_embeddings else weight(c.vocab_size, c.hidden_size, **kw)
+        self.head = self.embed
+        if not c.tie_word_embeddings:
+            self.head = weight(c.vocab_size, c.hidden_size, **kw)
+        self.frequencies = None  # of RoPE, made when they are first needed
+        self.recompute = False  # keep only the input of each block for the backward
         self.lora_r = self.lora_alpha = 0
         self.lora_targets = ()
         if torch.device(device).type != "meta":
@@ -282,11 +304,16 @@ class LLaMA(nn.Module):
     def init_weights(self):
         """Matrices normal with 1 / sqrt(inputs), embeddings with .02; norms 1, biases 0."""
         for name, p in self.named_parameters():
-            if p.dim() == 1:
-                p.fill_(0.0 if "bias" in name else 1.0)
+            if "bias" in name:
+                p.fill_(0.0)
+            elif p.dim() == 1:
+                p.fill_(1.0)
+            elif name in ("embed", "head"):
+                p.normal_(0, .02)
+            elif name.endswith((".o", ".down")):  # stored transposed
+                p.normal_(0, p.shape[0] ** -.5)
             else:
-                inputs = p.shape[0] if name.endswith((".o", ".down")) else p.shape[1]
-                p.normal_(0, .02 if name in ("embed", "head") else inputs ** -.5)
+                p.normal_(0, p.shape[1] ** -.5)
 
     @property
     def device(self):
@@ -297,27 +324,32 @@ class LLaMA(nn.Module):
     def named_sources(self):
         """{Hugging Face name: (parameter, first row, rows, transposed)}: where each tensor of a checkpoint
         lies in ours. The one table for reading and writing weights."""
-        c, out = self.config, {}
-        Nq, inner = c.num_attention_heads * c.head_dim, c.intermediate_size
+        c = self.config
+        D, I = c.hidden_size, c.intermediate_size
+        out = {}
+
+        def add(name, p, first, rows, transposed=False):
+            out[name] = (p, first, rows, transposed)
+
         for i, b in enumerate(self.blocks):
-            at, a, m = f"model.layers.{i}.", b.attn, b.mlp
-            for t, (lo, hi) in a.spans.items():
-                out[f"{at}self_attn.{t}_proj.weight"] = (a.qkv, lo, hi - lo, False)
-                if a.qkv_bias is not None:
-                    out[f"{at}self_attn.{t}_proj.bias"] = (a.qkv_bias, lo, hi - lo, False)
-            out[at + "self_attn.o_proj.weight"] = (a.o, 0, Nq, True)
-            if a.q_norm is not None:
-                out[at + "self_attn.q_norm.weight"] = (a.q_norm, 0, c.head_dim, False)
-                out[at + "self_attn.k_norm.weight"] = (a.k_norm, 0, c.head_dim, False)
-            out[at + "mlp.gate_proj.weight"] = (m.gate_up, 0, inner, False)
-            out[at + "mlp.up_proj.weight"] = (m.gate_up, inner, inner, False)
-            out[at + "mlp.down_proj.weight"] = (m.down, 0, inner, True)
-            out[at + "input_layernorm.weight"] = (b.attn_norm, 0, c.hidden_size, False)
-            out[at + "post_attention_layernorm.weight"] = (b.mlp_norm, 0, c.hidden_size, False)
-        out["model.embed_tokens.weight"] = (self.embed, 0, c.vocab_size, False)
-        out["model.norm.weight"] = (self.final_norm, 0, c.hidden_size, False)
+            at = f"model.layers.{i}."
+            for t, (lo, hi) in b.attn.spans.items():
+                add(f"{at}self_attn.{t}_proj.weight", b.attn.qkv, lo, hi - lo)
+                if b.attn.qkv_bias is not None:
+                    add(f"{at}self_attn.{t}_proj.bias", b.attn.qkv_bias, lo, hi - lo)
+            add(at + "self_attn.o_proj.weight", b.attn.o, 0, len(b.attn.o), transposed=True)
+            if b.attn.q_norm is not None:
+                add(at + "self_attn.q_norm.weight", b.attn.q_norm, 0, c.head_dim)
+                add(at + "self_attn.k_norm.weight", b.attn.k_norm, 0, c.head_dim)
+            add(at + "mlp.gate_proj.weight", b.mlp.gate_up, 0, I)
+            add(at + "mlp.up_proj.weight", b.mlp.gate_up, I, I)
+            add(at + "mlp.down_proj.weight", b.mlp.down, 0, I, transposed=True)
+            add(at + "input_layernorm.weight", b.attn_norm, 0, D)
+            add(at + "post_attention_layernorm.weight", b.mlp_norm, 0, D)
+        add("model.embed_tokens.weight", self.embed, 0, c.vocab_size)
+        add("model.norm.weight", self.final_norm, 0, D)
         if self.head is not self.embed:
-            out["lm_head.weight"] = (self.head, 0, c.vocab_size, False)
+            add("lm_head.weight", self.head, 0, c.vocab_size)
         return out
 
     @classmethod
@@ -345,7 +377,9 @@ class LLaMA(nn.Module):
         tensors = {}
         for name, (p, lo, rows, transposed) in self.named_sources().items():
             t = p.detach()[lo:lo + rows]
-            tensors[name] = (t.T if transposed else t).contiguous().cpu()
+            if transposed:
+                t = t.T
+            tensors[name] = t.contiguous().cpu()
         write_safetensors(Path(path) / "model.safetensors", tensors, {"format": "pt"})
         raw = {k: v for k, v in self.config.raw.items() if k != "dtype"}  # transformers 5's name for it
         raw["torch_dtype"] = str(self.dtype).removeprefix("torch.")
@@ -362,19 +396,23 @@ class LLaMA(nn.Module):
         """Adapters of rank r, scaled by alpha / r (alpha / sqrt(r) with rslora), on targets (a list or
         "q,k,v,o"). A Kaiming-uniform as in PEFT, B zero; fp32 (fp64 in an fp64 model). Errors: an unknown
         target, r not positive."""
-        targets = [t.strip() for t in targets.split(",")] if isinstance(targets, str) else list(targets)
+        if isinstance(targets, str):
+            targets = targets.split(",")
+        targets = [t.strip() for t in targets]
         unknown = [t for t in targets if t not in TARGETS]
         if unknown or not targets or r <= 0:
             raise UserError(f"LoRA of rank {r} on {unknown or targets}: the rank must be positive and "
                             f"targets some of {','.join(TARGETS)}")
         dtype = torch.promote_types(self.dtype, torch.float32)
-        self.lora_r, self.lora_alpha, self.lora_targets, self.rslora = (
-            r, alpha, tuple(t for t in TARGETS if t in targets), rslora)
-        scale = alpha / (math.sqrt(r) if rslora else r)
+        self.lora_r, self.lora_alpha, self.rslora = r, alpha, rslora
+        self.lora_targets = tuple(t for t in TARGETS if t in targets)
+        scale = alpha / r
+        if rslora:
+            scale = alpha / math.sqrt(r)
         for b in self.blocks:
             b.attn.lora_scale = b.mlp.lora_scale = scale
             for t in self.lora_targets:
-                part = b.attn if t in "qkvo" else b.mlp
+                part = b.part_of(t)
                 n_in, n_out = part.shapes[t]
                 bound = 1 / math.sqrt(n_in)  # kaiming_uniform_ with a = sqrt(5)
                 part.lora[t + "/A"] = nn.Parameter(
@@ -386,7 +424,7 @@ class LLaMA(nn.Module):
         out = {}
         for i, b in enumerate(self.blocks):
             for t in self.lora_targets:
-                lora = (b.attn if t in "qkvo" else b.mlp).lora
+                lora = b.part_of(t).lora
                 for m in "AB":
                     out[f"base_model.model.model.layers.{i}.{TARGETS[t]}.lora_{m}.weight"] = lora[f"{t}/{m}"]
         return out
@@ -394,10 +432,15 @@ class LLaMA(nn.Module):
     def lora_state(self, grads=False):
         """{PEFT's name: tensor}: the adapter's weights, or their gradients (zeros where there
         is none yet)."""
-        if grads:
-            return {k: torch.zeros_like(p) if p.grad is None else p.grad
-                    for k, p in self.lora_parameters().items()}
-        return {k: p.detach() for k, p in self.lora_parameters().items()}
+        out = {}
+        for name, p in self.lora_parameters().items():
+            if not grads:
+                out[name] = p.detach()
+            elif p.grad is None:
+                out[name] = torch.zeros_like(p)
+            else:
+                out[name] = p.grad
+        return out
 
     @torch.no_grad()
     def load_lora(self, state):
@@ -475,7 +518,9 @@ class LLaMA(nn.Module):
         as for hidden. UserError: sparse with channels that nothing has measured, or a text longer than the sliding
         window."""
         x = self.hidden(batch, None, x, first, measure)
-        head = self.head if torch.is_grad_enabled() else self.head.detach()
+        head = self.head
+        if not torch.is_grad_enabled():
+            head = head.detach()
         return dense.CrossEntropy.apply(x, head, batch.targets, batch.weights)
 
     @torch.no_grad()
@@ -494,8 +539,9 @@ class LLaMA(nn.Module):
         temperature 0 is greedy; top_p keeps the likeliest tokens that hold that share. stop: ids that end a
         text (default: all of the checkpoint's eos_token_id). stream: called with a list of (prompt number,
         token) after each step."""
-        stop = set(self.config.eos_token_id if stop is None else stop)
-        return generate(self, prompts, max_new_tokens, temperature, top_p, stop, seed, stream)
+        if stop is None:
+            stop = self.config.eos_token_id
+        return generate(self, prompts, max_new_tokens, temperature, top_p, set(stop), seed, stream)
 
     def decode(self, tokens, cache):
         """tokens (B,), the next of each text -> the final norm's output (B, D)."""

@@ -256,6 +256,8 @@ class Predictor:
 
     def see_mlp(self, x, h, dh):
         """x (n, D), h and its gradient dh (n, I) of a dense step's context rows."""
+        if self.sums is None:
+            return
         self.sums["rows"] += len(x)
         if self.kind == "energy":
             self.sums["scores"] += energy(h)
@@ -274,6 +276,8 @@ class Predictor:
 
     def see_attention(self, y, dy):
         """q, k, v side by side and their gradients, (n, Nq + 2 Nkv), of a dense step's context rows."""
+        if self.sums is None:
+            return
         self.sums["rows"] += len(y)
         if self.kind == "energy":
             score = energy(y)
