@@ -46,7 +46,7 @@ jit = triton.jit(do_not_specialize=["T"]) if triton is not None else lambda f: f
 
 def tuned(*configs):
     """Autotune a product over (BLOCK_M, BLOCK_N, BLOCK_K, stages, warps), once per power of two of T and C.
-    T changes with every batch, C along a ramp: keyed on exact values, training would tune for ever."""
+    T changes with every batch: keyed on exact values, training would tune for ever."""
     if triton is None:
         return lambda f: f
     if INTERPRET:
@@ -157,7 +157,7 @@ def nt_kernel(x, w, idx, bias, y, T, C, x_stride, w_stride, y_stride, T_BUCKET, 
 
 def gather_matmul_nt(x, w, idx, out=None, bias=None):
     """x (T, D), w (N, D), idx (C,) -> x @ w[idx].T (+ bias[idx]), compact (T, C); or written into columns
-    idx of out (T, N), whose other columns keep what they hold. Only writes: run twice it gives the same."""
+    idx of out (T, N), whose other columns keep what they hold. Only writes, so that autotuning may run it twice."""
     if not on_kernel(x):
         return gather_matmul_nt_ref(x, w, idx, out, bias)
     x = side_by_side(x)

@@ -88,7 +88,7 @@ class Part(nn.Module):
         self.channels = keep and keep.channels
         return keep
 
-    def observer(self, measure):
+    def watcher(self, measure):
         """Who is shown what this part computes in a dense pass that measures: its predictor, or nobody."""
         if measure:
             return self.predictor
@@ -118,14 +118,14 @@ class Attention(Part):
             self.q_norm = weight(self.head_dim, **kw)
             self.k_norm = weight(self.head_dim, **kw)
 
-    def project(self, x, targets, keep=None, n=0, measure=None):
+    def project(self, x, targets, keep=None, n=0, watcher=None):
         """x (T, D) -> (T, width): the projections "qkv", or only "q" or "kv", side by side."""
         lo, hi = self.spans[targets[0]][0], self.spans[targets[-1]][1]
         spans = [(self.spans[t][0] - lo, self.spans[t][1] - lo) for t in targets]
         bias = self.qkv_bias
         if bias is not None:
             bias = bias[lo:hi]
-        y = sparse.ProjectOut.apply(x, self.qkv[lo:hi], bias, keep and keep.qkv, n, self.lora_scale, spans, measure,
+        y = sparse.ProjectOut.apply(x, self.qkv[lo:hi], bias, keep and keep.qkv, n, self.lora_scale, spans, watcher,
                                     *self.lora_of(targets))
         if self.q_norm is None:
             return y
@@ -151,24 +151,24 @@ class Attention(Part):
         return dense.RopeScatter.apply(y, cos[rows], sin[rows], batch.rows[rows], n_rot, self.head_dim, batch.shape,
                                        heads)
 
-    def forward(self, x, batch, rope, keep, measure, last, cache):
+    def forward(self, x, batch, rope, keep, watcher, last, cache):
         """x (T, D) -> (T, D), in the last block (T_loss, D). rope: cos, sin (T, hd/2). keep: KeepAttention or
-        None. measure: as in sparse.py. cache: a BlockCache to fill (generation), or None."""
+        None. watcher: as in sparse.py. cache: a BlockCache to fill (generation), or None."""
         H, K, n = self.n_heads, self.n_kv_heads, batch.n_sparse
         every = slice(0, len(x))
         wanted = every
-        if last:  # nothing reads the other rows' queries: 1.6 % of a sparse step with 512 / 3 tokens
+        if last:  # nothing reads the other rows' queries; of 512 tokens with 3 scored they would be 1.6 % of a sparse step
             wanted = batch.loss
             q, = self.grid(self.project(x[wanted], "q"), batch, rope, wanted, (H,), H)
             k, v = self.grid(self.project(x, "kv"), batch, rope, every, (K, K), K)
         else:
-            y = self.project(x, "qkv", keep, n, measure)  # (T, Nq + 2 Nkv)
+            y = self.project(x, "qkv", keep, n, watcher)  # (T, Nq + 2 Nkv)
             q, k, v = self.grid(y, batch, rope, every, (H, K, K), H + K)  # (B, H, S, hd), twice (B, K, S, hd)
         if cache is not None:
             cache.fill(k, v)
         a = attend(q, k, v, batch.lengths)  # (B, H, S, hd)
         a = a.transpose(1, 2).flatten(2).flatten(0, 1)  # (B S, Nq)
-        return self.output(dense.Gather.apply(a, batch.rows[wanted]), keep, n)
+        return self.output(dense.Gather.apply(a, batch.rows[wanted]), keep, n)  # in the last block keep is None
 
     def decode(self, x, rope, cache):
         """One new token for each of B texts: x (B, D) -> (B, D). cache: this block's keys and values."""
@@ -210,9 +210,9 @@ class MLP(Part):
         self.gate_up = weight(2 * I, D, **kw)
         self.down = weight(I, D, **kw)
 
-    def forward(self, x, n=0, keep=None, measure=None):
+    def forward(self, x, n=0, keep=None, watcher=None):
         """x (T, D) -> (T, D)."""
-        return sparse.SwiGLU.apply(x, self.gate_up, self.down, keep, n, self.lora_scale, measure,
+        return sparse.SwiGLU.apply(x, self.gate_up, self.down, keep, n, self.lora_scale, watcher,
                                    *self.lora_of(self.shapes))
 
     def activations(self, x):
@@ -256,16 +256,16 @@ class Block(nn.Module):
         n = batch.n_sparse
         h = self.norm(x, self.attn_norm)
         keep = self.choose("attn", h, n, chosen)
-        a = self.attn(h, batch, rope, keep, self.attn.observer(measure), last, cache)
+        a = self.attn(h, batch, rope, keep, self.attn.watcher(measure), last, cache)
         if last:
             x, n = x[batch.loss], 0
         x = x + a
         h = self.norm(x, self.mlp_norm)
         keep = self.choose("mlp", h, n, chosen)
-        return x + self.mlp(h, n, keep, self.mlp.observer(measure))
+        return x + self.mlp(h, n, keep, self.mlp.watcher(measure))
 
     def choose(self, name, h, n, chosen):
-        """What part `name` keeps for its normed input h (T, D): chosen once a step."""
+        """What part `name` keeps for its normed input h (T, D): chosen once a forward pass."""
         if name not in chosen:
             chosen[name] = getattr(self, name).select(h, n)
         return chosen[name]
@@ -499,6 +499,8 @@ class LLaMA(nn.Module):
         rope = self.rope(batch.positions)
         if x is None:
             x = F.embedding(batch.tokens, self.embed)  # (T, D)
+        if measure and not x.requires_grad:  # so that the backward comes to the first block's attention too
+            x = x.requires_grad_()
         for i, block in enumerate(self.blocks):
             if i < first:
                 continue
@@ -519,7 +521,7 @@ class LLaMA(nn.Module):
         window."""
         x = self.hidden(batch, None, x, first, measure)
         head = self.head
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled():  # CrossEntropy makes the gradients in its forward, where they are wanted
             head = head.detach()
         return dense.CrossEntropy.apply(x, head, batch.targets, batch.weights)
 

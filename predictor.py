@@ -1,32 +1,33 @@
-"""Which channels to keep: from a layer's input (or from what was measured before), one set of channels a
-layer and a forward pass (so, with micro-batches, one for each).
+"""Which channels to keep: one set a layer, sorted, the C of the largest score. Either measured once, in dense steps,
+and then fixed; or predicted from the layer's input in each forward pass.
 
-    n sparse rows x (n, D)  ->  scores, one a channel  ->  the C largest, sorted
+    n sparse rows x (n, D)  ->  scores, one a channel  ->  the C largest
 
 Only sparse rows vote. The energy of a channel is the sum over those rows of its squared activation: of y =
 x W.T + b for an attention channel of q, k or v, of h = silu(g) u for an MLP channel. Six ways to a score:
 
+    measured  ours, and a run's default. In the dense steps that the schedule runs anyway, a channel's score is what the
+              loss feels of it: the sum over context rows of |h dL/dh|, first-order Taylor (Molchanov et al. 2016,
+              arXiv 1611.06440). Then the channels are fixed, their rows of W are copied out once, and what the
+              dropped ones would have added is replaced by a low-rank map of the input (below).
     svd       the paper's: W.T ~= P Q with P (D, r), Q (r, N), computed once from the weights, without data.
               Attention never builds (n, N): with Z = x P and M = Z.T Z (r, r), energy_j = q_j.T M q_j: the
               exact energy of the approximate activation, for 2 n D r + 2 n r^2 operations. A bias is one more
               column of ones in Z, one more row of Q. The MLP needs silu per token: sum over rows of
               (silu(Zg qg_i) (Zu qu_i))^2, in blocks (kernels.mlp_scores).
-    measured  ours, and the default. In the dense steps that the schedule runs anyway, a channel's score is what the
-              loss feels of it: the sum over context rows of |h dL/dh|, first-order Taylor (Molchanov et al. 2016,
-              arXiv 1611.06440). Then the channels are fixed, their rows of W are copied out once, and what the
-              dropped ones would have added is replaced by a low-rank map of the input (below).
     energy    true energies, summed and fixed in the same way, without a map: the ablation of `measured`
     oracle    true energies of this very batch: as dear as the dense layer
     random, worst    for ablations
 
 The map. For a context token a trained MLP is mostly a linear map of its normed input x plus a few channels that
-matter. So a sparse row computes, with k the kept channels,
+matter. So a sparse row computes, with k the kept channels and d the dropped ones (LoRA's down branch aside),
 
     y = h[k] Wd[k] + (x U) V + b        U (D, r), V (r, D), b (D,): frozen; backward  dx += (dy V.T) U.T
 
 fitted by ridge least squares to what is dropped, R = h[d] Wd[d], over the context rows of the dense steps (He et al.
-2017, arXiv 1707.06168; the bias as in FLAP, arXiv 2312.11983). Row t has weight w_t, so that no few loud rows decide.
-With Xc, Rc the centred rows (weighted means taken off):
+2017, arXiv 1707.06168; the bias as in FLAP, arXiv 2312.11983). Row t has the weight w_t = |dL/dh_t| / |h_t|: an error
+counts by what the loss feels of it, and no few loud rows decide (SmolLM2, MLP .9, r = 64: cosine of the gradient .879;
+rows of equal weight .861). With Xc, Rc the rows less their weighted means, times the root of w_t:
 
     W = (Xc.T Xc + l I)^-1 Xc.T Rc    V: the r leading eigenvectors of W.T Xc.T Rc    U = W V.T
     b = mean R - mean X U V
@@ -176,10 +177,11 @@ def factorize(w, rank):
 # ---- what dense steps measure ------------------------------------------------------------------------------
 
 def taylor_attention(attn, y, dy):
-    """y, dy (n, Nq + 2 Nkv): q, k, v before RoPE and their gradients -> scores as of attention_scores. |y dy| summed
-    over both halves of a pair does not depend on the rotation."""
+    """y, dy (n, Nq + 2 Nkv): q, k, v before RoPE and their gradients -> scores as of attention_scores. Of a pair the sum
+    of y dy over both halves, which does not depend on the rotation, then its size; summed over rows and query heads."""
     H, K, hd = attn.n_heads, attn.n_kv_heads, attn.head_dim
-    felt = (y * dy).to(torch.promote_types(y.dtype, torch.float32))
+    high = torch.promote_types(y.dtype, torch.float32)
+    felt = y.to(high) * dy.to(high)
     q, k, v = felt.split([H * hd, K * hd, K * hd], 1)
     q_pairs = q.view(len(y), K, H // K, 2, hd // 2).sum(3).abs().sum((0, 2))  # (K, hd/2)
     k_pairs = k.view(len(y), K, 2, hd // 2).sum(2).abs().sum(0)  # (K, hd/2)
@@ -217,6 +219,7 @@ class Predictor:
             self.n_channels = part.n_kv_heads * part.head_dim  # Nkv, of k and of v
             self.n_scores = self.n_channels // 2 + self.n_channels  # rotary pairs, values
         self.c = 0  # how many channels a forward keeps now; 0: dense
+        self.sharded = part.sharded()
         self.P = self.Q = self.ranks = None  # of svd: load_factors()
         self.sums = self.new_sums()  # {name: tensor}, until free(); None where nothing is measured
         self.fixed = None  # what fix() chose: KeepMLP or KeepAttention
@@ -263,13 +266,15 @@ class Predictor:
             self.sums["scores"] += energy(h)
             return
         high = self.sums["scores"].dtype
-        score = (h * dh).abs().sum(0, dtype=high)  # (I,)
+        h, dh = h.to(high), dh.to(high)
+        score = (h * dh).abs().sum(0)  # (I,)
         self.sums["scores"] += score.nan_to_num_(0.0, 0.0, 0.0)
         if "xx" in self.sums:
-            x, h = x.to(high), h.to(high).nan_to_num_(0.0, 0.0, 0.0)
+            weight = (dh.square().sum(1) / h.square().sum(1)).sqrt()  # (n,): |dL/dh| / |h|
+            weight = weight.nan_to_num_(0.0, 0.0, 0.0)[:, None]
+            x = x.to(high).nan_to_num_(0.0, 0.0, 0.0)  # a row that is not finite has no weight and no value
+            h = h.nan_to_num(0.0, 0.0, 0.0)
             x1 = torch.cat([x, x.new_ones(len(x), 1)], 1)  # (n, D+1)
-            felt = dh.to(high).square().sum(1) / h.square().sum(1)
-            weight = felt.sqrt().nan_to_num_(0.0, 0.0, 0.0)[:, None]  # (n, 1): |dL/dh| / |h|
             xw = (x1 * weight).T  # (D+1, n)
             self.sums["xx"].addmm_(xw, x1)
             self.sums["xh"].addmm_(xw, h)
@@ -285,25 +290,26 @@ class Predictor:
             score = taylor_attention(self.part, y, dy)
         self.sums["scores"] += score.nan_to_num_(0.0, 0.0, 0.0)
 
+    @torch.no_grad()
     def fix(self):
         """Chooses the channels from what was measured, fits the map and copies the kept rows out."""
         scores = self.sums["scores"]
         if not self.is_mlp:
             if self.kind == "energy":
                 scores = attention_scores(self.part, scores)
-            self.keep(*top_attention(self.part, scores, self.c))
+            self.set_fixed(*top_attention(self.part, scores, self.c))
             return
         channels = top(scores, self.c)
         fitted = None
         if self.map_rank and "xx" in self.sums:
             fitted = fit_map(self.sums["xx"], self.sums["xh"], self.part.down, channels, self.map_rank)
-        self.keep(channels, fitted=fitted)
+        self.set_fixed(channels, fitted=fitted)
 
-    def keep(self, *channels, fitted=None):
+    def set_fixed(self, *channels, fitted=None):
         """Fixes these channels, of an MLP or of k and of v, and this map. Copying the kept rows out once turns every
         sparse product into a plain matmul of fixed shape, for c / N of the weight's memory: worth it up to a half. A
         weight that is sharded over ranks has no rows to copy."""
-        copy = 2 * self.c <= self.n_channels and not self.part.sharded()
+        copy = 2 * self.c <= self.n_channels and not self.sharded
         if not self.is_mlp:
             self.fixed = keep_attention(self.part, *channels, copy)
             return
@@ -440,12 +446,14 @@ def measuring(model):
 
 def rows_measured(model):
     """How many context rows were measured so far, on this rank."""
-    return max(int(p.sums["rows"]) for _, p in predictors(model) if p.sums)
+    return min(int(p.sums["rows"]) for _, p in predictors(model) if p.sums)
 
 
 def measure(model, batches):
-    """All that dense warm-up steps would have measured, in one call on these batches: a dense forward and backward of
-    each, then fix(). Gradients of the weights are left as they were. Sparsity is fully on after it."""
+    """All that dense warm-up steps would have measured, anew and in one call on these batches: a dense forward and
+    backward of each, then fix(). Gradients of the weights are left as they were. Sparsity is fully on after it."""
+    for _, p in predictors(model):
+        p.sums = p.new_sums()
     measure_more(model, batches)
     fix(model)
 
@@ -555,7 +563,7 @@ def load_state(model, tensors, first_rank=True):
             device = p.part.fused().device
             p.c = len(channels[0])
             with whole(model, name):
-                p.keep(*(c.to(device) for c in channels), fitted=fitted or None)
+                p.set_fixed(*(c.to(device) for c in channels), fitted=fitted or None)
         if first_rank and p.sums is not None:
             for k, t in p.sums.items():
                 if f"sums.{k}" in own:
@@ -569,10 +577,13 @@ def whole(model, name):
     """Inside, the weights of part `name` have all their rows, where FSDP has cut them up over ranks (which
     all have to come here)."""
     block = model.blocks[int(name.split(".")[0])]
-    if hasattr(block, "unshard"):
-        block.unshard()
-    yield
-    if hasattr(block, "reshard"):
+    if not hasattr(block, "unshard"):
+        yield
+        return
+    block.unshard()
+    try:
+        yield
+    finally:
         block.reshard()
 
 

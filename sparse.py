@@ -1,10 +1,10 @@
 """The method: three projections whose context rows compute only the channels that were kept. Autograd functions with
 a hand-written backward, for frozen weights with LoRA.
 
-A batch is a stream of T rows (data.collate). The first n rows are *sparse* (context tokens: they carry no
-loss), the rest are dense. A sparse row computes only the kept channels idx of a weight, forward and
-backward; a dense row computes all of them. Both kinds write into one output, so dense LoRA is this very code
-with n = 0.
+A batch is a stream of T rows, one a token (data.collate). Its first n rows may be *sparse*: by default the context
+tokens, which carry no loss. In a sparse step such a row computes only the kept channels idx of a weight, forward and
+backward; all other rows compute all of them. Both kinds write into one output. A dense step is this very code with
+keep = None: then n only says which rows are shown to a predictor that measures.
 
     T rows, n of them sparse     D model width       N projection width
     I MLP width                  C kept channels     R LoRA rank
@@ -18,7 +18,7 @@ rows of W:
                           g = x Wg[idx].T    u = x Wu[idx].T    h = silu(g) u    y = h Wd[idx]
              where the dropped channels have a map (predictor.py), frozen and of low rank  y += (x U) V + b
     LoRA     y += s (x A.T) B.T, s = alpha / R; on q, k, v, o for all channels, in the MLP for the kept ones
-             (B_g[idx], B_u[idx], A_d[:, idx]): a step trains exactly the rows that it computed
+             (B_g[idx], B_u[idx], A_d[:, idx]): a sparse row adds to the gradient of what it computed, and to no other
 
 and the backward is the exact gradient of that forward:
 
@@ -31,7 +31,7 @@ weights get no gradient; with lora_r = 0 the weights themselves are trained, and
 the same place.
 
 Cost of one sparse row against a dense one: C / N of the multiplications and of the weight bytes, in the
-forward and for dx (a frozen weight has no dW). All products are kernels.gather_matmul_nt (x W[idx].T) and
+forward and for dx (a frozen weight has no dW); LoRA and the map are thin products beside it. All products are kernels.gather_matmul_nt (x W[idx].T) and
 gather_matmul_nn (x W[idx]); Triton on a GPU, index_select and a library matmul on a CPU.
 """
 from typing import NamedTuple, Optional
@@ -48,7 +48,7 @@ class Keep(NamedTuple):
     """The kept channels of one stored weight W (N, D): its row numbers, and a contiguous copy of those rows
     where one is worth it (channels that stay for many steps)."""
     idx: torch.Tensor  # (C,) int64, sorted
-    rows: Optional[torch.Tensor] = None  # (C, D) = W[idx]
+    copy: Optional[torch.Tensor] = None  # (C, D) = W[idx]
 
 
 class KeepAttention(NamedTuple):
@@ -74,9 +74,9 @@ def kept_nt(x, w, keep, out=None, bias=None):
     keep None: all rows, (T, N)."""
     if keep is None:
         return kernels.matmul_nt(x, w)
-    if keep.rows is None:
+    if keep.copy is None:
         return kernels.gather_matmul_nt(x, w, keep.idx, out, bias)
-    y = kernels.matmul_nt(x, keep.rows)  # (T, C)
+    y = kernels.matmul_nt(x, keep.copy)  # (T, C)
     if bias is not None:
         y += bias[keep.idx]
     if out is None:
@@ -88,9 +88,9 @@ def kept_nn(x, w, keep, out):
     """x (T, C), w (N, D) -> out (T, D) = x w[idx]. keep None: all rows, x (T, N)."""
     if keep is None:
         return torch.mm(x, w, out=out)
-    if keep.rows is None:
+    if keep.copy is None:
         return kernels.gather_matmul_nn(x, w, keep.idx, out)
-    return torch.mm(x, keep.rows, out=out)
+    return torch.mm(x, keep.copy, out=out)
 
 
 def weight_grad(dy, x):
@@ -138,14 +138,15 @@ def lora_backward(dy, x, z, dx, spans, lora, s):
 # ---- projections -------------------------------------------------------------------------------------------
 # Arguments that all three share: keep, what the first n rows keep (a Keep, of SwiGLU a KeepMLP; None: all rows are
 # dense); s = alpha / R; lora as above, fp32, with fp32 gradients (fp64 for fp64).
-# measure: None, or a predictor.Predictor that in the backward of a dense step is shown what the context rows, the
-# first n, did: so it learns which channels matter.
+# watcher: None, or a predictor.Predictor that in the backward of a dense step is shown what the first n rows did: so
+# it learns which channels matter.
 
 class ProjectOut(Function):
     """q, k, v: the sparse axis is the output. x (T, D), w (N, D), bias (N,) or None -> y (T, N)."""
 
     @staticmethod
-    def forward(ctx, x, w, bias, keep, n, s, spans, measure, *lora):
+    def forward(ctx, x, w, bias, keep, n, s, spans, watcher, *lora):
+        assert keep is None or watcher is None
         cut = 0 if keep is None else n  # rows before it are sparse
         y = x.new_empty(len(x), len(w))  # (T, N)
         if cut:
@@ -156,14 +157,16 @@ class ProjectOut(Function):
         else:
             torch.addmm(bias, x[cut:], w.T, out=y[cut:])
         z = lora_forward(x, y, spans, lora, s)
-        seen = None if measure is None else y[:n].clone()
-        ctx.save_for_backward(x, w, z, seen, *lora)
-        ctx.keep, ctx.cut, ctx.s, ctx.spans, ctx.measure = keep, cut, s, spans, measure
+        watched = None
+        if watcher is not None:
+            watched = y[:n].clone()  # y itself is not kept: RoPE goes on with a rotated copy of it
+        ctx.save_for_backward(x, w, z, watched, *lora)
+        ctx.keep, ctx.cut, ctx.s, ctx.spans, ctx.watcher = keep, cut, s, spans, watcher
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        x, w, z, seen, *lora = ctx.saved_tensors
+        x, w, z, watched, *lora = ctx.saved_tensors
         cut, dx, dw, dbias = ctx.cut, None, None, None
         if ctx.needs_input_grad[0]:
             dx = torch.empty_like(x)
@@ -175,8 +178,8 @@ class ProjectOut(Function):
             dw = weight_grad(dy, x)
         if ctx.needs_input_grad[2]:
             dbias = dy.sum(0)
-        if ctx.measure is not None:
-            ctx.measure.see_attention(seen, dy[:len(seen)])
+        if ctx.watcher is not None:
+            ctx.watcher.see_attention(watched, dy[:len(watched)])
         return dx, dw, dbias, None, None, None, None, None, *dlora
 
 
@@ -230,8 +233,8 @@ def mlp_forward(x, gate_up, down, keep, lora, s, y):
 
 
 def mlp_backward(dy, x, gate_up, down, keep, lora, s, gu, z_gu, z_down, dx, want_h):
-    """dy (T, D) -> writes dx (T, D) (None: not wanted). Returns LoRA's gradients, and for whom else wants them dh, dgu
-    and, with want_h, h."""
+    """dy (T, D) -> writes dx (T, D) (None: not wanted). Returns LoRA's six gradients, and for whoever else wants them h
+    (only with want_h), dh (T, C) and dgu (T, 2C)."""
     h = None
     if want_h or z_down.shape[1]:
         h = kernels.swiglu(gu)  # (T, C): cheaper to redo than to keep
@@ -244,7 +247,7 @@ def mlp_backward(dy, x, gate_up, down, keep, lora, s, gu, z_gu, z_down, dx, want
         U, V, b = keep.map
         dx.addmm_(dy @ V.T, U.T)  # dx += (dy V.T) U.T
     d_gate_up = lora_backward(dgu, x, z_gu, dx, halves(gu), lora[:4], s)
-    return d_gate_up + d_down, h, dh, dgu
+    return [*d_gate_up, *d_down], h, dh, dgu
 
 
 def halves(gu):
@@ -290,13 +293,14 @@ class SwiGLU(Function):
     """y = (silu(x Wg.T) * (x Wu.T)) Wd. x (T, D), gate_up (2I, D), down (I, D) -> y (T, D)."""
 
     @staticmethod
-    def forward(ctx, x, gate_up, down, keep, n, s, measure, *lora):
+    def forward(ctx, x, gate_up, down, keep, n, s, watcher, *lora):
+        assert keep is None or watcher is None
         y = x.new_empty(len(x), down.shape[1])  # (T, D)
         saved = []
         for rows, keep_rows in kinds_of_rows(len(x), n, keep):
             saved += mlp_forward(x[rows], gate_up, down, keep_rows, kept_lora(lora, keep_rows), s, y[rows])
         ctx.save_for_backward(x, gate_up, down, *lora, *saved)
-        ctx.keep, ctx.n, ctx.s, ctx.measure = keep, n, s, measure
+        ctx.keep, ctx.n, ctx.s, ctx.watcher = keep, n, s, watcher
         return y
 
     @staticmethod
@@ -308,18 +312,20 @@ class SwiGLU(Function):
         if ctx.needs_input_grad[0]:
             dx = torch.empty_like(x)
         dlora = [torch.zeros_like(p) for p in lora]
-        want_h = train_down or ctx.measure is not None
+        want_h = train_down or ctx.watcher is not None
         kinds = kinds_of_rows(len(x), ctx.n, ctx.keep)
         for (rows, keep), gu, z_gu, z_down in zip(kinds, saved[0::3], saved[1::3], saved[2::3]):
-            gradients, h, dh, dgu = mlp_backward(
-                dy[rows], x[rows], gate_up, down, keep, kept_lora(lora, keep), ctx.s, gu, z_gu, z_down,
-                dx if dx is None else dx[rows], want_h)
+            dx_rows = None
+            if dx is not None:
+                dx_rows = dx[rows]
+            gradients, h, dh, dgu = mlp_backward(dy[rows], x[rows], gate_up, down, keep, kept_lora(lora, keep), ctx.s,
+                                                 gu, z_gu, z_down, dx_rows, want_h)
             add_kept(dlora, gradients, keep)
-        # below all rows are dense: h, dh and dgu are those of all rows
-        if ctx.measure is not None:
-            ctx.measure.see_mlp(x[:ctx.n], h[:ctx.n], dh[:ctx.n])
-        if train_gate_up:
-            dw_gate_up = weight_grad(dgu, x)
-        if train_down:
-            dw_down = weight_grad(h, dy)
+        if ctx.keep is None:  # a dense step has rows of one kind only: h, dh and dgu are those of all rows
+            if ctx.watcher is not None:
+                ctx.watcher.see_mlp(x[:ctx.n], h[:ctx.n], dh[:ctx.n])
+            if train_gate_up:
+                dw_gate_up = weight_grad(dgu, x)
+            if train_down:
+                dw_down = weight_grad(h, dy)
         return dx, dw_gate_up, dw_down, None, None, None, None, *dlora

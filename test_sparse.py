@@ -409,7 +409,7 @@ def test_scores_are_what_the_loss_feels():
     x = m.embed.detach()[batch.tokens].requires_grad_()
     mlp = m.blocks[1].mlp
 
-    def forward(x, n, keep, measure):
+    def forward(x, n, keep, watcher):
         g, u = ((x @ w.T + 2 * (x @ mlp.lora[t + "/A"].T) @ mlp.lora[t + "/B"].T)
                 for t, w in zip(("gate", "up"), mlp.gate_up.chunk(2)))
         h = F.silu(g) * u
@@ -467,7 +467,7 @@ def test_selectors_rank_as_they_should():
     for part in ("0.mlp", "0.attn"):
         assert held["oracle"][part]["held"] >= held["svd"][part]["held"] > held["worst"][part]["held"]
     mlp = held["measured"]["0.mlp"]
-    assert mlp["residual"] < .8 * mlp["without_map"]
+    assert mlp["residual"] < .9 * mlp["without_map"]
     assert held["oracle"]["0.mlp"]["residual"] == held["oracle"]["0.mlp"]["without_map"]
 
 

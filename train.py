@@ -16,6 +16,7 @@ import os
 import shlex
 import shutil
 import sys
+import time
 import traceback
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -61,7 +62,7 @@ class Run:
 # ---- the loop ----------------------------------------------------------------------------------------------
 
 def loop(run):
-    """From the step of run.info to the last. Interrupted: between steps, when a signal came."""
+    """From the step of run.info to the last. Raises Interrupted between steps when a signal came."""
     cfg, model, info, log = run.cfg, run.model, run.info, run.log
     while info["step"] < last_step(run):
         step = info["step"]
@@ -97,9 +98,8 @@ def loop(run):
             info[name] += n
         info["step"] += 1
 
-        # A signal, or the time to save.
-        if run.stop.received or dist.world() > 1:
-            run.stop.check()
+        # A signal ends the run here, on all ranks; else it may be time to save.
+        run.stop.check()
         if cfg.save_interval and info["step"] % cfg.save_interval == 0:
             log.flush()
             save(run)
@@ -178,7 +178,7 @@ def evaluation_due(run):
 
 # ---- dense to sparse ---------------------------------------------------------------------------------------
 
-ROWS = 4  # a map is fitted on at least so many times the model's width of context rows
+ROWS = 4  # context rows that are measured at least, in multiples of the model's width
 
 
 def start_sparse(run):
@@ -190,29 +190,38 @@ def start_sparse(run):
         rows = measure_enough(run)
         predictor.fix(model)
         predictor.free(model)
-        say(f"  channels chosen, and maps fitted, on {rows:,} context rows")
+        maps = ""
+        if any(p.map is not None for _, p in predictor.predictors(model)):
+            maps = f", maps of rank {run.cfg.map_rank} fitted"
+        say(f"  channels chosen{maps} on {rows:,} context rows")
     run.log.record(dict(step=step, **selection(run)))
 
 
 def measure_enough(run):
-    """Extra dense passes until the predictors have seen enough rows. Returns how many they saw, over all ranks."""
-    wanted = ROWS * run.model.config.hidden_size
-    step = run.info["step"]
+    """Extra dense passes, without an update, until the predictors have seen enough rows; 64 at most. Returns how many
+    rows they have seen, over all ranks. The passes count in the run's seconds and FLOPs."""
+    model, info = run.model, run.info
+    wanted = ROWS * model.config.hidden_size
+    start = time.perf_counter()
     for extra in range(64):
-        rows, = dist.add(predictor.rows_measured(run.model))
+        rows, = dist.add(predictor.rows_measured(model))
         if rows >= wanted:
             break
         run.stop.check()
-        idx = run.order(step + extra)
-        predictor.measure_more(run.model, dist.micro_batches(run.tokenized["train"], idx, run.cfg, run.device))
-    return dist.add(predictor.rows_measured(run.model))[0]
+        idx = run.order(info["step"] + extra)
+        micro = dist.micro_batches(run.tokenized["train"], idx, run.cfg, run.device)
+        predictor.measure_more(model, micro)
+        info["flops"] += count(model, micro)["dense_flops"]
+    if extra:
+        info["seconds"] += time.perf_counter() - start
+    return dist.add(predictor.rows_measured(model))[0]
 
 
 @torch.no_grad()
 def selection(run):
     """Prints, and returns, what the kept channels are worth on one validation batch: the share of the true energy that
     they hold, how much of the MLPs' outputs is missing, and how far sparsity moves the loss. A selection that fails
-    shows here."""
+    shows here. Leaves sparsity fully on."""
     model, cfg = run.model, run.cfg
     if not predictor.predictors(model):
         return {}
@@ -413,7 +422,7 @@ def resume(run):
                             "choose another --out_dir")
         t.copy_(tensors[name])
     predictor.load_state(run.model, tensors, first_rank=dist.rank() == 0)
-    if run.info["sparse"]:
+    if not predictor.measuring(run.model):
         predictor.free(run.model)
     restore_generators(run, info["rng"])
     if dist.rank() == 0:
@@ -529,8 +538,10 @@ def say_plan(run):
     sample = data.collate(run.tokenized["train"][:cfg.batch_size], cfg.split, 0, cfg.dense_first)
     dense, sparse = model.flops(sample)
     model.set_sparsity(0)
-    sparse_steps = [step for step in range(run.max_steps) if sparsity(run, step)] or [run.max_steps]
-    say(f"dense for {sparse_steps[0]} steps, then sparse ({cfg.predictor}) until step {sparse_steps[-1] + 1}: "
+    steps = [step for step in range(run.max_steps) if sparsity(run, step)]
+    if not steps:
+        return say("dense throughout: sparse_start and sparse_end leave no sparse step")
+    say(f"dense for {steps[0]} steps, then sparse ({cfg.predictor}) until step {steps[-1] + 1}: "
         f"a sparse step computes {sparse / dense:.0%} of a dense one's {dense / 1e9:,.1f} GFLOP")
 
 
