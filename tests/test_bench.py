@@ -74,20 +74,22 @@ def test_full_training_flops_are_torchs():
     assert m.flops(b)[1] == counted(lambda: m.loss(b).backward())
 
 
-@pytest.mark.parametrize("kind", ["svd", "measured", "oracle", "random"])
+@pytest.mark.parametrize("map_rank", [0, 5], ids=["no map", "map"])
+@pytest.mark.parametrize("kind", ["svd", "measured", "energy", "oracle", "random"])
 @pytest.mark.parametrize("ratios", [(.5, 0.), (0., .5), ([.5, 0., .5], [0., .5, 0.])], ids=["mlp", "attention", "some of both"])
 @pytest.mark.parametrize("model_type, targets", [("llama", "q,k,v,o"), ("qwen2", "q,k,v,o,gate,up,down")])
-def test_sparse_flops_are_torchs(targets, kind, ratios, model_type, tmp_path, monkeypatch):
+def test_sparse_flops_are_torchs(targets, kind, map_rank, ratios, model_type, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     m, b = tiny(model_type=model_type), data.collate(batch())
     m.add_lora(4, 8, targets)
-    predictor.attach(m, *ratios, kind=kind)
-    if kind == "measured":
-        m.set_sparsity(0)
-        m.loss(b)
-        m.set_sparsity(1)
+    predictor.attach(m, *ratios, kind=kind, map_rank=map_rank)
+    before = m.flops(b)
+    if kind in ("measured", "energy"):
+        predictor.measure(m, [b])
+        assert any(p.map for _, p in predictor.predictors(m)) == (kind == "measured" and map_rank > 0 and ratios != (0., .5))
     dense, sparse = m.flops(b)
     assert sparse == counted(lambda: m.loss(b).backward())
+    assert before == (dense, sparse)  # known before anything is measured
     m.set_sparsity(0)
     assert dense == counted(lambda: m.loss(b).backward()) and m.flops(b) == (dense, dense)
 
