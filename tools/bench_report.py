@@ -62,8 +62,8 @@ def notes(rows):
         if "map_time" in r:
             low, time, high = r["map_time"]
             beyond = time / r["map_flops"] - 1
-            yield (f"- {r['row']}: {time:.3f}x the time without the map (median of the rounds' ratios; "
-                   f"quartiles {low:.3f}-{high:.3f}), {r['map_flops']:.3f}x the FLOPs: {beyond:+.1%} beyond them")
+            yield (f"- {r['row']}: {time:.3f}x the time without the map (median of the rounds' ratios, "
+                   f"quartiles {low:.3f}-{high:.3f}), {r['map_flops']:.3f}x the FLOPs: {beyond:+.1%} beyond")
         if r["row"].endswith("svd") and "predictor_ms" in r:
             share = r["predictor_ms"] / r["total_ms"]
             yield f"- {r['row']}: choosing channels takes {r['predictor_ms']:.2f} ms, {share:.1%} of the step"
