@@ -1,6 +1,7 @@
 """Tests of tools/bench*.py and of the FLOP counter that its ratios rest on. Tiny shapes, one thread."""
 import json
 import random
+import traceback
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ import predictor
 from config import UserError
 from model import LLaMA, ModelConfig
 from results import memory
-from tools import bench, bench_kernels, bench_measure, bench_report
+from tools import bench, bench_measure, bench_report
 
 TINY = dict(model_type="llama", vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
             num_key_value_heads=2, rms_norm_eps=1e-5, tie_word_embeddings=False)
@@ -74,20 +75,22 @@ def test_full_training_flops_are_torchs():
     assert m.flops(b)[1] == counted(lambda: m.loss(b).backward())
 
 
-@pytest.mark.parametrize("kind", ["svd", "measured", "oracle", "random"])
+@pytest.mark.parametrize("map_rank", [0, 5], ids=["no map", "map"])
+@pytest.mark.parametrize("kind", ["svd", "measured", "energy", "oracle", "random"])
 @pytest.mark.parametrize("ratios", [(.5, 0.), (0., .5), ([.5, 0., .5], [0., .5, 0.])], ids=["mlp", "attention", "some of both"])
 @pytest.mark.parametrize("model_type, targets", [("llama", "q,k,v,o"), ("qwen2", "q,k,v,o,gate,up,down")])
-def test_sparse_flops_are_torchs(targets, kind, ratios, model_type, tmp_path, monkeypatch):
+def test_sparse_flops_are_torchs(targets, kind, map_rank, ratios, model_type, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     m, b = tiny(model_type=model_type), data.collate(batch())
     m.add_lora(4, 8, targets)
-    predictor.attach(m, *ratios, kind=kind)
-    if kind == "measured":
-        m.set_sparsity(0)
-        m.loss(b)
-        m.set_sparsity(1)
+    predictor.attach(m, *ratios, kind=kind, map_rank=map_rank)
+    before = m.flops(b)
+    if kind in ("measured", "energy"):
+        predictor.measure(m, [b])
+        assert any(p.map for _, p in predictor.predictors(m)) == (kind == "measured" and map_rank > 0 and ratios != (0., .5))
     dense, sparse = m.flops(b)
     assert sparse == counted(lambda: m.loss(b).backward())
+    assert before == (dense, sparse)  # known before anything is measured
     m.set_sparsity(0)
     assert dense == counted(lambda: m.loss(b).backward()) and m.flops(b) == (dense, dense)
 
@@ -146,22 +149,32 @@ def test_hf_and_ours_do_the_same_work(tiny_run, kind, tied):
     """Same loss from the same weights, the FLOPs that we count for HF, and a step of theirs that leaves our weights alone."""
     pytest.importorskip("peft")
     cfg, raw = config.load(tiny_run[:4]), {**TINY, "model_type": kind, "tie_word_embeddings": tied}
-    run = bench.setup(cfg, raw)
-    tokens = batch()
-    full, real, missing = bench.make_rows(run, raw, (3, 40, 10), data.collate(tokens))
-    sparse = [f"+ {part}, {kind}" for part in ("MLP", "attention") for kind in ("svd", "measured")]
-    assert [r.name for r in full] == ["HF + PEFT", "dense LoRA", *sparse] and not missing
-    assert [r.name for r in real] == ["HF + PEFT", "HF + PEFT, padded to 40", "dense LoRA", *sparse[2:]]
-    for r in (real[0], real[1]):
+    shared, tokens = bench.Shared(cfg, raw), batch()
+    rows, padded = bench.make_rows(shared, raw, 40, tokens)
+    sparse = [f"+ {part}, {how}" for part in ("MLP", "attention") for how in ("svd", "measured", "measured + map")]
+    assert [r.name for r in rows] == ["HF + PEFT", "dense LoRA", *sparse] and padded.name == "HF + PEFT, padded to 40"
+    for r in (rows[0], padded):
         b = r.batch(tokens)
         ours = data.collate(tokens)
-        full[1].select()
-        loss = run.model.loss(ours).item() / ours.weights.sum().item()
+        rows[1].select()
+        loss = shared.model.loss(ours).item() / ours.weights.sum().item()
         assert r.hf.model(**b).loss.item() == pytest.approx(loss, rel=1e-5)
         assert r.flops(b) == counted(lambda: r.hf.model(**b, use_cache=False).loss.backward())
-    before = [p.clone() for p in run.model.parameters()]
-    real[0].step(real[0].batch(tokens))
-    assert all(torch.equal(a, b) for a, b in zip(before, run.model.parameters()))
+    before = [p.clone() for p in shared.model.parameters()]
+    padded.step(padded.batch(tokens))
+    assert all(torch.equal(a, b) for a, b in zip(before, shared.model.parameters()))
+
+
+def test_the_map_is_all_that_its_row_adds(tiny_run):
+    """The rows with and without it keep the same channels, and each row counts its own map and copies."""
+    shared = bench.Shared(config.load(tiny_run[:4]), TINY)
+    rows = {r.name: r for r in bench.make_rows(shared, TINY, 40, batch())[0]}
+    without, with_map = (rows[f"+ attention, measured{x}"] for x in ("", " + map"))
+    for a, b in zip(without.own.values(), with_map.own.values()):
+        if a is not None:
+            assert str(a.fixed.channels) == str(b.fixed.channels) and a.map is None and (b.map is not None) == b.is_mlp
+    more = sum(t.numel() for t in with_map.resident()) - sum(t.numel() for t in without.resident())
+    assert more == 2 * (2 * 64 * 64 + 64)  # of the two blocks that are sparse: U, V of the width 64 at most, b
 
 
 def test_rows_that_run_out_of_memory_are_said(tiny_run, tmp_path, monkeypatch, capsys):
@@ -174,50 +187,83 @@ def test_rows_that_run_out_of_memory_are_said(tiny_run, tmp_path, monkeypatch, c
         return step(self, *args)
 
     monkeypatch.setattr(bench.Ours, "step", small_card)
-    bench.main(tiny_run + ["--steps=1", "--kernels=False", "--real=False"])
+    monkeypatch.setattr(bench, "hugging_face", lambda *args: "not installed (peft)")
+    bench.main(tiny_run + ["--steps=1", "--real=False"])
     out = json.loads((tmp_path / "out.json").read_text())
-    assert set(out["missing"]) >= {"dense LoRA", "+ MLP, svd"} and "+ MLP, svd" not in out["predictor_ms"]
-    assert "+ MLP, measured" in capsys.readouterr().out and "| + MLP, measured |" in bench_report.section([out])
+    assert out["full"]["missing"] == {"HF + PEFT": "not installed (peft)", "dense LoRA": "out of memory", "+ MLP, svd": "out of memory"}
+    text = bench_report.section(out)
+    assert "| + MLP, measured " in text and text in capsys.readouterr().out
+    assert "out of memory" in text and "not installed (peft)" in text and "+ MLP, svd: choosing" not in text
 
 
 def test_one_run(tiny_run, tmp_path, capsys):
-    bench.main(tiny_run + ["--steps=2", "--kernels=False"])
+    bench.main(tiny_run + ["--steps=2"])
     out = json.loads((tmp_path / "out.json").read_text())
-    rows = {r["row"]: r for r in out["full"]["rows"]}
+    rows = {r["row"]: r for r in bench_report.with_ratios(out["full"])}
     assert rows["dense LoRA"]["share"] == 1 and all(r["total_ms"] > 0 and len(r["times_ms"]) == 2 for r in rows.values())
-    assert rows["+ attention, measured"]["flops"] < rows["+ MLP, measured"]["flops"] < rows["dense LoRA"]["flops"]
+    flops = [rows[name]["flops"] for name in ("+ attention, measured", "+ MLP, measured", "+ MLP, measured + map", "dense LoRA")]
+    assert flops == sorted(flops) and len(set(flops)) == 4
     assert rows["+ MLP, svd"]["peak_gib"] < rows["dense LoRA"]["peak_gib"]
-    assert "share" in capsys.readouterr().out
-    readme = tmp_path / "README.md"
-    readme.write_text("a\n<!-- bench -->old<!-- /bench -->\nz\n")
+    assert rows["+ MLP, svd"]["predictor_ms"] > 0
+    text = capsys.readouterr().out
+    assert "share" in text and "+ MLP, svd: choosing channels takes" in text
+    file = tmp_path / "bench.md"
     with pytest.raises(UserError, match="no measurement"):
-        bench_report.readme(tmp_path / "nothing", readme)
+        bench_report.write(tmp_path / "nothing", file)
     (tmp_path / "tiny.json").unlink()
-    bench_report.readme(tmp_path, readme)
-    text = readme.read_text()
-    assert text.startswith("a\n<!-- bench -->\n") and text.endswith("<!-- /bench -->\nz\n") and "old" not in text
-    assert "+ attention, svd" in text and "unmeasured" in text
+    bench_report.write(tmp_path, file)
+    assert "+ attention, svd" in file.read_text() and "unmeasured" in file.read_text()
 
 
-def test_kernel_table():
-    rows = bench_kernels.table(ModelConfig.from_dict(TINY), torch.float32, torch.device("cpu"), rows=(8,), repeats=1)
-    assert len(rows) == 24 and all(r["ours_ms"] is None and r["library_ms"] > 0 for r in rows)
-    assert "no GPU" in bench_report.kernel_table(rows)
+def test_what_the_map_costs_is_the_median_of_the_rounds():
+    """The load may be another in each round; both rows of a round meet the same."""
+    row = dict(tokens=10, peak_gib=1.0)
+    group = dict(gemm_flops=1e9, rows=[dict(row, row="+ MLP, measured", times_ms=[10., 20., 40.], flops=100),
+                                       dict(row, row="+ MLP, measured + map", times_ms=[11., 22., 80.], flops=104)])
+    without, with_map = bench_report.with_ratios(group)
+    assert with_map["map_time"][1] == pytest.approx(1.1) and with_map["map_flops"] == 1.04 and "map_time" not in without
+    line, = bench_report.notes([without, with_map])
+    assert "1.100x the time" in line and "1.040x the FLOPs: +5.8% beyond" in line
 
 
-def test_where_a_step_waits():
-    with pytest.raises(UserError) as e:
-        config.load(["--nothing=1"])
-    assert bench_measure.where(e.value).startswith("config/__init__.py:") and bench_measure.where(ValueError()) == "?"
+def test_runs_of_old_are_still_read():
+    """Their steps' times are in three parts, and their own ratios are made anew."""
+    row = dict(row="dense LoRA", tokens=10, peak_gib=1.0, flops=100, share=7.0, over_hf=7.0)
+    new, = bench_report.with_ratios(dict(gemm_flops=1e9, rows=[dict(row, times_ms=[[1., 2., 3.], [2., 3., 3.]])]))
+    assert new["total_ms"] == 7 and new["share"] == 1 and "over_hf" not in new
+
+
+def test_single_products():
+    rows = bench_measure.product_times(tiny(), rows=(8,), repeats=1)
+    assert len(rows) == 24 and all(min(r[k] for k in ("ours", "copied", "library", "dense")) > 0 for r in rows)
+    out = dict(arch="a", shape="1x8/4", lora="r 4", dtype="float32", device="H100", threads=1, steps=1, commit="c", command="x",
+               products=rows)
+    assert bench_report.section(out).count("x W[idx].T") == 12
+
+
+# ---- no step waits for the GPU ---------------------------------------------------------------------------------------------------
+
+def where(error):
+    """file:line of the repository's innermost frame in an exception's traceback."""
+    own = [f for f in traceback.extract_tb(error.__traceback__) if f.filename.startswith(config.ROOT)]
+    return f"{own[-1].filename}:{own[-1].lineno}"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_no_step_waits_for_the_gpu(tiny_run):
+    """(Of the waits of torch.distributed and of Triton's tuning torch does not know.)"""
     cfg = config.load(tiny_run[:4] + ["--device=cuda", "--dtype=bfloat16"])
-    run = bench.setup(cfg, TINY)
-    rows, _, _ = bench.make_rows(run, TINY, (3, 40, 10), data.collate(batch()).to(run.device))
-    for r in rows:
-        if r.ours:
-            r.select()
-            r.step(r.batch(batch()))  # tunes the kernels, which waits
-            assert bench_measure.host_sync(r, r.batch(batch())) == "none", r.name
+    shared = bench.Shared(cfg, TINY)
+    for r in bench.make_rows(shared, TINY, 40, batch())[0]:
+        if not r.ours:
+            continue
+        r.select()
+        r.step(r.batch(batch()))  # tunes the kernels, which waits
+        b = r.batch(batch())
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            r.step(b)
+        except RuntimeError as e:
+            pytest.fail(f"{r.name} waits at {where(e)}: {e}")
+        finally:
+            torch.cuda.set_sync_debug_mode("default")

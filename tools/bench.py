@@ -3,42 +3,32 @@ weights, no download.
 
     python -m tools.bench config/bench_cpu.py                                   a laptop, about 10 minutes
     python -m tools.bench config/math.py --shape=8x512/128 --arch=llama3-8b     one H100 or H200
-    python -m tools.bench --report                                              the README's section, from
-                                                                                results/bench/*.json
+    python -m tools.bench --report              writes results/bench.md from all of results/bench/*.json
 
-    --shape=BxS/N     B examples of S tokens, the last N of them scored (default: batch_size x max_seq_len
-                      / a quarter)
+    --shape=BxS/N     B examples of S tokens, the last N scored; else batch_size, max_seq_len, a quarter of it
     --arch=NAME       config/models/NAME.json instead of the config's model
     --steps=20        timed steps of each row
-    --kernels=False   without the table of single products (tools/bench_kernels.py)
+    --kernels=False   without the table of single products, which only a GPU has
     --real=False      without the rows on GSM8K's lengths
     --out=FILE        results/bench/<device>-<model>-<shape>.json
-    --option=value    everything else is train.py's: --recompute=True, --threads=1, --predictor_rank=8 ...
+    --option=value    everything else is train.py's: --recompute=True, --threads=1, --map_rank=32 ...
 
-Rows, one step of each in turn, round by round; medians and quartiles over the rounds:
+Rows, one step of each in turn, round by round:
 
-    HF + PEFT     transformers + peft: sdpa, the batch padded to its longest text (or to S), labels -100
-                  outside the answer. The same weights (views of ours), r, targets and AdamW (fused); adapters
-                  in the model's dtype and no autocast: as fast as it goes.
-    dense LoRA    ours: no padding, rows that nothing reads any more are skipped. The baseline of every
-                  claim about sparsity.
-    + MLP, + attention   ours, sparse, channels chosen by svd (as published) or measured. The last of
-                         them is SparseLoRA.
+    HF + PEFT                transformers + peft: sdpa, the batch padded to its longest text (or to S). The
+                             same weights (views of ours), r, targets and AdamW (fused); adapters in the
+                             model's dtype and no autocast: as fast as it goes.
+    dense LoRA               ours: no padding, rows that nothing reads any more are skipped. The baseline of
+                             every claim about sparsity.
+    + MLP, svd               ours, sparse: channels chosen in every step, as published
+    + MLP, measured          channels that were measured before, their rows copied out; without a map
+    + MLP, measured + map    the same channels, and the low-rank map that stands in for the dropped ones
+    + attention, ...         the same three with sparse attention too, where the config has ratios for it
 
-    time ratio    dense LoRA's median total / the row's
-    FLOP ratio    the same of the counted FLOPs (model.flops)
-    share         time ratio / FLOP ratio: how much of what sparsity saves arrives; 100 % is a perfect
-                  implementation
-    peak          weights, adapter, optimizer state, copies of kept rows, and what a step allocates at
-                  most beyond them; on a CPU from the profiler's record of the allocator, the
-                  counterpart of torch.cuda.max_memory_allocated
-    roofline      FLOPs at the GEMM rate + elementwise bytes at the copy bandwidth. Both rates are
-                  measured between the rounds, under the same load; MFU is relative to that GEMM rate, not
-                  to a data sheet.
-
-A row that cannot run says why. Nothing is filled in.
+The columns: tools/bench_report.py. A row that cannot run says why. Nothing is filled in.
 """
 import json
+import os
 import random
 import re
 from pathlib import Path
@@ -51,13 +41,11 @@ import data
 import predictor
 import train
 from config import UserError
-from model import TARGETS, LLaMA, ModelConfig
 from lib import dist
 from lib.cli import run, split_options
-from tools import bench_kernels, bench_report
 from lib.files import read_json, write_text
-from tools.bench_measure import (grid_times, load_average, machine, measure, predictor_times, traffic,
-                                 unique_bytes)
+from model import TARGETS, LLaMA, ModelConfig
+from tools import bench_measure, bench_report
 
 ROOT = Path(config.ROOT)
 OWN = dict(shape="", arch="", steps=20, kernels=True, real=True, report=False, out="")
@@ -79,20 +67,21 @@ GSM8K = """
 def architecture(cfg, name):
     """(name, config.json as a dict) of --arch, of a JSON file or directory, or of the file in config/models
     whose name is part of the model's id. UserError: there is none."""
-    def bare(s):
-        return re.sub(r"[^a-z0-9]", "", s.lower())
-
+    bare = lambda s: re.sub(r"[^a-z0-9]", "", s.lower())
     shipped = sorted((ROOT / "config" / "models").glob("*.json"))
-    if not name and Path(cfg.model).is_dir():
-        return Path(cfg.model).resolve().name, read_json(Path(cfg.model) / "config.json")
-    if name or not cfg.model.endswith(".json"):
-        found = [p for p in shipped if (p.stem == name if name else bare(p.stem) in bare(cfg.model))]
-        path = max(found, key=lambda p: len(p.stem), default=None)
+    model = Path(config.find(cfg.model))
+    if name:
+        found = [p for p in shipped if p.stem == name]
+    elif model.is_dir():
+        return model.resolve().name, read_json(model / "config.json")
+    elif model.is_file():
+        found = [model]
     else:
-        path = next((p for p in (Path(cfg.model), ROOT / cfg.model) if p.exists()), None)
-    if path is None:
+        found = [p for p in shipped if bare(p.stem) in bare(cfg.model)]
+    if not found:
         raise UserError(f"no architecture for {name or cfg.model!r}: give --arch= one of "
                         f"{', '.join(p.stem for p in shipped)}, or a config.json as --model=FILE.json")
+    path = max(found, key=lambda p: len(p.stem))
     return path.stem, read_json(path)
 
 
@@ -111,148 +100,157 @@ def make_batches(shape, vocab, n, real):
     """n lists of B data.Tokenized of random ids: all S long with N scored, or with lengths drawn from GSM8K
     (cut at S)."""
     (B, S, N), rng = shape, random.Random(0)
-    pairs, out = [tuple(map(int, p.split("+"))) for p in GSM8K.split()], []
-    for _ in range(n):
-        lengths = [rng.choice(pairs) if real else (S - N, N) for _ in range(B)]
-        lengths = [(p, min(a, S - p)) if p < S else (S // 2, S - S // 2) for p, a in lengths]
-        out.append([data.Tokenized([rng.randrange(vocab) for _ in range(p + a)], [0.0] * p + [1.0] * a)
-                    for p, a in lengths])
-    return out
+    gsm8k = [tuple(map(int, pair.split("+"))) for pair in GSM8K.split()]
+
+    def example():
+        prompt, answer = rng.choice(gsm8k) if real else (S - N, N)
+        if prompt >= S:
+            prompt = S // 2
+        answer = min(answer, S - prompt)
+        tokens = [rng.randrange(vocab) for _ in range(prompt + answer)]
+        return data.Tokenized(tokens, [0.0] * prompt + [1.0] * answer)
+
+    return [[example() for _ in range(B)] for _ in range(n)]
+
+
+# ---- rows --------------------------------------------------------------------------------------------------
+
+class Shared:
+    """What the rows have in common: one model with LoRA on random weights, its gradient, its optimizer.
+    raw: a config.json."""
+
+    def __init__(self, cfg, raw):
+        if cfg.lora_r == 0:
+            raise UserError("lora_r = 0 trains all weights, and the benchmark is about LoRA: give a rank")
+        self.cfg, self.device = cfg, dist.setup(cfg)
+        if cfg.threads:
+            torch.set_num_threads(cfg.threads)
+        torch.manual_seed(cfg.seed)
+        self.model = LLaMA(ModelConfig.from_dict(raw), getattr(torch, cfg.dtype), self.device).train()
+        self.model.add_lora(cfg.lora_r, cfg.lora_alpha, cfg.lora_targets)
+        self.model.recompute = cfg.recompute
+        cfg.learning_rate = 1e-5  # the tokens are random: there is nothing to learn
+        flat, self.grad, matrices = train.flatten([p for p in self.model.parameters() if p.requires_grad])
+        self.optimizer = train.make_optimizer(cfg, flat, self.grad, matrices)
+
+
+class Ours:
+    """A row of ours: the shared model under predictors of its own, and train.py's step. measure_on: batches
+    that `measured` measures on; with and without a map they are the same, and so are the channels."""
+    ours = True
+
+    def __init__(self, name, shared, mlp, attn, kind="svd", map_rank=0, measure_on=()):
+        self.name, self.shared, model = name, shared, shared.model
+        predictor.attach(model, mlp, attn, shared.cfg.predictor_rank, kind, map_rank)
+        if kind == "measured":
+            predictor.measure(model, measure_on)
+            predictor.free(model)
+        self.own = {part: part.predictor for b in model.blocks for part in (b.attn, b.mlp)}
+
+    def select(self):
+        torch.backends.cuda.enable_cudnn_sdp(False)  # as model.py sets it
+        for part, own in self.own.items():
+            part.predictor = own
+
+    def batch(self, tokenized):
+        cfg = self.shared.cfg
+        return data.collate(tokenized, cfg.split, 0, cfg.dense_first).to(self.shared.device)
+
+    def step(self, batch):
+        s = self.shared
+        train.forward_backward(s.model, s.grad, [batch])
+        return train.update(s.optimizer, s.grad, s.cfg.learning_rate, s.cfg.grad_clip)[0]
+
+    def flops(self, batch):
+        return self.shared.model.flops(batch)[1]
+
+    def resident(self):
+        """Tensors that lie there between steps. Copies of kept rows, maps and SVD factors are this row's, not
+        the others'."""
+        held = [*self.shared.model.parameters(), self.shared.grad, *moments(self.shared.optimizer)]
+        for p in filter(None, self.own.values()):
+            held += [p.P, *(p.Q or ()), *(p.map or ())]
+            if p.fixed is not None:
+                held += [keep.rows for keep in p.fixed[1:3]]  # of gate_up and down, or of qkv and o
+        return [t for t in held if t is not None]
+
+
+class HuggingFace:
+    """transformers + peft on the same weights. length: pad to this, 0: to the longest text. hf: what
+    hugging_face() returned."""
+    ours = False
+
+    def __init__(self, name, shared, hf, length=0):
+        self.name, self.shared, self.hf, self.length = name, shared, hf, length
+
+    def select(self):
+        if isinstance(self.hf, str):
+            raise UserError(self.hf)
+        torch.backends.cuda.enable_cudnn_sdp(True)  # torch's own choice of attention
+
+    def batch(self, tokenized):
+        return padded(tokenized, self.length or max(len(t.tokens) for t in tokenized), self.shared.device)
+
+    def step(self, batch):
+        loss = self.hf.model(**batch, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.hf.params, self.shared.cfg.grad_clip or float("inf"))
+        self.hf.optimizer.step()
+        self.hf.optimizer.zero_grad()
+        return loss.detach()
+
+    def flops(self, batch):
+        """The grid as our counter would see it if every row of it were real and read by the loss, with a
+        fused attention (no lengths). Its cost is HF's (tested)."""
+        B, S = batch["input_ids"].shape
+        every = range(B * S)
+        grid = SimpleNamespace(tokens=every, loss=slice(0, B * S), shape=(B, S), lengths=None, n_sparse=0)
+        return self.shared.model.flops(grid)[0]
+
+    def resident(self):
+        return [*self.hf.model.parameters(), *moments(self.hf.optimizer)]
+
+
+def moments(optimizer):
+    return [t for state in optimizer.state.values() for t in state.values() if torch.is_tensor(t) and t.dim()]
 
 
 def padded(tokenized, length, device):
-    """What most people train on: input_ids, attention_mask, labels (B, length), right-padded; HF shifts
-    the labels itself."""
+    """What most people train on: input_ids, attention_mask, labels (B, length), right-padded; labels are -100
+    outside the answer, and HF shifts them itself."""
     ids = torch.zeros(len(tokenized), length, dtype=torch.long)
     mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
     for i, t in enumerate(tokenized):
         n, tokens = len(t.tokens), torch.tensor(t.tokens)
         ids[i, :n], mask[i, :n] = tokens, 1
         labels[i, :n] = torch.where(torch.tensor(t.weights) > 0, tokens, -100)
-    return {k: v.to(device) for k, v in dict(input_ids=ids, attention_mask=mask, labels=labels).items()}
+    return dict(input_ids=ids.to(device), attention_mask=mask.to(device), labels=labels.to(device))
 
 
-# ---- rows --------------------------------------------------------------------------------------------------
-
-class Ours:
-    """A row of ours: the one model that all of them share, under its own set of predictors;
-    train.py's optimizer step."""
-    ours = True
-
-    def __init__(self, name, run, mlp, attn, kind, warm):
-        self.name, self.run, self.model = name, run, run.model
-        predictor.attach(run.model, mlp, attn, run.cfg.predictor_rank, kind)
-        self.own = {part: part.predictor for b in run.model.blocks for part in (b.attn, b.mlp)}
-        if kind == "measured":
-            predictor.measure(run.model, [warm])
-            run.model.set_sparsity(1)
-
-    def select(self):
-        torch.backends.cuda.enable_cudnn_sdp(False)  # as model.py sets it
-        for part, p in self.own.items():
-            part.predictor = p
-
-    def batch(self, tokenized):
-        return data.collate(tokenized, self.run.cfg.split).to(self.run.device)
-
-    def step(self, batch, mark=lambda: None):
-        mark()
-        loss = self.model.loss(batch)
-        mark()
-        loss.backward()
-        self.run.grad[-2:] += torch.stack([loss.detach(), batch.weights.sum()])
-        mark()
-        metrics = train.update(self.run, self.run.cfg.learning_rate)
-        mark()
-        return metrics[0]
-
-    def flops(self, batch):
-        return self.model.flops(batch)[1]
-
-    def traffic(self, batch):
-        return traffic(self.model, batch)
-
-    def resident(self):
-        """Bytes that lie there between steps. Copies of kept rows and SVD factors are this row's,
-        not the others'."""
-        held = [*self.model.parameters(), self.run.grad, *states(self.run.optimizer)]
-        for p in filter(None, self.own.values()):
-            held += [k.rows for k in p.fixed or () if isinstance(k, predictor.Keep) and k.rows is not None]
-            held += [*(p.Q or ()), *filter(torch.is_tensor, (p.energies, p.P))]
-        return unique_bytes(held)
-
-
-class HuggingFace:
-    """transformers + peft on the same weights. length: pad to this, 0: to the longest text."""
-    ours = False
-
-    def __init__(self, name, run, hf, length=0):
-        self.name, self.run, self.hf, self.length = name, run, hf, length
-
-    def select(self):
-        torch.backends.cuda.enable_cudnn_sdp(True)  # torch's own choice of attention
-
-    def batch(self, tokenized):
-        length = self.length or max(len(t.tokens) for t in tokenized)
-        return padded(tokenized, length, self.run.device)
-
-    def step(self, batch, mark=lambda: None):
-        mark()
-        loss = self.hf.model(**batch, use_cache=False).loss
-        mark()
-        loss.backward()
-        mark()
-        torch.nn.utils.clip_grad_norm_(self.hf.params, self.run.cfg.grad_clip or float("inf"))
-        self.hf.optimizer.step()
-        self.hf.optimizer.zero_grad()
-        mark()
-        return loss.detach()
-
-    def rows(self, batch):
-        """The grid as our counters would see it if every row of it were real and read by the loss, with a
-        fused attention (no lengths). Its cost is HF's (tested)."""
-        B, S = batch["input_ids"].shape
-        return SimpleNamespace(tokens=range(B * S), loss=slice(0, B * S), shape=(B, S), lengths=None,
-                               n_sparse=0)
-
-    def flops(self, batch):
-        return self.run.model.flops(self.rows(batch))[0]
-
-    def traffic(self, batch):
-        return traffic(self.run.model, self.rows(batch))
-
-    def resident(self):
-        return unique_bytes([*self.hf.model.parameters(), *states(self.hf.optimizer)])
-
-
-def states(optimizer):
-    return [v for s in optimizer.state.values() for v in s.values() if torch.is_tensor(v) and v.dim()]
-
-
-def hugging_face(run, raw):
-    """The HF + PEFT model on the weights of run.model, as views where the layout allows; or a string: why
-    there is none."""
+def hugging_face(shared, raw):
+    """The HF + PEFT model on the weights of ours, as views where the layout allows; or a string: why there is
+    none."""
     try:
         import peft
         import transformers
     except ImportError as e:
         return f"not installed ({e.name})"
-    cfg, c = run.cfg, transformers.AutoConfig.for_model(**raw)
+    cfg, c = shared.cfg, transformers.AutoConfig.for_model(**raw)
     with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(c, dtype=run.model.dtype,
+        model = transformers.AutoModelForCausalLM.from_config(c, dtype=shared.model.dtype,
                                                               attn_implementation="sdpa")
     state = {}
-    for name, (p, lo, rows, transposed) in run.model.named_sources().items():
+    for name, (p, lo, rows, transposed) in shared.model.named_sources().items():
         w = p.detach()[lo:lo + rows]
         state[name] = w.T.contiguous() if transposed else w
     model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
     # its buffers are in no checkpoint
-    model.model.rotary_emb = type(model.model.rotary_emb)(c).to(run.device)
+    model.model.rotary_emb = type(model.model.rotary_emb)(c).to(shared.device)
     names = [TARGETS[t].split(".")[1] for t in cfg.lora_targets.split(",")]
     lora = peft.LoraConfig(r=cfg.lora_r, lora_alpha=cfg.lora_alpha, target_modules=names,
                            task_type="CAUSAL_LM")
-    model = peft.get_peft_model(model, lora, autocast_adapter_dtype=False).to(run.device).train()
+    model = peft.get_peft_model(model, lora, autocast_adapter_dtype=False).to(shared.device).train()
     if cfg.recompute:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     params = [p for p in model.parameters() if p.requires_grad]
@@ -260,76 +258,59 @@ def hugging_face(run, raw):
     return SimpleNamespace(model=model, params=params, optimizer=optimizer)
 
 
-def make_rows(run, raw, shape, warm):
-    """(rows on full-length batches, rows on real lengths, {row that cannot run: why})."""
-    cfg, L = run.cfg, len(run.model.blocks)
-    mlp, attn = (config.ratios(getattr(cfg, name), L, name) for name in ("mlp_sparsity", "attn_sparsity"))
-    zero, hf, sparse = [0.0] * L, hugging_face(run, raw), []
-    padding = {"HF + PEFT": 0, f"HF + PEFT, padded to {shape[1]}": shape[1]}
-    others = [] if isinstance(hf, str) else [HuggingFace(name, run, hf, n) for name, n in padding.items()]
-    dense = Ours("dense LoRA", run, zero, zero, "random", warm)
-    for name, on, a in (("+ MLP", any(mlp), zero), ("+ attention", any(attn), attn)):
+def make_rows(shared, raw, length, tokenized):
+    """(rows for both kinds of batches, the row for real lengths that pads to `length`). tokenized: the
+    examples that `measured` measures on."""
+    cfg, L = shared.cfg, len(shared.model.blocks)
+    mlp = config.ratios(cfg.mlp_sparsity, L, "mlp_sparsity")
+    attn = config.ratios(cfg.attn_sparsity, L, "attn_sparsity")
+    zero, hf = [0.0] * L, hugging_face(shared, raw)
+    rows = [HuggingFace("HF + PEFT", shared, hf), Ours("dense LoRA", shared, zero, zero)]
+    see = [rows[1].batch(tokenized)]
+    for part, on, attn in (("+ MLP", any(mlp), zero), ("+ attention", any(attn), attn)):
         if on:
-            sparse += [Ours(f"{name}, {kind}", run, mlp, a, kind, warm) for kind in ("svd", "measured")]
-    missing = dict.fromkeys(padding, hf) if isinstance(hf, str) else {}
-    return [*others[:1], dense, *sparse], [*others, dense, *sparse[-2:]], missing
+            rows.append(Ours(f"{part}, svd", shared, mlp, attn))
+            rows.append(Ours(f"{part}, measured", shared, mlp, attn, "measured", 0, see))
+        if on and any(mlp) and cfg.map_rank:
+            rows.append(Ours(f"{part}, measured + map", shared, mlp, attn, "measured", cfg.map_rank, see))
+    return rows, HuggingFace(f"HF + PEFT, padded to {length}", shared, hf, length)
 
 
 # ---- one run -----------------------------------------------------------------------------------------------
-
-def setup(cfg, raw):
-    device = dist.setup(cfg)
-    if cfg.threads:
-        torch.set_num_threads(cfg.threads)
-    if cfg.lora_r == 0:
-        raise UserError("lora_r = 0 trains all weights, and the benchmark is about LoRA: give a rank")
-    torch.manual_seed(cfg.seed)
-    model = LLaMA(ModelConfig.from_dict(raw), getattr(torch, cfg.dtype), device)
-    model.add_lora(cfg.lora_r, cfg.lora_alpha, cfg.lora_targets)
-    model.recompute = cfg.recompute
-    cfg.learning_rate = 1e-5  # the tokens are random: there is nothing to learn
-    r = SimpleNamespace(cfg=cfg, device=device, model=model.train())
-    r.flat, r.grad, matrices = train.flatten([p for p in model.parameters() if p.requires_grad])
-    r.optimizer = train.make_optimizer(cfg, r.flat, r.grad, matrices)
-    return r
-
 
 def main(argv):
     argv = [a + "=True" if a == "--report" else a for a in argv]
     own, args = split_options(argv, __doc__, **OWN)
     own = SimpleNamespace(**own)
     if own.report:
-        return bench_report.readme()
+        return bench_report.write()
     cfg = config.load(args)
-    (name, raw), shape, load = architecture(cfg, own.arch), parse_shape(own.shape, cfg), load_average()
-    r = setup(cfg, raw)
-    vocab, device = r.model.config.vocab_size, r.device
-    full, real = make_batches(shape, vocab, 2, False), make_batches(shape, vocab, own.steps, True)
-    warm = data.collate(full[0], cfg.split).to(device)
-    rows, real_rows, missing = make_rows(r, raw, shape, warm)
+    name, raw = architecture(cfg, own.arch)
+    shape = parse_shape(own.shape, cfg)
+    load = getattr(os, "getloadavg", tuple)  # Windows has none
+    load_before = load()
+    shared = Shared(cfg, raw)
+    vocab = shared.model.config.vocab_size
+    full = make_batches(shape, vocab, 2, real=False)
+    real = make_batches(shape, vocab, own.steps, real=True)
+    rows, padded_row = make_rows(shared, raw, shape[1], full[0])
     out = dict(command="python -m tools.bench " + " ".join(argv), shape="{}x{}/{}".format(*shape), arch=name,
                dtype=cfg.dtype, lora=f"r {cfg.lora_r} on {cfg.lora_targets}", mlp_sparsity=cfg.mlp_sparsity,
-               attn_sparsity=cfg.attn_sparsity, recompute=cfg.recompute, steps=own.steps, **machine(device),
-               load_before=load, missing=missing)
-    print(f"{name} {out['shape']} on {out['device']}, {out['threads']} threads, load {load}", flush=True)
-    for key, some, batches in [("full", rows, full)] + [("real", real_rows, real)] * own.real:
-        measured, rates = measure(r, some, batches, own.steps, missing)
-        out[key] = dict(rows=[bench_report.summary(k, v, measured, rates) for k, v in measured.items()],
-                        gemm_flops=rates[0], copy_bytes=rates[1])
-    out["predictor_ms"] = {x.name: predictor_times(r, x, warm) for x in rows
-                           if x.name.startswith("+") and x.name not in missing}
-    out["grid_ms"] = grid_times(r, warm)
-    if own.kernels:
-        out["kernels"] = bench_kernels.table(r.model.config, r.model.dtype, device)
-    out["load_after"] = load_average()
+               attn_sparsity=cfg.attn_sparsity, map_rank=cfg.map_rank, recompute=cfg.recompute,
+               steps=own.steps, **bench_measure.machine(shared.device), load_before=load_before)
+    print(f"{name} {out['shape']} on {out['device']}, {out['threads']} threads, load {load_before}")
+    out["full"] = bench_measure.measure(rows, full, own.steps)
+    if own.real:
+        out["real"] = bench_measure.measure([rows[0], padded_row, *rows[1:]], real, own.steps)
+    if own.kernels and shared.device.type == "cuda":
+        out["products"] = bench_measure.product_times(shared.model)
+    out["load_after"] = load()
     slug = re.sub(r"[^a-z0-9]+", "-", out["device"].lower()).strip("-")
     file = f"{slug}-{name}-{shape[0]}x{shape[1]}-{shape[2]}{'-recompute' * cfg.recompute}.json"
     path = Path(own.out or ROOT / "results" / "bench" / file)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(out) + "\n")
-    print(bench_report.text(out))
-    bench_report.draw(out, path.with_suffix(".png"))
-    print(f"\nwritten: {path}")
+    print(f"\n{bench_report.section(out)}\nwritten: {path}")
 
 
 if __name__ == "__main__":
