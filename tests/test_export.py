@@ -219,3 +219,65 @@ def test_command_line(tmp_path):
     assert "Traceback" in command("--debug=True").stderr
     assert command(f"--model={tmp_path / 'moved'}").returncode == 0
     assert_equal(hf(tmp_path / "merged"), ours)
+
+
+# ---- checkpoints are read as transformers reads them -------------------------------------------------------
+
+def edit_json(path, **values):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+LINEAR = {"type": "linear", "factor": 4.0}
+
+
+def test_rope_in_both_spellings_counts_once(tmp_path):
+    """rope_scaling written by hand into a config.json that has rope_parameters: the same is fine, another is an error."""
+    base = make_base(tmp_path / "base")
+    plain = logits(LLaMA.from_pretrained(base))
+    edit_json(base / "config.json", rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0}, rope_theta=500.0, rope_scaling=LINEAR)
+    assert_equal(LLaMA.from_pretrained(base), hf(base))
+    assert (logits(LLaMA.from_pretrained(base)) - plain).abs().max() > 1e-3
+    edit_json(base / "config.json", rope_parameters=None)
+    assert_equal(LLaMA.from_pretrained(base), hf(base))
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
+@pytest.mark.parametrize("layers, windows", [(dict(max_window_layers=1), (0, 8, 8)), (dict(max_window_layers=3), (0, 0, 0)),
+                                             (dict(layer_types=["sliding_attention", "full_attention", "sliding_attention"]), (8, 0, 8))])
+def test_only_the_layers_that_slide_in_transformers_slide(tmp_path, kind, layers, windows):
+    base = make_base(tmp_path / "base", kind, num_hidden_layers=3, use_sliding_window=True, sliding_window=8, head_dim=16, **layers)
+    ours, theirs = LLaMA.from_pretrained(base), hf(base)
+    assert ours.config.windows == windows and ours.config.sliding_window == max(windows)
+    for prompt in ([1, 2, 3, 4, 5, 6], [77]):
+        new = theirs.generate(torch.tensor([prompt]), max_new_tokens=40, do_sample=False, eos_token_id=None)
+        assert ours.generate([prompt], 40, stop=()) == [new[0, len(prompt):].tolist()]
+
+
+def test_llama_ignores_a_sliding_window(tmp_path):
+    base = make_base(tmp_path / "base")
+    edit_json(base / "config.json", sliding_window=4, use_sliding_window=True)
+    assert_equal(LLaMA.from_pretrained(base), hf(base))
+
+
+def test_one_file_counts_where_an_index_has_lost_its_shards(tmp_path):
+    base = make_base(tmp_path / "base")
+    whole = logits(LLaMA.from_pretrained(base))
+    index = base / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}))
+    assert torch.equal(logits(LLaMA.from_pretrained(base)), whole)
+    index.write_text(json.dumps({"weight_map": {"model.norm.weight": "model.safetensors"}}))
+    assert torch.equal(logits(LLaMA.from_pretrained(base)), whole)
+
+
+def test_a_tied_head_in_the_file_has_to_be_the_embedding(tmp_path):
+    base = make_base(tmp_path / "base", tie_word_embeddings=True)
+    tensors = load_file(base / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    assert_equal(LLaMA.from_pretrained(base), hf(base))
+    tensors["lm_head.weight"][5, 3] += 1
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match="lm_head.weight is not the embedding.*tie_word_embeddings"):
+        LLaMA.from_pretrained(base)
+    edit_json(base / "config.json", tie_word_embeddings=False)
+    assert_equal(LLaMA.from_pretrained(base), hf(base))
