@@ -209,14 +209,27 @@ def collate(tokenized, split="output", seed=0):
 # ---- answers
 
 def is_correct(text, answer):
-    """Whether a generated text gives the answer. A number: the last one in the text, within 1e-3. Words: what
-    follows "####" or "answer is", or the whole text, but for case, spaces and punctuation around it."""
+    """Whether a generated text gives the answer. A number: the stated one, within 1e-3. Words: the rest of the
+    line after the first "####", or what follows the last "answer is", or the whole text, but for case, spaces
+    and punctuation around it."""
     wanted = number(answer)
     if wanted is not None:
-        found = re.findall(r"-?\d+(?:\.\d+)?|-?\.\d+", text.replace(",", ""))
-        return bool(found) and abs(float(found[-1]) - wanted) <= 1e-3
-    said = re.split(r"####|answer is:?", text, flags=re.IGNORECASE)[-1]
+        found = stated_number(text)
+        return found is not None and abs(found - wanted) <= 1e-3
+    if "####" in text:
+        said = text.split("####")[1].strip().split("\n")[0]
+    else:
+        said = re.split("answer is:?", text, flags=re.IGNORECASE)[-1]
     return bare(said) == bare(answer) != ""
+
+
+def stated_number(text):
+    """The number that stands right after a "####", the first such: what follows it may be run-on text. Without
+    one, the last number of the text; None where there is none. Commas are left out."""
+    text, pattern = text.replace(",", ""), r"-?\d+(?:\.\d+)?|-?\.\d+"
+    found = re.search(rf"####[^\w-]*?({pattern})", text)
+    found = [found[1]] if found else re.findall(pattern, text)
+    return float(found[-1]) if found else None
 
 
 def number(text):

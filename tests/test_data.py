@@ -549,7 +549,15 @@ def test_held_out_part_of_a_file(tmp_path):
     ("The answer is (C).", "c", True), (" Anna is at the zoo.\n#### zoo", "zoo", True),
     ("true", "True", True),
     (" Lily, Nick, Pam.\n#### Lily, Nick,  Pam", "Lily, Nick, Pam", True), ("", "zoo", False),
-    ("#### zoos", "zoo", False)])
+    ("#### zoos", "zoo", False),
+    # what follows "#### 7" is run-on text, whatever it holds
+    ("3 + 4 = 7.\n#### 7\n\nQuestion: There are 3 pens", "7", True), ("#### 7 (see step 3)", "7", True),
+    ("#### 7\n\nQ: 1 + 2?\n#### 3", "7", True), ("#### 7\n\nQ: 1 + 2?\n#### 3", "3", False),
+    ("#### $1,234.50 for 2", "1234.5", True), ("#### -7.", "-7", True), ("####.5 of 3", ".5", True),
+    ("#### **7** apples, 2 pears", "7", True), ("####\n7\n8", "7", True), ("#### 7% of 3", "7", True),
+    ("#### Step 1\n2 + 5 = 7", "7", True), ("#### Step 1\n#### 7\n#### 8", "7", True),
+    ("so it is 33 ####", "33", True), ("#### none", "3", False),
+    ("#### zoo\n\nWhere is Anna?\n#### lake", "zoo", True), ("#### zoo. Anna", "zoo", False)])
 def test_answers(text, answer, right):
     assert data.is_correct(text, answer) == right
 

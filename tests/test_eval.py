@@ -46,6 +46,9 @@ on_real_files = pytest.mark.skipif(not SHARED.exists(), reason="no ../shared/dat
     ("After 4 years it is 620. The answer is (C).", "C", "A", False),  # LLM-Adapters' rule
     ("Anna has the eggs. Anna is at the zoo.\n#### zoo", "zoo", None, True),
     ("Anna has the eggs.\n#### the lake", "zoo", None, False),
+    ("3 + 4 = 7.\n#### 7\n\nQuestion: There are 3 pens", "7", 7, True),  # run-on text
+    ("#### 7 (see step 3)", "7", 7, True),
+    ("#### zoo\n\nWhere is Tom?\n#### lake", "zoo", None, True),
 ])
 def test_judge(text, answer, said, right):
     got = answers.judge(text, answer)
@@ -56,6 +59,7 @@ def test_stated_letter():
     assert answers.stated_letter("After 4 years it is 620.The answer is (C).") == "C"
     assert answers.stated_letter("Answer: D") == "D"
     assert answers.stated_letter("The answer is A. No: the answer is B") == "B"
+    assert answers.stated_letter("#### C\n\nQ: ...\nThe answer is D\n#### E") == "C"
     assert answers.stated_letter("The answer is Eleven") == answers.stated_letter("Because") == ""
 
 
