@@ -422,8 +422,9 @@ class LLaMA(nn.Module):
 
     def save_adapter(self, path, base=""):
         """Writes adapter_model.safetensors and adapter_config.json as PEFT has them. base: the base model's
-        path or hub id."""
+        path or hub id; an existing directory is written with its absolute path, to be found from anywhere."""
         Path(path).mkdir(parents=True, exist_ok=True)
+        base = Path(base).absolute() if str(base) and Path(base).is_dir() else base
         config = dict(peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=str(base),
                       r=self.lora_r, lora_alpha=self.lora_alpha,
                       target_modules=[TARGETS[t].split(".")[1] for t in self.lora_targets], lora_dropout=0.0,

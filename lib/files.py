@@ -31,7 +31,8 @@ def resolve(path):
     if Path(path).is_dir():
         return Path(path)
     if str(path).startswith((".", "/", "~")) or str(path).count("/") != 1:
-        raise UserError(f"model {str(path)!r} is neither a directory nor a hub id of the form owner/name")
+        raise UserError(f"model {str(path)!r} is neither a directory nor a hub id of the form owner/name: "
+                        "give the directory with --model=DIR")
     from huggingface_hub import snapshot_download
     try:
         return Path(snapshot_download(
@@ -179,6 +180,18 @@ def read_adapter(path):
             return c, {k: f.get_tensor(k) for k in f.keys()}
     except Exception as e:  # as in load_weights
         raise UserError(f"{file} is not a readable safetensors file ({e}); copy it again") from None
+
+
+def find_base(adapter, model=""):
+    """(what is the base of the adapter in this directory: `model`, or else what adapter_config.json names; its
+    directory). UserError: there is none."""
+    base = model or read_json(Path(adapter) / "adapter_config.json").get("base_model_name_or_path")
+    if not base:
+        raise UserError(f"{adapter}/adapter_config.json names no base model: give it with --model=DIR")
+    try:
+        return base, resolve(base)
+    except UserError as e:
+        raise UserError(str(e) if model else f"{adapter}/adapter_config.json names the base {base!r}: {e}") from None
 
 
 # ---- writing

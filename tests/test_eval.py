@@ -207,7 +207,7 @@ def run(base, tmp_path):
     return tmp_path / "run"
 
 
-def evaluate(run, *args, task="numbers.jsonl", capsys=None):
+def evaluate(run, *args, task="numbers.jsonl"):
     tool.main([str(run), f"--tasks={run.parent / task}", "--device=cpu", *args])
 
 
@@ -314,6 +314,26 @@ def test_ranks_share_the_problems(run, monkeypatch):
     assert predictions(run) == whole and not list((run / "eval").glob("*part*"))
 
 
+@pytest.mark.parametrize("name", ["my [v1]", "all*", "what?", "a,b", "[!x]"])
+def test_any_file_name_will_do(run, name):
+    (run.parent / "numbers.jsonl").rename(run.parent / f"{name}.jsonl")
+    evaluate(run, task=f"{name}.jsonl")  # which waited for ever for predictions that it did not find
+    assert len(predictions(run, name)) == 9 and [p.name for p in (run / "eval").iterdir()] == [f"{name}.jsonl"]
+
+
+def test_task_files_of_one_name(run):
+    """Their predictions would lie in one file: refused before anything is loaded. A folder's test.jsonl is called by the folder."""
+    for folder in "ab":
+        (run.parent / folder).mkdir()
+        for name in ("x", "test"):
+            (run.parent / folder / f"{name}.jsonl").write_text((run.parent / "numbers.jsonl").read_text())
+    files = lambda *names: "--tasks=" + ",".join(str(run.parent / n) for n in names)
+    with pytest.raises(UserError, match="a/x.jsonl and .*b/x.jsonl would both be the task 'x'.*--output=DIR"):
+        tool.main([str(run), files("a/x.jsonl", "b/x.jsonl"), "--model=/nowhere"])
+    tool.main([str(run), files("a/x.jsonl", "a/../a/x.jsonl", "a/test.jsonl", "b"), "--limit=1", "--device=cpu"])
+    assert sorted(p.name for p in (run / "eval").iterdir()) == ["a.jsonl", "b.jsonl", "x.jsonl"]
+
+
 def test_programs_run_only_when_asked(run, capsys):
     row = dict(prompt=PROMPT, canonical_solution="    return 0\n", entry_point="area", test=TEST, task_id="T/0")
     (run.parent / "code.jsonl").write_text(json.dumps(row) + "\n")
@@ -377,6 +397,22 @@ def test_tasks_are_found(tmp_path, monkeypatch):
     for name, message in (("svamp", "no test_svamp.jsonl"), ("gsmk8", "there is no task 'gsmk8'")):
         with pytest.raises(UserError, match=message):
             found(name)
+
+
+def test_the_base_is_found_from_anywhere(base, run, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(base.parent)
+    model = LLaMA.from_pretrained(base)
+    model.add_lora(2, 4, "q")
+    model.save_adapter(tmp_path / "near", base.name)
+    written = json.loads((tmp_path / "near/adapter_config.json").read_text())["base_model_name_or_path"]
+    assert written == str(base) and Path(written).is_absolute()
+    monkeypatch.chdir(tmp_path)
+    tool.main(["near", "--prompt=x", "--max_new_tokens=2", "--prompt_format=plain"])
+    model.save_adapter(tmp_path / "far", base.name)  # of another machine, or of an older version
+    for path in ("far", str(tmp_path / "far")):
+        with pytest.raises(UserError, match=f"far/adapter_config.json names the base '{base.name}'.*--model=DIR"):
+            tool.main([path, "--prompt=x"])
+    tool.main(["far", "--prompt=x", "--max_new_tokens=2", f"--model={base}", "--prompt_format=plain"])
 
 
 def test_errors(run, base):

@@ -193,7 +193,7 @@ def test_export_refuses(tmp_path):
     few = make_base(tmp_path / "few", num_hidden_layers=1)
     for args, message in (((tmp_path / "a", tmp_path / "full"), "not empty"), ((base, tmp_path / "m"), "holds no adapter"),
                           ((tmp_path / "a", tmp_path / "m", str(other)), "another base"), ((tmp_path / "a", tmp_path / "m", str(few)), "another base"),
-                          ((tmp_path / "a", tmp_path / "m", str(tmp_path / "nowhere")), "neither a directory")):
+                          ((tmp_path / "a", tmp_path / "m", str(tmp_path / "nowhere")), "neither a directory.*--model=DIR")):
         with pytest.raises(UserError, match=message):
             export(*args)
     assert (tmp_path / "full" / "mine.txt").read_text() == "keep me"
@@ -202,6 +202,28 @@ def test_export_refuses(tmp_path):
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(UserError, match="safetensors"):
         export(tmp_path / "a", tmp_path / "m")
+
+
+def test_target_may_be_a_link(tmp_path, monkeypatch):
+    ours = our_adapter(make_base(tmp_path / "base"), tmp_path / "a")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "here").mkdir()
+    for link, to in (("link", "empty"), ("dangling", "deep/new"), ("absolute", tmp_path / "other")):
+        (tmp_path / link).symlink_to(to)
+        export(tmp_path / "a", tmp_path / link)
+        assert (tmp_path / link).is_symlink() and not list(tmp_path.glob("**/.*.tmp"))
+        assert_equal(LLaMA.from_pretrained(tmp_path / link), ours)
+    monkeypatch.chdir(tmp_path / "here")
+    export(tmp_path / "a", ".")
+    assert (tmp_path / "here/model.safetensors").exists()
+    (tmp_path / "round").symlink_to("round")
+    monkeypatch.setattr("tools.export.write_shards", lambda *args: pytest.fail("written before it was refused"))
+    for target, message in (("link", "not empty"), ("round", "round"), ("/proc", "not empty"), ("a/adapter_config.json", "not empty")):
+        with pytest.raises(UserError, match=message):
+            export(tmp_path / "a", tmp_path / target)
+    monkeypatch.setattr("os.path.ismount", lambda path: True)
+    with pytest.raises(UserError, match="another file system begins"):
+        export(tmp_path / "a", tmp_path / "fresh")
 
 
 def test_command_line(tmp_path):

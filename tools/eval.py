@@ -22,6 +22,7 @@ How an answer is read off a text: tools/answers.py, as LLM-Adapters does it, so 
 and the paper's (but for beams: these are greedy). Intervals are Wilson's, 95 %: they speak of the choice of
 problems, not of how training runs differ.
 """
+import glob
 import hashlib
 import importlib
 import json
@@ -41,7 +42,7 @@ from data import examples
 from model import LLaMA, load_adapter
 from lib import dist, state
 from tools import answers, sandbox
-from lib.files import read_json, resolve, weight_files, write_text
+from lib.files import find_base, read_json, resolve, weight_files, write_text
 
 DATA = Path(ROOT, "data")
 SETS = {"math": ("gsm8k", "svamp", "mawps", "aqua"), "code": ("humaneval",), "commonsense": (
@@ -68,10 +69,7 @@ def load(path, base, dtype, device):
     if not (folder / "adapter_config.json").exists():
         model = LLaMA.from_pretrained(folder, dtype, device)
         return model, data.tokenizer.load(str(folder)), base_files(folder)
-    base = base or read_json(folder / "adapter_config.json").get("base_model_name_or_path")
-    if not base:
-        raise UserError(f"{path}/adapter_config.json names no base model: give it with --model=DIR")
-    home = resolve(base)
+    _, home = find_base(folder, base)
     model = LLaMA.from_pretrained(home, dtype, device)
     load_adapter(model, folder)
     own = [folder / name for name in ("adapter_config.json", "adapter_model.safetensors")]
@@ -111,6 +109,21 @@ def find_task(name, dataset=""):
         raise UserError(f"there is no task {name!r}: give a file of JSON lines, "
                         "a folder of data/ with a test set, "
                         "or one of " + ", ".join(t for tasks in SETS.values() for t in tasks)) from None
+
+
+def find_tasks(text, dataset=""):
+    """{name: file} of the tasks that --tasks lists, in its order. A path is called by its file's stem, or by
+    its folder if that is "test". UserError: two files of one name, whose predictions would lie in one file."""
+    out = {}
+    for task in [text] if os.path.isfile(text) else [t.strip() for t in text.split(",") if t.strip()]:
+        path, name = find_task(task, dataset), task
+        if os.path.isfile(task) or os.sep in task:
+            name = path.resolve().parent.name if path.stem == "test" else path.stem.removeprefix("test_")
+        if name in out and not path.samefile(out[name]):
+            raise UserError(f"{out[name]} and {path} would both be the task {name!r}: evaluate them one by one, "
+                            "with another --output=DIR each")
+        out[name] = path
+    return out
 
 
 def problems(path, limit):
@@ -184,9 +197,14 @@ def read_predictions(path, mark, overwrite):
 
 def all_predictions(folder, task, mark, overwrite):
     out = {}
-    for path in [folder / f"{task}.jsonl", *sorted(folder.glob(f"{task}.part*.jsonl"))]:
+    for path in [folder / f"{task}.jsonl", *parts(folder, task)]:
         out.update(read_predictions(path, mark, overwrite))
     return out
+
+
+def parts(folder, task):
+    """What the ranks have written of a task so far, whatever its name is made of."""
+    return sorted(folder.glob(f"{glob.escape(task)}.part*.jsonl"))
 
 
 def lines(predictions):
@@ -259,13 +277,10 @@ def execute(task, predictions, name):
     bar.end()
 
 
-def evaluate(model, tokenizer, weights, name, o, folder):
+def evaluate(model, tokenizer, weights, name, path, o, folder):
     """One task, from its file to its result {"task", "accuracy", "interval", "n", "file"}; None on ranks
     above 0, and "accuracy" None where programs were not run."""
-    path = find_task(name, o["dataset"])
     task = problems(path, o["limit"])
-    if os.path.isfile(name):
-        name = path.parent.name if path.stem == "test" else path.stem.removeprefix("test_")
     o = {**o, "max_new_tokens": o["max_new_tokens"] or default_tokens(task)}
     mark = fingerprint(weights, path, {k: o[k] for k in ("prompt_format", "max_new_tokens", "dtype")})
     folder.mkdir(parents=True, exist_ok=True)
@@ -286,7 +301,7 @@ def evaluate(model, tokenizer, weights, name, o, folder):
         execute(task, [p for p in chosen if is_program(task[p["id"]][1])], name)
     file = folder / f"{name}.jsonl"
     write_text(file, lines(done[i] for i in sorted(done)))
-    for old in folder.glob(f"{name}.part*.jsonl"):
+    for old in parts(folder, name):
         old.unlink()
     return result(name, chosen, file)
 
@@ -372,22 +387,23 @@ def main(argv):
     o = complete(path, o)
     if o["threads"]:
         torch.set_num_threads(o["threads"])
-    names = [t.strip() for t in (o["tasks"] or o["own_tests"]).split(",") if t.strip()]
-    if not names and not o["prompt"]:
+    tasks = {} if o["prompt"] else find_tasks(o["tasks"] or o["own_tests"], o["dataset"])
+    if not tasks and not o["prompt"]:
         raise UserError(f"{path} has no test set of its own: name tasks or a file, --tasks=gsm8k,svamp, "
                         "or ask it something, --prompt=...")
-    for name in () if o["prompt"] else names:  # before minutes of loading
-        problems(find_task(name, o["dataset"]), o["limit"])
+    for file in tasks.values():  # before minutes of loading
+        problems(file, o["limit"])
     model, tokenizer, weights = load(path, o["model"], getattr(torch, o["dtype"]), o["device"])
     own = os.path.isdir(path) and bool(o["dataset"] or Path(path, "adapter_config.json").exists())
     folder = Path(o["output"] or (Path(path, "eval") if own else Path("out", "eval", Path(path).name)))
     try:
         if o["prompt"]:
             return stream(model, tokenizer, o)
-        results = [r for r in (evaluate(model, tokenizer, weights, name, o, folder) for name in names) if r]
+        results = [evaluate(model, tokenizer, weights, name, file, o, folder) for name, file in tasks.items()]
     except torch.OutOfMemoryError:
         raise UserError(f"out of memory on {o['device']} with {o['batch_size']} problems at a time: lower "
                         "--batch_size") from None
+    results = [r for r in results if r]  # rank 0's
     for r in results:
         say(r)
     known = [r["accuracy"] for r in results if r["accuracy"] is not None]

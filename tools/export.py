@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 
 from lib import cli
 from config import UserError
-from lib.files import read_adapter, resolve, weight_files, write_safetensors
+from lib.files import find_base, read_adapter, resolve, weight_files, write_safetensors
 
 COPIED = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json",
           "added_tokens.json", "vocab.json", "merges.txt", "chat_template*", "LICENSE*", "USE_POLICY*",
@@ -110,17 +110,12 @@ def write_shards(shards, changes, target):
 def export(adapter, target, model="", shard_gb=5.0):
     """Merges an adapter into its base (or into `model`): the new directory `target`, which may
     exist if empty."""
-    target = Path(target)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"{target} exists and is not empty: remove it, or give another name")
+    target = find_target(target)
     if Path(adapter, "config.json").exists() and not Path(adapter, "adapter_config.json").exists():
         raise UserError(f"{adapter} has no adapter_config.json: it holds no adapter (a training with "
                         "lora_r = 0 makes a whole model, with nothing to merge)")
     settings, state = read_adapter(adapter)
-    base = model or settings.get("base_model_name_or_path")
-    if not base:
-        raise UserError(f"{adapter}/adapter_config.json names no base model: give it with --model=DIR")
-    folder = resolve(base)
+    base, folder = find_base(resolve(adapter), model)
     shards = plan(weight_files(folder), shard_gb * 1e9)
     scale = settings["lora_alpha"] / (settings["r"] ** .5 if settings.get("use_rslora") else settings["r"])
     changes = updates(adapter, state, scale)
@@ -141,6 +136,20 @@ def export(adapter, target, model="", shard_gb=5.0):
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
     print(f"merged {adapter} into {base}: {target}")
+
+
+def find_target(path):
+    """The directory that is meant, links followed. UserError, before hours of writing: it is not free."""
+    try:
+        target = Path(path).resolve()
+    except (OSError, RuntimeError) as e:
+        raise UserError(f"{path} cannot be followed ({e}): give another name") from None
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"{target} exists and is not empty: remove it, or give another name")
+    if os.path.ismount(target):
+        raise UserError(f"{target} is where another file system begins, and cannot be replaced: give a new name "
+                        "in it")
+    return target
 
 
 def flush(folder):
