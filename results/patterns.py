@@ -41,8 +41,7 @@ def main(argv):
     own, args = split_options(argv, __doc__, **OWN)
     cfg = config.load(args)
     model, _, _, _ = setup(cfg, own["batches"])
-    val = data.tokenize(data.load_split(cfg, "val"), data.tokenizer.load(resolve(cfg.model)), cfg.max_seq_len,
-                        cfg.prompt_format, cfg.prompt_weight)
+    _, val = data.load_splits(cfg, data.tokenizer.load(resolve(cfg.model)), ["val"])["val"]
     batches = [data.collate(val[i:i + cfg.batch_size], cfg.split).to(model.device)
                for i in range(0, min(len(val), own["batches"] * cfg.batch_size), cfg.batch_size)]
     dense, dense_flops = losses(model, batches, {}), sum(flops(model, batches, {}).values())
