@@ -54,8 +54,8 @@ class Batch(NamedTuple):
         return Batch(*(move(x) if isinstance(x, torch.Tensor) else x for x in self))
 
 
-# ---- prompt formats: plain functions of strings. system: None for none, "" for an empty turn where a format has
-# one; first: it opens the text; later turns follow an end of text
+# ---- prompt formats: plain functions of strings. system: None for none, "" for an empty turn where a format
+# has one; first: it opens the text; later turns follow an end of text
 
 def plain(prompt, system=None, first=True):
     return (system + "\n\n" if system else "") + prompt
@@ -91,9 +91,9 @@ ENDS = {"llama3": "<|eot_id|>", "chatml": "<|im_end|>"}
 # ---- tokenizing
 
 def encode_turns(example, tokenizer, prompt_format):
-    """Yields (prompt ids, response ids) of each turn, the latter with their end-of-text token, or [] where the
-    response is empty. Special tokens count in templates, not in texts. UserError: no such format, the tokenizer
-    lacks a special token of it, or names no end-of-text token."""
+    """Yields (prompt ids, response ids) of each turn, the latter with their end-of-text token, or [] where
+    the response is empty. Special tokens count in templates, not in texts. UserError: no such format, the
+    tokenizer lacks a special token of it, or names no end-of-text token."""
     if prompt_format not in FORMATS:
         raise UserError(f"prompt_format has to be one of {', '.join(FORMATS)}, not {prompt_format!r}")
     end, special = end_token(tokenizer, prompt_format), tokenizer.special.values()
@@ -110,8 +110,8 @@ def encode_turns(example, tokenizer, prompt_format):
         if i == 0 and tokenizer.bos is not None and ids[:1] != [tokenizer.bos]:
             ids = [tokenizer.bos] + ids
         opens = not ids or ids[-1] in special and (i == 0 or tokenizer.legacy)  # no text stands before it
-        encode = tokenizer.encode if opens else tokenizer.go_on
-        yield ids, encode(trim(response)) + [end] if trim(response) else []
+        to_ids = tokenizer.encode if opens else tokenizer.go_on
+        yield ids, to_ids(trim(response)) + [end] if trim(response) else []
 
 
 def end_token(tokenizer, prompt_format):
@@ -120,6 +120,14 @@ def end_token(tokenizer, prompt_format):
     if end is None:
         raise UserError("the model names no end-of-text token: give its config.json an eos_token_id")
     return end
+
+
+def notes(tokenizer, prompt_format, max_new_tokens):
+    """{str: str}: what whoever asks the trained model has to know, kept in the header of its weights' file
+    (which moves with them): how prompts are written, and what ends an answer."""
+    end = end_token(tokenizer, prompt_format)
+    return dict(prompt_format=prompt_format, max_new_tokens=str(max_new_tokens), end_id=str(end),
+                end_token=tokenizer.decode([end], first=False))
 
 
 def tokenize(examples, tokenizer, max_seq_len, prompt_format="plain", prompt_weight=0.0, train_on="all"):
@@ -138,8 +146,8 @@ def some_left(examples, tokenized, max_seq_len, prompt_weight, train_on):
 
 def encode(example, tokenizer, max_seq_len, prompt_format="plain", prompt_weight=0.0, train_on="all"):
     """The Tokenized of an example; None if it is longer than max_seq_len, or nothing in it is scored. Prompt
-    tokens weigh prompt_weight, responses and their end-of-text tokens what the example says, usually 1. An empty
-    response gets no end-of-text token: it makes a text to pretrain on, not an answer."""
+    tokens weigh prompt_weight, responses and their end-of-text tokens what the example says, usually 1. An
+    empty response gets no end-of-text token: it makes a text to pretrain on, not an answer."""
     tokens, weights = [], []
     turns = encode_turns(example, tokenizer, prompt_format)
     for (prompt, answer), weight in zip(turns, answer_weights(example, train_on)):
@@ -155,27 +163,30 @@ def answer_weights(example, train_on="all"):
 
 
 def load_splits(cfg, tokenizer, splits=("train", "val", "test"), train_on="all", skipped=None):
-    """{split: ([Example], [Tokenized])} as a Config has them. What is held out of the training examples is drawn
-    among those that are not dropped, which takes all their tokens. skipped: as of load. UserError: bad rows, or a
-    split of which nothing is left (but for a test set of questions and answers, without responses)."""
+    """{split: ([Example], [Tokenized])} as a Config has them. What is held out of the training examples is
+    drawn among those that are not dropped, which takes all their tokens. skipped: as of load. UserError: bad
+    rows, or a split of which nothing is left (but for a test set of questions and answers, without
+    responses)."""
     def read(name, part):
         examples = load(name, part, cfg.prompt_weight > 0, skipped)
-        return examples, [encode(e, tokenizer, cfg.max_seq_len, cfg.prompt_format, cfg.prompt_weight, train_on)
-                          for e in examples]
+        how = cfg.max_seq_len, cfg.prompt_format, cfg.prompt_weight, train_on
+        return examples, [encode(e, tokenizer, *how) for e in examples]
 
     held_out = [split for split in ("val", "test") if source(cfg, split) is None]
-    out, parts = {}, {}
+    out, parts = {}, {}  # parts: numbers of examples
     if held_out:
         examples, made = read(*source(cfg, "train"))
-        for split, numbers in zip((True, False), hold_out(examples, [t is not None for t in made], cfg.val_fraction)):
-            parts[split] = [examples[i] for i in numbers], [made[i] for i in numbers]
+        train, held = hold_out(examples, [t is not None for t in made], cfg.val_fraction)
+        parts = {"train": train, "val": held, "test": held}
     for split in splits:
-        own = split not in held_out and not (split == "train" and held_out)
-        examples, made = read(*source(cfg, split)) if own else parts[split == "train"]
-        kept = [t for t in made if t]
-        if split != "test" or any(e.response for e in examples):
-            some_left(examples, kept, cfg.max_seq_len, cfg.prompt_weight, train_on)
-        out[split] = examples, kept
+        if split in (held_out and ["train", *held_out]):
+            pairs = [(examples[i], made[i]) for i in parts[split]]
+        else:
+            pairs = list(zip(*read(*source(cfg, split))))
+        mine, kept = [e for e, _ in pairs], [t for _, t in pairs if t]
+        if split != "test" or any(e.response for e in mine):
+            some_left(mine, kept, cfg.max_seq_len, cfg.prompt_weight, train_on)
+        out[split] = mine, kept
     return out
 
 
@@ -186,8 +197,8 @@ def prompt_ids(example, tokenizer, prompt_format="plain"):
 
 
 def statistics(examples, tokenized, prompt_weight=0.0, train_on="all", trained=()):
-    """One line: what `tokenize` made of the examples, what it dropped, and how many ask what one of the examples
-    `trained` asks, but for white space."""
+    """One line: what `tokenize` made of the examples, what it dropped, and how many ask what one of the
+    examples `trained` asks, but for white space."""
     rows = sum(len(t.tokens) - 1 for t in tokenized)
     scored = sum(w > 0 for t in tokenized for w in t.weights[1:])
     dropped = len(examples) - len(tokenized)
@@ -200,7 +211,7 @@ def statistics(examples, tokenized, prompt_weight=0.0, train_on="all", trained=(
         line += f"; dropped: {dropped - empty:,} too long, {empty:,} nothing scored"
     seen = set(map(question, trained))
     known = sum(question(e) in seen for e in examples) if seen else 0
-    return line + (f"; {known:,} are training examples too, but for their answers" if known else "")
+    return line + (f"; {known:,} of them are training rows (equal but for white space)" if known else "")
 
 
 def scored_answers(example, train_on):
@@ -268,9 +279,9 @@ def collate(tokenized, split="output", seed=0):
 # ---- answers
 
 def is_correct(text, answer):
-    """Whether a generated text gives the answer. A number: the stated one, within 1e-3. Words: the rest of the
-    line after the first "####", or what follows the last "answer is", or the whole text, but for case, spaces
-    and punctuation around it."""
+    """Whether a generated text gives the answer. A number: the stated one, within 1e-3. Words: the rest of
+    the line after the first "####", or what follows the last "answer is", or the whole text, but for case,
+    spaces and punctuation around it."""
     wanted = number(answer)
     if wanted is not None:
         found = stated_number(text)
@@ -283,8 +294,8 @@ def is_correct(text, answer):
 
 
 def stated_number(text):
-    """The number that stands right after a "####", the first such: what follows it may be run-on text. Without
-    one, the last number of the text; None where there is none. Commas are left out."""
+    """The number that stands right after a "####", the first such: what follows it may be run-on text.
+    Without one, the last number of the text; None where there is none. Commas are left out."""
     text, pattern = text.replace(",", ""), r"-?\d+(?:\.\d+)?|-?\.\d+"
     found = re.search(rf"####[^\w-]*?({pattern})", text)
     found = [found[1]] if found else re.findall(pattern, text)

@@ -1,5 +1,5 @@
-"""What is said before a run begins, of data and a checkpoint that do not fit together. Each is a list of sentences,
-empty where all is well.
+"""What is said before a run begins, of data and a checkpoint that do not fit together. Each is a list of
+sentences, empty where all is well.
 
     warnings(examples, tokenized, tokenizer, prompt_format, max_positions)   of the data
     untrained(tokenizer, prompt_format, embed, head)                        of the weights
@@ -18,11 +18,11 @@ from data.template import TemplateError
 # distance from the mean of all rows (there new tokens are put; Qwen2's rarest special tokens have .2, its
 # <|im_end|> .35)
 SMALL, NEAR = .25, .1
-NATIVE = {"<|im_start|>": "chatml", "<|im_end|>": "chatml", "<|eot_id|>": "llama3", "<|start_header_id|>": "llama3"}
 
 
 def warnings(examples, tokenized, tokenizer, prompt_format, max_positions=None):
-    """examples, tokenized: of all splits. max_positions: the model's max_position_embeddings, None: unknown."""
+    """examples, tokenized: of all splits. max_positions: the model's max_position_embeddings, None:
+    unknown."""
     longest = max((len(t.tokens) for t in tokenized), default=0)
     long = [f"{sum(len(t.tokens) > max_positions for t in tokenized):,} texts are longer than the "
             f"{max_positions:,} tokens that the model was made for (max_position_embeddings; the longest has "
@@ -41,10 +41,10 @@ def special_text(examples, tokenizer):
     if not rows:
         return []
     names = [name for name, _ in found.most_common()]
-    formats = sorted({NATIVE[n] for n in names if n in NATIVE and n in tokenizer.special})
-    remedy = f"give the bare texts, and --prompt_format={formats[0]}" if formats else "take it out of the texts"
-    return [f"{rows:,} rows hold the text of {', '.join(names[:4])}, which is trained as ordinary characters, not as "
-            f"special tokens: {remedy} (an end-of-text token follows every answer anyway)"]
+    formats = [f for f in data.ENDS if needed(f) & found.keys() and needed(f) <= tokenizer.special.keys()]
+    remedy = f"give bare texts and --prompt_format={formats[0]}" if formats else "take it out of the texts"
+    return [f"{rows:,} rows hold the text of {', '.join(names[:4])}, which is trained as ordinary characters, "
+            f"not as special tokens: {remedy} (an end-of-text token follows every answer anyway)"]
 
 
 def difference(examples, tokenizer, prompt_format):
@@ -55,27 +55,29 @@ def difference(examples, tokenizer, prompt_format):
         found = first_difference(examples, tokenizer, prompt_format)
         if not found:
             return []
-        better = [f"use --prompt_format={f}" for f in data.ENDS if f != prompt_format and needed(f) <= tokenizer.special.keys()
-                  and not first_difference(examples, tokenizer, f)]
+        others = [f for f in data.ENDS if f != prompt_format and needed(f) <= tokenizer.special.keys()]
+        better = [f"use --prompt_format={f}" for f in others if not first_difference(examples, tokenizer, f)]
     except TemplateError as e:
-        return [f"the checkpoint's own chat template cannot be rendered ({e}), so nobody has compared it with "
+        return [f"the checkpoint's own chat template cannot be rendered ({e}) and compared with "
                 f"prompt_format = {prompt_format}: see to it that what is served is what was trained"]
     remedy = (better or ["give the rows that text, or serve the model with the format's"])[0]
-    return [f"prompt_format = {prompt_format} and the checkpoint's own chat template differ, and a server that uses the "
-            f"template asks otherwise than was trained: a row reads {found[0]!r} where the template has {found[1]!r}; "
-            + remedy]
+    return [f"prompt_format = {prompt_format} and the checkpoint's own chat template differ, and a server that "
+            f"uses the template asks otherwise than was trained: a row reads {found[0]!r} where the template has "
+            f"{found[1]!r}; {remedy}"]
 
 
 def first_difference(examples, tokenizer, prompt_format):
-    """(a row's text, the template's) from a little before their first difference on, None if there is none. Probes
-    of literal pieces stand for all shapes that the examples have: with a system prompt, an empty one or none, with
-    earlier turns or none, with white space at their ends or none. TemplateError: it cannot be rendered."""
+    """(a row's text, the template's) from a little before their first difference on, None if there is none.
+    Probes of literal pieces stand for all shapes that the examples have: with a system prompt, an empty one
+    or none, with earlier turns or none, with white space at their ends or none. TemplateError: it cannot be
+    rendered."""
     edged = lambda text: text != text.strip()
     shapes = {(e.system and "system prompt", bool(e.history), edged(e.prompt) or edged(e.response))
               for e in examples if e.response}
     for system, history, spaces in sorted(shapes, key=str):
         text = (lambda name: f" {name}\n") if spaces else str
-        turns = [(text("first question"), text("first answer"))] * history + [(text("question"), text("answer"))]
+        turns = [(text("first question"), text("first answer"))] * history
+        turns.append((text("question"), text("answer")))
         probe = data.Example(*turns[-1], history=tuple(turns[:-1]), system=system)
         messages = [] if system is None else [dict(role="system", content=system)]
         for turn in turns:
@@ -98,8 +100,9 @@ def needed(prompt_format):
 
 
 def untrained(tokenizer, prompt_format, embed, head):
-    """Tokens of the format that no training has moved: a frozen model neither knows nor emits them. embed, head
-    (V, D); a row is told by its norm, or by its distance from the mean of all, where new tokens are put."""
+    """Tokens of the format that no training has moved: a frozen model neither knows nor emits them. embed,
+    head (V, D); a row is told by its norm, or by its distance from the mean of all, where new tokens are
+    put."""
     ids = {tokenizer.special[name] for name in needed(prompt_format)}
     end, found = data.end_token(tokenizer, prompt_format), []
     for weight, wanted, what in ((embed, ids - {tokenizer.bos}, "embedding"), (head, {end}, "head")):
@@ -112,9 +115,9 @@ def untrained(tokenizer, prompt_format, embed, head):
     if not found:
         return []
     names = ", ".join(dict.fromkeys(name for name, _ in found))
-    return [f"{names}: rows of the {' and the '.join(dict.fromkeys(what for _, what in found))} are zero or nearly, as "
-            f"of tokens that were never trained, and LoRA does not change them, so answers may never end: take the "
-            "instruct model, or --prompt_format=alpaca"]
+    parts = " and the ".join(dict.fromkeys(what for _, what in found))
+    return [f"{names}: rows of the {parts} are zero or nearly, as of tokens that were never trained, and LoRA "
+            "does not change them, so answers may never end: take the instruct model, or --prompt_format=alpaca"]
 
 
 def stops(tokenizer, prompt_format):
@@ -122,5 +125,6 @@ def stops(tokenizer, prompt_format):
     end = data.end_token(tokenizer, prompt_format)
     if end in tokenizer.eos:
         return []
-    return [f"answers end with {tokenizer.decode([end], first=False)} (id {end}), which is not an eos_token_id of the "
-            f"base: tell what serves the adapter (vLLM: stop_token_ids=[{end}]); tools.export writes it into the merge"]
+    return [f"answers end with {tokenizer.decode([end], first=False)} (id {end}), which is not an eos_token_id "
+            f"of the base: tell what serves the adapter (vLLM: stop_token_ids=[{end}]); tools.export writes it "
+            "into the merge"]

@@ -11,10 +11,9 @@ and in each of them, if need be,
     "history": [[prompt, response]]   earlier turns
     "weight": 0 to 1, "train": false  of the row, or of an assistant's message: how much its answers count
 
-The text is raw, the prompt format is applied when tokenizing. Every response of a conversation is learned. What
-cannot be expressed (tools, thoughts, images) is refused, other fields are ignored. What is wrong is named with
-its file, line and field.
-"""
+The text is raw, the prompt format is applied when tokenizing. Every response of a conversation is learned.
+What cannot be expressed (tools, thoughts, images) is refused, other fields are ignored. What is wrong is
+named with its file, line and field. """
 import codecs
 import contextlib
 import fcntl
@@ -34,8 +33,9 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 
 
 class Example(NamedTuple):
-    """A prompt and the response to learn, raw. history: earlier (prompt, response) turns, learned too. system:
-    None for none, "" for an empty one. weights: of the answers, history's first; (): each counts 1."""
+    """A prompt and the response to learn, raw. history: earlier (prompt, response) turns, learned too.
+    system: None for none, "" for an empty one. weights: of the answers, history's first; (): each counts
+    1."""
     prompt: str
     response: str
     answer: str = ""
@@ -46,9 +46,9 @@ class Example(NamedTuple):
 
 def load(name_or_path, split="train", allow_empty=False, skipped=None):
     """[Example] of a folder of data/ (its prepare.py runs if the file is missing), of another folder that has
-    SPLIT.jsonl, or of a file of JSON lines, whatever the split. UserError: names the file, line and field, and
-    how many rows are bad. allow_empty: responses may be empty (text to pretrain on); in a test set if there is
-    an answer. skipped: a list that gets what is wrong with bad rows, which are then left out."""
+    SPLIT.jsonl, or of a file of JSON lines, whatever the split. UserError: names the file, line and field,
+    and how many rows are bad. allow_empty: responses may be empty (text to pretrain on); in a test set if
+    there is an answer. skipped: a list that gets what is wrong with bad rows, which are then left out."""
     path = locate(os.fspath(name_or_path), split)
     examples, bad = [], []
     for where, row in read_rows(path, bad):
@@ -66,7 +66,8 @@ def load(name_or_path, split="train", allow_empty=False, skipped=None):
     if not examples:
         raise UserError(f"{path} holds no examples" + (f" but bad ones: {bad[0]}" if bad else ""))
     if skipped is not None:
-        skipped += bad
+        seen = set(skipped)  # a file may be read for two splits
+        skipped += [b for b in bad if b not in seen]
     return examples
 
 
@@ -76,12 +77,13 @@ def load_split(cfg, split):
     examples = load(*(own or source(cfg, "train")), cfg.prompt_weight > 0)
     if not held_out:
         return examples
-    return [examples[i] for i in hold_out(examples, [True] * len(examples), cfg.val_fraction)[split != "train"]]
+    parts = hold_out(examples, [True] * len(examples), cfg.val_fraction)
+    return [examples[i] for i in parts[split != "train"]]
 
 
 def source(cfg, split):
-    """(data set, its part) that a split is read from; None where it is held out of the training examples. A file
-    brings no splits of its own, a folder of yours those whose files it has."""
+    """(data set, its part) that a split is read from; None where it is held out of the training examples. A
+    file brings no splits of its own, a folder of yours those whose files it has."""
     folder = not names_a_file(cfg.dataset)
     lacks = os.path.isfile(os.path.join(cfg.dataset, "train.jsonl")) and not os.path.isfile(
         os.path.join(cfg.dataset, split + ".jsonl"))
@@ -93,9 +95,9 @@ def source(cfg, split):
 
 
 def hold_out(examples, fits, fraction):
-    """(train, held out), as numbers of examples: this fraction of the questions, the same for every seed, drawn
-    among the examples that fit; those that do not stay in train. Where nothing can be held out (fraction 0, a
-    single question), all that fit are held out and trained on."""
+    """(train, held out), as numbers of examples: this fraction of the questions, the same for every seed,
+    drawn among the examples that fit; those that do not stay in train. Where nothing can be held out
+    (fraction 0, a single question), all that fit are held out and trained on."""
     questions = list(map(question, examples))
     keys = list(dict.fromkeys(q for q, fit in zip(questions, fits) if fit))
     n = min(math.ceil(fraction * len(keys)), len(keys) - 1)
@@ -105,8 +107,8 @@ def hold_out(examples, fits, fraction):
 
 
 def question(e):
-    """What makes an example another one: all but its answer, and white space; texts without a prompt are their
-    own."""
+    """What makes an example another one: all but its answer, and white space; texts without a prompt are
+    their own."""
     same = (e.system or "", *(text for turn in e.history for text in turn), e.prompt)
     return tuple(" ".join(text.split()) for text in (same if e.prompt.strip() else (*same, e.response)))
 
@@ -150,7 +152,8 @@ def alone(folder):
 
 def read_rows(path, bad=None):
     """Yields ("FILE, line N", object) of a file of JSON lines; of one JSON list, ("FILE, item N", object).
-    Gzipped or not. bad: a list that gets what is wrong with lines that cannot be read, instead of a UserError."""
+    Gzipped or not. bad: a list that gets what is wrong with lines that cannot be read, instead of a
+    UserError."""
     try:
         with open(path, "rb") as f:
             raw = f.read()
@@ -216,7 +219,8 @@ def parse(row, where):
     turns = history + turns
     if answer and len(turns) == 1 and not turns[0][0].strip() and not system:
         raise UserError(f'{where}: the prompt is empty, so there is nothing to "answer"')
-    return Example(*turns[-1], answer, tuple(turns[:-1]), system, () if set(weights) == {1.0} else tuple(weights))
+    weights = () if set(weights) == {1.0} else tuple(weights)
+    return Example(*turns[-1], answer, tuple(turns[:-1]), system, weights)
 
 
 def from_messages(messages, where):
@@ -233,9 +237,11 @@ def from_messages(messages, where):
         wanted = "system" if i < first else ("user", "assistant")[(i - first) % 2]
         texts.append(content_of(m.get("content"), name + "content", where))
         if m.get("role") != wanted:
-            raise UserError(f'{where}: the field "{name}role" has to be "{wanted}", not {short(m.get("role"))}')
-        weight = weight_of(m, ("weight", "train", "training", "loss"), name, where, 1.0 * (wanted == "assistant"))
-        if wanted == "assistant":
+            role = short(m.get("role"))
+            raise UserError(f'{where}: the field "{name}role" has to be "{wanted}", not {role}')
+        learned = wanted == "assistant"
+        weight = weight_of(m, ("weight", "train", "training", "loss"), name, where, float(learned))
+        if learned:
             weights.append(weight)
         elif weight:
             raise UserError(f"{where}: {name[:-1]} is to be learned, and only the assistant's messages are "
@@ -249,26 +255,26 @@ def from_messages(messages, where):
 
 
 # what a row or a message may hold and no prompt format here can say
-LOST = ("tools", "functions", "tool_calls", "function_call", "reasoning_content", "reasoning", "thinking", "images",
-        "image", "videos", "video", "audios", "audio")
+LOST = ("tools", "functions", "tool_calls", "function_call", "reasoning_content", "reasoning", "thinking",
+        "images", "image", "videos", "video", "audios", "audio")
 
 
 def nothing_lost(fields, name, where):
     """UserError: something of a row or a message would be dropped, and it would learn another text."""
     for key in LOST:
         if fields.get(key):
-            raise UserError(f'{where}: the field "{name}{key}" holds {short(fields[key])}, which no prompt_format '
-                            "here can say: write it into the texts, or remove it")
+            raise UserError(f'{where}: the field "{name}{key}" holds {short(fields[key])}, which no '
+                            "prompt_format here can say: write it into the texts, or remove it")
 
 
 def weight_of(fields, keys, name, where, default=1.0):
-    """How much the answers of a row or a message count: the product of what these fields say, each a bool or a
-    number from 0 to 1."""
+    """How much the answers of a row or a message count: the product of what these fields say, each a bool or
+    a number from 0 to 1."""
     given = [(key, fields[key]) for key in keys if fields.get(key) is not None]
     for key, value in given:
         if not isinstance(value, (bool, int, float)) or not 0 <= value <= 1:
-            raise UserError(f'{where}: the field "{name}{key}" has to be true, false or a number from 0 to 1, not '
-                            f"{short(value)}")
+            raise UserError(f'{where}: the field "{name}{key}" has to be true, false or a number from 0 '
+                            f"to 1, not {short(value)}")
     return float(math.prod(value for _, value in given)) if given else default
 
 
@@ -278,8 +284,8 @@ def content_of(value, name, where):
         return text_of(value, name, where)
     for i, part in enumerate(value):
         if not isinstance(part, dict) or part.get("type") != "text":
-            raise UserError(f'{where}: the field "{name}[{i}]" has to be {{"type": "text", "text": ...}}, not '
-                            f"{short(part)}")
+            raise UserError(f'{where}: the field "{name}[{i}]" has to be {{"type": "text", "text": ...}}, '
+                            f"not {short(part)}")
     return "".join(text_of(part.get("text"), f"{name}[{i}].text", where) for i, part in enumerate(value))
 
 

@@ -1,5 +1,6 @@
-"""A checkpoint's own chat template: what a server would send to the model. It is a Jinja program of somebody else's,
-so it is rendered in Jinja's sandbox, and its result is only ever compared, or taken as the text of a system prompt.
+"""A checkpoint's own chat template: what a server would send to the model. It is a Jinja program of somebody
+else's, so it is rendered in Jinja's sandbox, and its result is only ever compared, or taken as the text of a
+system prompt.
 
     load(path, settings) -> Template or None    .render(messages) -> text, .default_system() -> text
 """
@@ -20,7 +21,8 @@ class Template:
         self.source, self.names, self.compiled = source, names, None
 
     def render(self, messages, generate=False):
-        """messages: [{"role", "content"}]; generate: up to where an answer begins. TemplateError: it cannot be."""
+        """messages: [{"role", "content"}]; generate: up to where an answer begins. TemplateError: it cannot
+        be."""
         try:
             self.compiled = self.compiled or compile_template(self.source)
             return self.compiled.render(messages=messages, add_generation_prompt=generate, **self.names)
@@ -41,8 +43,8 @@ class Template:
 
 
 def load(path, settings):
-    """The Template of a checkpoint: chat_template.jinja, or that of tokenizer_config.json (settings); None if it
-    has none."""
+    """The Template of a checkpoint: chat_template.jinja, or that of tokenizer_config.json (settings); None if
+    it has none."""
     source, file = settings.get("chat_template"), os.path.join(path, "chat_template.jinja")
     if os.path.exists(file):
         with open(file, encoding="utf-8", errors="replace") as f:
@@ -73,7 +75,7 @@ def compile_template(source):
                 raise jinja2.exceptions.SecurityError("a private name")
             super().__setitem__(name, value)
 
-    class Generation(jinja2.ext.Extension):  # {% generation %} marks what is scored; here it stands for its text
+    class Generation(jinja2.ext.Extension):  # {% generation %} marks what is scored; here it is its text
         tags = {"generation"}
 
         def parse(self, parser):
@@ -85,7 +87,7 @@ def compile_template(source):
 
     box = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols])
-    box.globals = {"range": box.globals["range"], "namespace": Names, "dict": lambda *args, **kw: dict(*args, **kw),
-                   "raise_exception": refuse, "strftime_now": lambda form: TODAY}
+    box.globals = {"range": box.globals["range"], "dict": lambda *args, **kw: dict(*args, **kw),
+                   "namespace": Names, "raise_exception": refuse, "strftime_now": lambda form: TODAY}
     box.filters["tojson"] = lambda x, ensure_ascii=False, **kw: json.dumps(x, ensure_ascii=ensure_ascii, **kw)
     return box.from_string(source)

@@ -58,13 +58,15 @@ class Tokenizer:
     .odd      {text: flag} of the special tokens that swallow or need something beside them
     """
 
-    def __init__(self, encode, spelling, special, bos=None, eos=(), drop_space=False, go_on=None, legacy=False):
+    def __init__(self, encode, spelling, special, bos=None, eos=(), drop_space=False, go_on=None,
+                 legacy=False):
         """encode: text -> [int]; spelling: {id: bytes}; eos: the checkpoint's end ids, best first. Of
-        SentencePiece alone: drop_space: it puts a space before a text, so `decode` takes one off; go_on: encode
-        without that space; legacy: it puts one after a special token too."""
+        SentencePiece alone: drop_space: it puts a space before a text, so `decode` takes one off; go_on:
+        encode without that space; legacy: it puts one after a special token too."""
         self.encode, self.special, self.bos, self.odd = encode, special, bos, {}
         self.template, self.system, self.eos = None, "", list(eos)
-        self.looks = re.compile("|".join([SPECIAL, *(re.escape(t) for t in special if not re.fullmatch(SPECIAL, t))]))
+        own = [re.escape(token) for token in special if not re.fullmatch(SPECIAL, token)]
+        self.looks = re.compile("|".join([SPECIAL, *own]))
         self.go_on, self.legacy = go_on or encode, legacy
         self.spelling = spelling | {i: text.encode() for text, i in special.items()}
         self.drop_space = drop_space
@@ -77,9 +79,9 @@ class Tokenizer:
         self.eot, self.stop = (ends[0] if ends else None), {*ends, *chat}
 
     def decode(self, ids, first=True, mark=False):
-        """[int] -> str; first: they open a text. Broken UTF-8 becomes U+FFFD; ids without a token (padding) are
-        skipped. A space that SentencePiece has put before a text is taken off. mark: what only looks like a
-        special token is followed by "(as text)"."""
+        """[int] -> str; first: they open a text. Broken UTF-8 becomes U+FFFD; ids without a token (padding)
+        are skipped. A space that SentencePiece has put before a text is taken off. mark: what only looks like
+        a special token is followed by "(as text)"."""
         text, special, opens = "", set(self.special.values()), first
         for is_special, run in groupby(ids, key=special.__contains__):
             part = b"".join(self.spelling.get(i, b"") for i in run).decode("utf-8", "replace")
@@ -97,7 +99,8 @@ class Tokenizer:
     def encode_template(self, template, fills=(), first=True):
         """Ids of a template: its special tokens count; each HOLE takes the next of `fills`, as ordinary text.
         What stands between two special tokens is encoded as one text. first: it opens the text, and does not
-        follow an end of text. UserError: no such special token, or one with flags that are not followed here."""
+        follow an end of text. UserError: no such special token, or one with flags that are not followed
+        here."""
         ids, fills = [], iter(fills)
         for part in re.split(r"(<\|\w+\|>)", template):
             if re.fullmatch(r"<\|\w+\|>", part):
@@ -105,9 +108,9 @@ class Tokenizer:
                     raise UserError(f"this prompt_format needs the special token {part}, which the model's "
                                     "tokenizer does not have: use --prompt_format=plain or alpaca")
                 if part in self.odd:
-                    raise UserError(f"this prompt_format needs the special token {part}, which has {self.odd[part]} "
-                                    "= true in the model's tokenizer, and that is not followed here: use "
-                                    "--prompt_format=plain or alpaca")
+                    raise UserError(f"this prompt_format needs the special token {part}, which has "
+                                    f"{self.odd[part]} = true in the model's tokenizer, and that is not "
+                                    "followed here: use --prompt_format=plain or alpaca")
                 ids.append(self.special[part])
             elif part:
                 head, *rest = part.split(HOLE)
@@ -139,8 +142,8 @@ class BPE:
         self.special = {t["content"]: t["id"] for t in added if t["special"]}
         self.plain = {t["content"]: t["id"] for t in added if not t["special"]}  # Qwen3's <think>
         for text in self.plain.keys() & self.odd.keys():  # it may stand in any text
-            raise UserError(f"tokenizer.json has the added token {text!r} with {self.odd[text]} = true, which is "
-                            "not followed here")
+            raise UserError(f"tokenizer.json has the added token {text!r} with {self.odd[text]} = true, and "
+                            "that is not followed here: make it a special token, or take it out")
         self.spelling |= {i: text.encode() for text, i in self.plain.items()}
         longest_first = sorted(self.plain, key=len, reverse=True)
         self.cut = self.plain and regex.compile("(" + "|".join(map(regex.escape, longest_first)) + ")")
@@ -188,7 +191,8 @@ class BPE:
 
 
 def odd_flags(added):
-    """{text: flag} of those added tokens that swallow white space beside them, or count between words only."""
+    """{text: flag} of those added tokens that swallow white space beside them, or count between words
+    only."""
     return {t["content"]: flag for t in added for flag in ("lstrip", "rstrip", "single_word") if t.get(flag)}
 
 
@@ -289,9 +293,9 @@ def from_tiktoken(raw, eos):
 
 
 def from_sentencepiece(model, settings, eos):
-    """Tokenizer of a SentencePiece tokenizer.model, with the tokens that a fine-tune added to it. SentencePiece
-    puts a space before each text that it gets; what follows other text, or, but in a legacy tokenizer, a
-    special token, has none."""
+    """Tokenizer of a SentencePiece tokenizer.model, with the tokens that a fine-tune added to it.
+    SentencePiece puts a space before each text that it gets; what follows other text, or, but in a legacy
+    tokenizer, a special token, has none."""
     try:
         import sentencepiece
     except ImportError:
@@ -300,7 +304,8 @@ def from_sentencepiece(model, settings, eos):
         with open(model, "rb") as f:
             raw = f.read()
         # protobuf merges what is appended: normalizer_spec.add_dummy_prefix = false
-        sp, bare = (sentencepiece.SentencePieceProcessor(model_proto=raw + more) for more in (b"", b"\x1a\2\x18\0"))
+        sp, bare = (sentencepiece.SentencePieceProcessor(model_proto=raw + more)
+                    for more in (b"", b"\x1a\2\x18\0"))
     except (RuntimeError, OSError) as e:
         raise UserError(f"{model} is neither a SentencePiece model nor a list of tiktoken ranks") from e
     spaced = settings.get("add_prefix_space") is not False

@@ -83,6 +83,13 @@ class ModelConfig:
         """The narrowest block's window, 0: no block has one."""
         return min(filter(None, self.windows), default=0)
 
+    @property
+    def max_positions(self):
+        """How long the texts are that it was made for; None where config.json does not say."""
+        n, scaling = self.raw.get("max_position_embeddings"), self.rope_scaling
+        factor = scaling["factor"] if scaling.get("rope_type") == "linear" else 1
+        return int(n * factor) if isinstance(n, int) and n > 0 else None
+
     @staticmethod
     def from_dir(path):
         """Reads path/config.json, and the end-of-text ids of generation_config.json where there is one."""
@@ -107,12 +114,13 @@ def rope_parameters(c, where):
         rope = {"rope_theta": theta, "rope_type": rope.get("type", "default"), **rope}
         part = rope.get("partial_rotary_factor", c.get("partial_rotary_factor"))
         if part not in (None, 1):
-            raise UserError(f"{where}: partial_rotary_factor is {part!r}, and only whole heads are rotated here")
+            raise UserError(f"{where}: partial_rotary_factor is {part!r}, and only whole heads are rotated "
+                            "here")
         if c.get(key):
             found.append({k: v for k, v in rope.items() if k != "type"})
     if len(found) == 2 and found[0] != found[1]:  # transformers would take rope_scaling and the outer theta
-        raise UserError(f"{where}: rope_parameters {found[0]} and rope_scaling {found[1]} differ: keep the one "
-                        "that is meant, with its rope_theta, and remove the other")
+        raise UserError(f"{where}: rope_parameters {found[0]} and rope_scaling {found[1]} differ: keep the "
+                        "one that is meant, with its rope_theta, and remove the other")
     return found[0] if found else {"rope_theta": theta, "rope_type": "default"}
 
 
@@ -130,9 +138,10 @@ def windows(c, where):
     if not types:
         return tuple(window or 0 if i >= first else 0 for i in range(L))
     if len(types) != L or any(t not in ("full_attention", "sliding_attention") for t in types):
-        raise UserError(f"{where}: layer_types has to name full_attention or sliding_attention for each of the "
-                        f"{L} layers, not {types!r}")
+        raise UserError(f"{where}: layer_types has to name full_attention or sliding_attention for each of "
+                        f"the {L} layers, not {types!r}")
     if "sliding_attention" in types and not window:
-        raise UserError(f"{where}: layer_types has sliding_attention, which needs use_sliding_window and a "
-                        f"sliding_window, not {c.get('use_sliding_window')!r} and {c.get('sliding_window')!r}")
+        raise UserError(f"{where}: layer_types has sliding_attention, but use_sliding_window is "
+                        f"{c.get('use_sliding_window')!r} and sliding_window {c.get('sliding_window')!r}: "
+                        "set them, or remove layer_types")
     return tuple(window if t == "sliding_attention" else 0 for t in types)

@@ -61,8 +61,8 @@ def weight_files(folder):
     shards = [n for n in present if n != whole.name and (n.startswith("model-") or n in names)]
     if whole.exists() and whole.name not in names:
         if shards:
-            raise UserError(f"{folder} holds two checkpoints, {whole.name} and {shards[0]}: keep the files of "
-                            "one (model.safetensors.index.json belongs to the shards)")
+            raise UserError(f"{folder} holds two checkpoints, {whole.name} and {shards[0]}: keep the files "
+                            "of one (model.safetensors.index.json belongs to the shards)")
         return [whole]  # an index beside it is of shards that are gone
     for name in sorted(names):
         if name not in present:
@@ -82,8 +82,8 @@ def weight_files(folder):
 
 @torch.no_grad()
 def load_weights(model, files):
-    """Streams every tensor to its place. Each rank of a sharded model reads only the rows that it keeps. A head
-    that a tied model's files hold too has to be the embedding."""
+    """Streams every tensor to its place. Each rank of a sharded model reads only the rows that it keeps. A
+    head that a tied model's files hold too has to be the embedding."""
     sources, seen, head = model.named_sources(), set(), None
     for path in files:
         try:
@@ -142,6 +142,35 @@ def row_offset(p):
     return p.device_mesh.get_local_rank() * -(-p.shape[0] // p.device_mesh.size())
 
 
+def read_notes(folder):
+    """{str: str}: what data.notes has left in the header of an adapter's or a model's weights; {} if
+    nothing."""
+    adapter = Path(folder) / "adapter_model.safetensors"
+    file = adapter if adapter.exists() else weight_files(folder)[0]
+    try:
+        with safe_open(file, "pt") as f:
+            notes = f.metadata() or {}
+    except Exception as e:  # as in load_weights
+        raise UserError(f"{file} is not a readable safetensors file ({e}); copy it again") from None
+    return {k: v for k, v in notes.items() if k != "format"}
+
+
+def set_end_token(folder, notes):
+    """Makes the token that ends a trained answer the first that ends a text, for whoever serves this
+    model."""
+    for name in ("config.json", "generation_config.json"):
+        if "end_id" in notes and (Path(folder) / name).exists():
+            c, end = read_json(Path(folder) / name), int(notes["end_id"])
+            old = c.get("eos_token_id")
+            ids = [end, *(i for i in (old if isinstance(old, list) else [old]) if i not in (end, None))]
+            c["eos_token_id"] = ids if ids[1:] else end
+            write_text(Path(folder) / name, json.dumps(c, indent=2) + "\n")
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if "end_token" in notes and (Path(folder) / name).exists():
+            c = {**read_json(Path(folder) / name), "eos_token": notes["end_token"]}
+            write_text(Path(folder) / name, json.dumps(c, indent=2, ensure_ascii=False) + "\n")
+
+
 # ---- adapters in PEFT's format
 
 # PEFT's options that plain LoRA does not have
@@ -183,15 +212,16 @@ def read_adapter(path):
 
 
 def find_base(adapter, model=""):
-    """(what is the base of the adapter in this directory: `model`, or else what adapter_config.json names; its
-    directory). UserError: there is none."""
+    """(what is the base of the adapter in this directory: `model`, or else what adapter_config.json names;
+    its directory). UserError: there is none."""
     base = model or read_json(Path(adapter) / "adapter_config.json").get("base_model_name_or_path")
     if not base:
         raise UserError(f"{adapter}/adapter_config.json names no base model: give it with --model=DIR")
     try:
         return base, resolve(base)
     except UserError as e:
-        raise UserError(str(e) if model else f"{adapter}/adapter_config.json names the base {base!r}: {e}") from None
+        named = "" if model else f"{adapter}/adapter_config.json names the base {base!r}: "
+        raise UserError(f"{named}{e}") from None
 
 
 # ---- writing

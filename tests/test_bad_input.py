@@ -176,7 +176,7 @@ BAD = {
     "sliding window as text": (base(raw(model_type="mistral", sliding_window="32")), "sliding_window has to be a whole number, not '32'"),
     "layer types for fewer layers": (base(raw(model_type="qwen2", layer_types=["full_attention"])), "layer_types has to name .* of the 3 layers"),
     "unknown layer types": (base(raw(model_type="qwen3", layer_types=["chunked_attention"] * 3)), "layer_types has to name .*chunked"),
-    "layers that slide without a window": (base(raw(model_type="qwen2", layer_types=["sliding_attention"] * 3)), "layer_types has sliding_attention, which needs"),
+    "layers that slide without a window": (base(raw(model_type="qwen2", layer_types=["sliding_attention"] * 3)), "layer_types has sliding_attention, but use_sliding_window is None"),
     "q/k norms": (base(lambda m: None, "--attn_sparsity=.5"), None),  # filled in below
     "quantized": (base(raw(quantization_config={"quant_method": "gptq"})), "quantiz"),
     "no weights": (base(lambda m: (m / "model.safetensors").unlink()), "has no model.safetensors"),

@@ -808,12 +808,12 @@ def test_validation_rows_that_are_trained_on_are_counted(small, tmp_path):
     path = write(tmp_path / "a.jsonl", *[{"prompt": f"what is {i}?", "response": "b"} for i in range(10)])
     known = lambda out: [data.statistics(*out[s], trained=out["train"][0]).partition("; ")[2] for s in ("val", "test")]
     assert known(splits(small, path)) == ["", ""]
-    assert known(splits(small, path, val_fraction=0.0)) == ["10 are training examples too, but for their answers"] * 2
-    assert known(splits(small, path, val_dataset=str(path)))[0].startswith("10 are training examples")
+    assert known(splits(small, path, val_fraction=0.0)) == ["10 of them are training rows (equal but for white space)"] * 2
+    assert known(splits(small, path, val_dataset=str(path)))[0].startswith("10 of them are training rows")
     other = write(tmp_path / "b.jsonl", {"prompt": "what  is\n3? ", "response": "b"}, {"prompt": "what is 11?", "response": "b"})
-    assert known(splits(small, path, val_dataset=str(other)))[0].startswith("1 are training examples")
+    assert known(splits(small, path, val_dataset=str(other)))[0].startswith("1 of them are training rows")
     one = write(tmp_path / "c.jsonl", *[GOOD] * 5)
-    assert known(splits(small, one))[0].startswith("5 are training examples")
+    assert known(splits(small, one))[0].startswith("5 of them are training rows")
     spaced = write(tmp_path / "d.jsonl", *[{"prompt": "a" + " " * i, "response": "b"} for i in range(20)], {"prompt": "c", "response": "b"})
     assert known(splits(small, spaced)) == ["", ""]  # those equal but for white space stay on one side
 

@@ -1,6 +1,7 @@
 """tools.eval: reading answers off real outputs, going on after an interruption, ranks, the sandbox."""
 import gzip
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import data
 import data.tokenizer
 from config import UserError
 from model import LLaMA, ModelConfig
-from tools import answers, eval as tool, sandbox
+from tools import answers, eval as tool, export, sandbox
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared" / "data"
@@ -370,6 +371,42 @@ def test_humaneval_comes_without_the_rest(tmp_path, monkeypatch):
     assert tool.find_task("humaneval") == tmp_path / "code/test.jsonl"
 
 
+def test_the_prompt_format_moves_with_the_weights(tmp_path, capsys):
+    """The adapter's two files copied elsewhere, the merge, a whole trained checkpoint: asked as they were trained. Others: nobody guesses."""
+    base = tmp_path / "base"
+    data.tokenizer.save_bpe(base, [], r"[\s\S]", ["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    config = dict(model_type="llama", vocab_size=259, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, eos_token_id=256)
+    model = LLaMA(ModelConfig.from_dict(config))
+    model.save_pretrained(base)
+    notes = data.notes(data.tokenizer.load(base), "chatml", 7)
+    assert notes == dict(prompt_format="chatml", max_new_tokens="7", end_id="258", end_token="<|im_end|>")
+    model.save_pretrained(tmp_path / "whole", notes)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(base / file, tmp_path / "whole")
+    model.add_lora(2, 4)
+    model.save_adapter(tmp_path / "run", base, notes)
+    model.save_adapter(tmp_path / "silent", base)
+    (tmp_path / "copy").mkdir()
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(tmp_path / "run" / file, tmp_path / "copy")
+    for args in ((tmp_path / "copy", tmp_path / "merged"), (tmp_path / "silent", tmp_path / "plain")):
+        export.export(*args)
+    export.export(tmp_path / "silent", tmp_path / "told", prompt_format="chatml", shard_gb=2e-5)
+    assert len(list((tmp_path / "told").glob("*.safetensors"))) > 1
+    (tmp_path / "t.jsonl").write_text('{"prompt": "1 + 1?", "response": "", "answer": "2"}\n')
+    for name, tokens in (("run", "7"), ("copy", "7"), ("merged", "7"), ("whole", "7"), ("told", "by task")):
+        capsys.readouterr()
+        tool.main([str(tmp_path / name), f"--tasks={tmp_path}/t.jsonl", "--device=cpu", f"--output={tmp_path}/out_{name}"])
+        assert capsys.readouterr().out.startswith(f"prompt_format = chatml, max_new_tokens = {tokens}\n")
+        tool.main([str(tmp_path / name), "--prompt=x", "--device=cpu", "--max_new_tokens=1"])
+        assert "prompt_format = chatml, max_new_tokens = 1" in capsys.readouterr().err
+    for name in ("base", "silent", "plain"):
+        for more in (f"--tasks={tmp_path}/t.jsonl", "--prompt=x"):
+            with pytest.raises(UserError, match=f"{name} does not say which prompt format .*--prompt_format=, one of plain, alpaca"):
+                tool.main([str(tmp_path / name), more, "--device=cpu"])
+    tool.main([str(tmp_path / "base"), "--prompt=x", "--device=cpu", "--prompt_format=plain", "--max_new_tokens=1"])
+
+
 def test_prompt_streams(base, run, capsys, monkeypatch):
     tool.main([str(run), "--prompt=What is 1 + 1?\\nAnswer:", "--max_new_tokens=12", "--device=cpu"])
     model, tokenizer, _ = tool.load(run, "", torch.float32, "cpu")
@@ -411,7 +448,7 @@ def test_the_base_is_found_from_anywhere(base, run, monkeypatch, capsys, tmp_pat
     model.save_adapter(tmp_path / "far", base.name)  # of another machine, or of an older version
     for path in ("far", str(tmp_path / "far")):
         with pytest.raises(UserError, match=f"far/adapter_config.json names the base '{base.name}'.*--model=DIR"):
-            tool.main([path, "--prompt=x"])
+            tool.main([path, "--prompt=x", "--prompt_format=plain"])
     tool.main(["far", "--prompt=x", "--max_new_tokens=2", f"--model={base}", "--prompt_format=plain"])
 
 

@@ -10,6 +10,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import data
+import data.tokenizer
 from config import UserError
 from model import LLaMA, load_adapter
 from tools.export import export
@@ -202,6 +204,34 @@ def test_export_refuses(tmp_path):
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(UserError, match="safetensors"):
         export(tmp_path / "a", tmp_path / "m")
+
+
+@pytest.mark.parametrize("eos, generation, merged", [(0, 0, ([2, 0], [2, 0])), (None, [1, 0], (2, [2, 1, 0])), (2, [0, 2], (2, [2, 0])),
+                                                     ([0, 1], None, ([2, 0, 1], None))])
+def test_what_ended_an_answer_ends_it_where_it_is_served(tmp_path, eos, generation, merged):
+    """The trained end token comes first in config.json and generation_config.json, and is the tokenizer's eos_token."""
+    base = make_base(tmp_path / "base", vocab_size=259)
+    data.tokenizer.save_bpe(base, [], r"[\s\S]", ["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    ids = lambda found: [256 + i for i in found] if isinstance(found, list) else found if found is None else 256 + found
+    edit_json(base / "config.json", eos_token_id=ids(eos))
+    (base / "generation_config.json").unlink()
+    if generation is not None:
+        (base / "generation_config.json").write_text(json.dumps({"eos_token_id": ids(generation), "top_p": .5}))
+    (base / "special_tokens_map.json").write_text(json.dumps({"eos_token": {"content": "<|endoftext|>"}}))
+    model = LLaMA.from_pretrained(base)
+    model.add_lora(4, 12)
+    model.save_adapter(tmp_path / "a", base, data.notes(data.tokenizer.load(base), "chatml", 9))
+    export(tmp_path / "a", tmp_path / "merged")
+    read = lambda name, key: json.loads((tmp_path / "merged" / name).read_text())[key]
+    assert read("config.json", "eos_token_id") == ids(merged[0])
+    assert generation is None or (read("generation_config.json", "eos_token_id"), read("generation_config.json", "top_p")) == (ids(merged[1]), .5)
+    assert read("tokenizer_config.json", "eos_token") == read("special_tokens_map.json", "eos_token") == "<|im_end|>"
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "merged").eos_token_id == 258
+    assert data.tokenizer.load(tmp_path / "merged").eot == 258
+    theirs = hf(tmp_path / "merged")
+    with torch.no_grad():  # whatever it is asked, it ends at once
+        theirs.lm_head.weight[258] = 100 * theirs.model.norm(theirs.model(torch.tensor([[5, 6]])).last_hidden_state)[0, -1]
+    assert theirs.generate(torch.tensor([[5, 6]]), max_new_tokens=9, do_sample=False, pad_token_id=0).tolist() == [[5, 6, 258]]
 
 
 def test_target_may_be_a_link(tmp_path, monkeypatch):

@@ -18,8 +18,8 @@ def first(pattern, text):
 
 def stated_letter(text):
     """The letter of the first "#### C", or else of the last "The answer is (C)" or "answer: C"."""
-    pattern = r"{}\s*\(?([A-E])\b"
-    found = re.findall(pattern.format("####"), text)[:1] or re.findall(pattern.format("[Aa]nswer(?: is)?:?"), text)
+    letter = r"\s*\(?([A-E])\b"
+    found = re.findall("####" + letter, text)[:1] or re.findall("[Aa]nswer(?: is)?:?" + letter, text)
     return found[-1] if found else ""
 
 

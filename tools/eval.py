@@ -9,7 +9,8 @@
                default: the run's own test set
 --limit=N      only the first N problems of each task
 --batch_size   problems at a time, 32
---max_new_tokens, --prompt_format, --dtype: the run's; else by task, plain, by device
+--max_new_tokens, --dtype: the run's; else by task, by device
+--prompt_format: the trained one, which the weights' file names; needed where it does not
 --model=DIR    the adapter's base, if it is no longer where the adapter says
 --output=DIR   where predictions go, one file a task; default: eval/ in the run's directory
 --overwrite=True   drops predictions of another adapter, task file or setting. Those of this very one are
@@ -42,7 +43,7 @@ from data import examples
 from model import LLaMA, load_adapter
 from lib import dist, state
 from tools import answers, sandbox
-from lib.files import find_base, read_json, resolve, weight_files, write_text
+from lib.files import find_base, read_json, read_notes, resolve, weight_files, write_text
 
 DATA = Path(ROOT, "data")
 SETS = {"math": ("gsm8k", "svamp", "mawps", "aqua"), "code": ("humaneval",), "commonsense": (
@@ -113,15 +114,16 @@ def find_task(name, dataset=""):
 
 def find_tasks(text, dataset=""):
     """{name: file} of the tasks that --tasks lists, in its order. A path is called by its file's stem, or by
-    its folder if that is "test". UserError: two files of one name, whose predictions would lie in one file."""
+    its folder if that is "test". UserError: two files of one name, whose predictions would lie in one
+    file."""
     out = {}
     for task in [text] if os.path.isfile(text) else [t.strip() for t in text.split(",") if t.strip()]:
         path, name = find_task(task, dataset), task
         if os.path.isfile(task) or os.sep in task:
             name = path.resolve().parent.name if path.stem == "test" else path.stem.removeprefix("test_")
         if name in out and not path.samefile(out[name]):
-            raise UserError(f"{out[name]} and {path} would both be the task {name!r}: evaluate them one by one, "
-                            "with another --output=DIR each")
+            raise UserError(f"{out[name]} and {path} would both be the task {name!r}: evaluate them one by "
+                            "one, with another --output=DIR each")
         out[name] = path
     return out
 
@@ -361,7 +363,7 @@ def complete(path, o):
     o = {**o, "rank": rank, "world": world, "dataset": run.get("dataset", "")}
     own_file = examples.names_a_file(o["dataset"])
     o["own_tests"] = run.get("val_dataset", "") if own_file else o["dataset"]  # as data.load_split has it
-    o["prompt_format"] = o["prompt_format"] or run.get("prompt_format", "plain")
+    o["prompt_format"] = o["prompt_format"] or run.get("prompt_format", "")
     o["max_new_tokens"] = o["max_new_tokens"] or run.get("max_new_tokens", 0)
     if o["device"] == "auto":
         o["device"] = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
@@ -373,9 +375,24 @@ def complete(path, o):
         raise UserError(f"--top_p={o['top_p']} must be above 0 and at most 1")
     if o["dtype"] not in ("float32", "bfloat16", "float16"):
         raise UserError(f"--dtype={o['dtype']} must be float32, bfloat16 or float16")
-    if o["prompt_format"] not in data.FORMATS:
+    if o["prompt_format"] and o["prompt_format"] not in data.FORMATS:
         raise UserError(f"--prompt_format={o['prompt_format']} must be one of {', '.join(data.FORMATS)}")
     dist.use(o["device"], o["dtype"])
+    return o
+
+
+def as_trained(path, o):
+    """The options, with the prompt format and the length of an answer that the weights' file names where
+    neither the command line nor a run does. UserError: no format is known."""
+    notes = read_notes(resolve(path))
+    o["prompt_format"] = o["prompt_format"] or notes.get("prompt_format", "")
+    o["max_new_tokens"] = o["max_new_tokens"] or int(notes.get("max_new_tokens") or 0)
+    if o["prompt_format"] not in data.FORMATS:
+        raise UserError(f"{path} does not say which prompt format it was trained with: give "
+                        f"--prompt_format=, one of {', '.join(data.FORMATS)}")
+    if not o["rank"]:
+        print(f"prompt_format = {o['prompt_format']}, max_new_tokens = {o['max_new_tokens'] or 'by task'}",
+              file=sys.stderr if o["prompt"] else sys.stdout, flush=True)
     return o
 
 
@@ -393,6 +410,7 @@ def main(argv):
                         "or ask it something, --prompt=...")
     for file in tasks.values():  # before minutes of loading
         problems(file, o["limit"])
+    o = as_trained(path, o)
     model, tokenizer, weights = load(path, o["model"], getattr(torch, o["dtype"]), o["device"])
     own = os.path.isdir(path) and bool(o["dataset"] or Path(path, "adapter_config.json").exists())
     folder = Path(o["output"] or (Path(path, "eval") if own else Path("out", "eval", Path(path).name)))
