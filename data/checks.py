@@ -43,7 +43,7 @@ def special_text(examples, tokenizer):
     names = [name for name, _ in found.most_common()]
     formats = [f for f in data.ENDS if needed(f) & found.keys() and needed(f) <= tokenizer.special.keys()]
     remedy = f"give bare texts and --prompt_format={formats[0]}" if formats else "take it out of the texts"
-    return [f"{rows:,} rows hold the text of {', '.join(names[:4])}, which is trained as ordinary characters, "
+    return [f"{rows:,} rows hold the text of {', '.join(names[:4])}, trained as ordinary characters, "
             f"not as special tokens: {remedy} (an end-of-text token follows every answer anyway)"]
 
 
@@ -61,9 +61,9 @@ def difference(examples, tokenizer, prompt_format):
         return [f"the checkpoint's own chat template cannot be rendered ({e}) and compared with "
                 f"prompt_format = {prompt_format}: see to it that what is served is what was trained"]
     remedy = (better or ["give the rows that text, or serve the model with the format's"])[0]
-    return [f"prompt_format = {prompt_format} and the checkpoint's own chat template differ, and a server that "
-            f"uses the template asks otherwise than was trained: a row reads {found[0]!r} where the template has "
-            f"{found[1]!r}; {remedy}"]
+    return [f"prompt_format = {prompt_format} and the checkpoint's own chat template differ, and a server "
+            f"that uses the template asks otherwise than was trained: a row reads {found[0]!r} where the "
+            f"template has {found[1]!r}; {remedy}"]
 
 
 def first_difference(examples, tokenizer, prompt_format):
@@ -116,8 +116,9 @@ def untrained(tokenizer, prompt_format, embed, head):
         return []
     names = ", ".join(dict.fromkeys(name for name, _ in found))
     parts = " and the ".join(dict.fromkeys(what for _, what in found))
-    return [f"{names}: rows of the {parts} are zero or nearly, as of tokens that were never trained, and LoRA "
-            "does not change them, so answers may never end: take the instruct model, or --prompt_format=alpaca"]
+    return [f"{names}: rows of the {parts} are zero or nearly, as of tokens that were never trained, and "
+            "LoRA does not change them, so answers may never end: take the instruct model, or "
+            "--prompt_format=alpaca"]
 
 
 def stops(tokenizer, prompt_format):
@@ -125,6 +126,6 @@ def stops(tokenizer, prompt_format):
     end = data.end_token(tokenizer, prompt_format)
     if end in tokenizer.eos:
         return []
-    return [f"answers end with {tokenizer.decode([end], first=False)} (id {end}), which is not an eos_token_id "
-            f"of the base: tell what serves the adapter (vLLM: stop_token_ids=[{end}]); tools.export writes it "
-            "into the merge"]
+    return [f"answers end with {tokenizer.decode([end], first=False)} (id {end}), which is not an "
+            f"eos_token_id of the base: tell what serves the adapter (vLLM: stop_token_ids=[{end}]); "
+            "tools.export writes it into the merge"]

@@ -289,8 +289,11 @@ def test_rope_in_both_spellings_counts_once(tmp_path):
     edit_json(base / "config.json", rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0}, rope_theta=500.0, rope_scaling=LINEAR)
     assert_equal(LLaMA.from_pretrained(base), hf(base))
     assert (logits(LLaMA.from_pretrained(base)) - plain).abs().max() > 1e-3
-    edit_json(base / "config.json", rope_parameters=None)
+    edit_json(base / "config.json", rope_parameters=None, max_position_embeddings=100)
     assert_equal(LLaMA.from_pretrained(base), hf(base))
+    assert LLaMA.from_pretrained(base).config.max_positions == 400
+    edit_json(base / "config.json", rope_scaling=None)
+    assert LLaMA.from_pretrained(base).config.max_positions == 100
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
