@@ -21,8 +21,7 @@ SMALL, NEAR = .25, .1
 
 
 def warnings(examples, tokenized, tokenizer, prompt_format, max_positions=None):
-    """examples, tokenized: of all splits. max_positions: the model's max_position_embeddings, None:
-    unknown."""
+    """examples, tokenized: of the training set. max_positions: ModelConfig's, None: unknown."""
     longest = max((len(t.tokens) for t in tokenized), default=0)
     long = [f"{sum(len(t.tokens) > max_positions for t in tokenized):,} texts are longer than the "
             f"{max_positions:,} tokens that the model was made for (max_position_embeddings; the longest has "
