@@ -370,9 +370,9 @@ class LLaMA(nn.Module):
         load_weights(model, files)
         return model.eval()
 
-    def save_pretrained(self, path):
+    def save_pretrained(self, path, notes=None):
         """Writes config.json and model.safetensors as transformers reads them, in the model's dtype, and
-        makes path if need be."""
+        makes path if need be. notes: {str: str}, kept in the weights' file (data.notes)."""
         Path(path).mkdir(parents=True, exist_ok=True)
         tensors = {}
         for name, (p, lo, rows, transposed) in self.named_sources().items():
@@ -380,7 +380,7 @@ class LLaMA(nn.Module):
             if transposed:
                 t = t.T
             tensors[name] = t.contiguous().cpu()
-        write_safetensors(Path(path) / "model.safetensors", tensors, {"format": "pt"})
+        write_safetensors(Path(path) / "model.safetensors", tensors, {"format": "pt", **(notes or {})})
         raw = {k: v for k, v in self.config.raw.items() if k != "dtype"}  # transformers 5's name for it
         raw["torch_dtype"] = str(self.dtype).removeprefix("torch.")
         write_text(Path(path) / "config.json", json.dumps(raw, indent=2) + "\n")
@@ -457,17 +457,19 @@ class LLaMA(nn.Module):
                                 f"this base needs {tuple(p.shape)}")
             p.copy_(state[name])
 
-    def save_adapter(self, path, base=""):
+    def save_adapter(self, path, base="", notes=None):
         """Writes adapter_model.safetensors and adapter_config.json as PEFT has them. base: the base model's
-        path or hub id."""
+        path or hub id; an existing directory is written with its absolute path, to be found from anywhere.
+        notes: as of save_pretrained."""
         Path(path).mkdir(parents=True, exist_ok=True)
+        base = Path(base).absolute() if str(base) and Path(base).is_dir() else base
         config = dict(peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=str(base),
                       r=self.lora_r, lora_alpha=self.lora_alpha,
                       target_modules=[TARGETS[t].split(".")[1] for t in self.lora_targets], lora_dropout=0.0,
                       bias="none", fan_in_fan_out=False, inference_mode=True, use_rslora=self.rslora,
                       use_dora=False, modules_to_save=None)
         state = {k: v.cpu().contiguous() for k, v in self.lora_state().items()}
-        write_safetensors(Path(path) / "adapter_model.safetensors", state, {"format": "pt"})
+        write_safetensors(Path(path) / "adapter_model.safetensors", state, {"format": "pt", **(notes or {})})
         write_text(Path(path) / "adapter_config.json", json.dumps(config, indent=2) + "\n")
 
     # ---- forward

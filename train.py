@@ -29,9 +29,10 @@ import data
 import data.tokenizer
 import predictor
 from config import UserError
+from data import checks
 from lib import dist, state
 from lib.evaluate import accuracy, mean_loss, time_ratio
-from lib.files import resolve, write_text
+from lib.files import resolve, set_end_token, write_text
 from lib.log import Log, clock, finite, say
 from lib.signals import Interrupted, Signals
 from model import LLaMA, ModelConfig, load_adapter
@@ -279,17 +280,24 @@ def prepare(cfg, device, stop):
 def load_data(cfg, tokenizer):
     """-> (examples, tokenized), each {"train", "val", "test": list}; prints their statistics and one example, scored
     part marked."""
-    examples, tokenized = {}, {}
-    for split in ("train", "val", "test"):
-        if split == "test" and not cfg.test_examples:
-            continue
-        examples[split] = data.load_split(cfg, split)
-        if split == "test" and not any(e.response for e in examples[split]):  # only questions and answers
-            tokenized[split] = []
-            continue
-        tokenized[split] = data.tokenize(examples[split], tokenizer, cfg.max_seq_len, cfg.prompt_format,
-                                         cfg.prompt_weight)
-        say(f"{split:5s} {data.statistics(examples[split], tokenized[split], cfg.prompt_weight)}")
+    splits = ["train", "val"]
+    if cfg.test_examples:
+        splits.append("test")
+    skipped = None  # rows that cannot be used are errors, or are collected here
+    if cfg.skip_bad_rows:
+        skipped = []
+    loaded = data.load_splits(cfg, tokenizer, splits, cfg.train_on, skipped)
+    examples = {split: some for split, (some, _) in loaded.items()}
+    tokenized = {split: some for split, (_, some) in loaded.items()}
+    for split in splits:
+        if not tokenized[split]:
+            continue  # a test set of questions and answers only
+        trained = ()
+        if split != "train":
+            trained = examples["train"]
+        say(f"{split:5s} " + data.statistics(examples[split], tokenized[split], cfg.prompt_weight, cfg.train_on, trained))
+    if skipped:
+        say(f"skipped {len(skipped)} bad rows, the first: {skipped[0]}")
     say("first example, [[scored]]: " + repr(data.marked(tokenized["train"][0], tokenizer)))
     return examples, tokenized
 
@@ -510,16 +518,22 @@ def save_adapter(run, folder):
     base = run.cfg.model
     if Path(base).is_dir():
         base = run.folder.resolve()
-    run.model.save_adapter(folder, base)
+    run.model.save_adapter(folder, base, notes(run))
 
 
 def save_checkpoint(run):
     """All weights, with the tokenizer's files: a Hugging Face directory."""
-    run.model.save_pretrained(run.out)
+    run.model.save_pretrained(run.out, notes(run))
     for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja",
                  "generation_config.json"):
         if (run.folder / name).exists():
             shutil.copy(run.folder / name, run.out / name)
+    set_end_token(run.out, notes(run))
+
+
+def notes(run):
+    """What is kept with the weights: how prompts were written, and what ends an answer."""
+    return data.notes(run.tokenizer, run.cfg.prompt_format, run.cfg.max_new_tokens)
 
 
 # ---- what a run says ---------------------------------------------------------------------------------------
@@ -545,6 +559,17 @@ def say_plan(run):
         f"a sparse step computes {sparse / dense:.0%} of a dense one's {dense / 1e9:,.1f} GFLOP")
 
 
+def say_warnings(run):
+    """What is likely wrong with the data, the format or the base, before anything is trained."""
+    cfg, model = run.cfg, run.model
+    found = checks.warnings(run.examples["train"], run.tokenized["train"], run.tokenizer, cfg.prompt_format,
+                            model.config.max_positions)
+    if cfg.lora_r:
+        found += checks.untrained(run.tokenizer, cfg.prompt_format, model.embed, model.head)
+    for sentence in found:
+        say(f"warning: {sentence}")
+
+
 def say_result(run, r):
     say(f"\n{run.info['step']} steps in {clock(r['seconds'])}, {r['tokens']:,} tokens")
     if r.get("after") is not None:
@@ -555,6 +580,9 @@ def say_result(run, r):
         say(f"time saved    {1 - r['time_ratio']:.1%} of a dense step's forward and backward, "
             "timed in turn on the same batches")
     say(f"{what(run.cfg):14s}{run.out}")
+    if run.cfg.lora_r:
+        for sentence in checks.stops(run.tokenizer, run.cfg.prompt_format):
+            say(f"note: {sentence}")
 
 
 def what(cfg):
@@ -576,6 +604,7 @@ def main(cfg, command="python train.py"):
     try:
         run = prepare(cfg, device, Signals())
         say_plan(run)
+        say_warnings(run)
         if dist.rank() == 0 and lock is None:
             lock = state.lock(run.out)
         resume(run)

@@ -47,6 +47,8 @@ class Config:
     val_fraction: float = option(0.05, below=1)  # of the examples, held out where there is no validation file
     prompt_format: Literal["plain", "alpaca", "llama3", "chatml"] = "plain"
     prompt_weight: float = option(0.0, at_most=1)  # of a prompt token (a response's: 1), for pretraining
+    train_on: Literal["all", "last"] = "all"  # which answers of a conversation are scored
+    skip_bad_rows: bool = False  # leave out, and count, rows that cannot be used, instead of stopping
     max_seq_len: int = option(512, at_least=2)  # tokens; longer examples are dropped and counted
     test_examples: int = 0  # test problems answered before and after the training, 0: none
     max_new_tokens: int = option(256, at_least=1)  # of an answer that is generated

@@ -2,6 +2,7 @@
 
     load("gsm8k", "train") -> [Example]                     raw text (examples.py)
     tokenize(examples, tokenizer, ...) -> [Tokenized]       a weight for each token
+    load_splits(cfg, tokenizer) -> {split: both}            of a run
     collate([Tokenized], "output") -> Batch                 rows of one stream, without padding
 
 weights[i] is how much the *prediction* of token i counts: 0 in a prompt, 1 in a response and its end-of-text
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 
 from config import UserError
-from data.examples import Example, load, load_split  # noqa: F401 (part of what this package offers)
+from data.examples import Example, hold_out, load, load_split, question, source  # noqa: F401 (offered here)
 from data.tokenizer import HOLE
 
 
@@ -53,13 +54,14 @@ class Batch(NamedTuple):
         return Batch(*(move(x) if isinstance(x, torch.Tensor) else x for x in self))
 
 
-# ---- prompt formats: plain functions of strings. first: it opens the text; later turns follow an end of text
+# ---- prompt formats: plain functions of strings. system: None for none, "" for an empty turn where a format
+# has one; first: it opens the text; later turns follow an end of text
 
-def plain(prompt, system="", first=True):
+def plain(prompt, system=None, first=True):
     return (system + "\n\n" if system else "") + prompt
 
 
-def alpaca(prompt, system="", first=True):
+def alpaca(prompt, system=None, first=True):
     """Stanford Alpaca's for rows without an input, which LLM-Adapters uses too (here an input follows the
     instruction). A system prompt replaces its first two sentences."""
     intro = system or ("Below is an instruction that describes a task. Write a response that appropriately "
@@ -67,18 +69,18 @@ def alpaca(prompt, system="", first=True):
     return (intro if first else "") + f"\n\n### Instruction:\n{prompt}\n\n### Response:\n"
 
 
-def llama3(prompt, system="", first=True):
+def llama3(prompt, system=None, first=True):
     """Meta-Llama-3-Instruct's: like its template, it takes the white space off both ends of every text."""
     head = "<|start_header_id|>{}<|end_header_id|>\n\n"
     start = "<|begin_of_text|>" if first else ""
-    start += head.format("system") + system.strip() + "<|eot_id|>" if system else ""
+    start += head.format("system") + system.strip() + "<|eot_id|>" if system is not None else ""
     return start + head.format("user") + prompt.strip() + "<|eot_id|>" + head.format("assistant")
 
 
-def chatml(prompt, system="", first=True):
+def chatml(prompt, system=None, first=True):
     """Qwen's and SmolLM2's. A checkpoint's default system prompt is not here but in `tokenizer.system`."""
     start = "" if first else "\n"
-    start += f"<|im_start|>system\n{system}<|im_end|>\n" if system else ""
+    start += f"<|im_start|>system\n{system}<|im_end|>\n" if system is not None else ""
     return start + f"<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
 
 
@@ -89,19 +91,27 @@ ENDS = {"llama3": "<|eot_id|>", "chatml": "<|im_end|>"}
 # ---- tokenizing
 
 def encode_turns(example, tokenizer, prompt_format):
-    """Yields (prompt ids, response text) of each turn. Special tokens count in templates, not in texts.
-    UserError: no such format, or the tokenizer lacks a special token of it."""
+    """Yields (prompt ids, response ids) of each turn, the latter with their end-of-text token, or [] where
+    the response is empty. Special tokens count in templates, not in texts. UserError: no such format, the
+    tokenizer lacks a special token of it, or names no end-of-text token."""
     if prompt_format not in FORMATS:
         raise UserError(f"prompt_format has to be one of {', '.join(FORMATS)}, not {prompt_format!r}")
+    end, special = end_token(tokenizer, prompt_format), tokenizer.special.values()
     trim = str.strip if prompt_format == "llama3" else str
-    system = example.system or (tokenizer.system if prompt_format == "chatml" else "")
+    system = example.system
+    if prompt_format not in ENDS:  # no turns: an empty system prompt is none
+        system = system or None
+    elif prompt_format == "chatml" and system is None:
+        system = tokenizer.system or None
     for i, (prompt, response) in enumerate([*example.history, (example.prompt, example.response)]):
-        texts = [trim(system)] * bool(system and i == 0) + [trim(prompt)]
-        template = FORMATS[prompt_format](HOLE, HOLE if len(texts) == 2 else "", i == 0)
-        ids = tokenizer.encode_template(template, texts)
+        texts = [trim(prompt)] if system is None or i else [trim(system), trim(prompt)]
+        template = FORMATS[prompt_format](HOLE, HOLE if len(texts) == 2 else None, i == 0)
+        ids = tokenizer.encode_template(template, texts, i == 0)
         if i == 0 and tokenizer.bos is not None and ids[:1] != [tokenizer.bos]:
             ids = [tokenizer.bos] + ids
-        yield ids, trim(response)
+        opens = not ids or ids[-1] in special and (i == 0 or tokenizer.legacy)  # no text stands before it
+        to_ids = tokenizer.encode if opens else tokenizer.go_on
+        yield ids, to_ids(trim(response)) + [end] if trim(response) else []
 
 
 def end_token(tokenizer, prompt_format):
@@ -112,51 +122,111 @@ def end_token(tokenizer, prompt_format):
     return end
 
 
-def tokenize(examples, tokenizer, max_seq_len, prompt_format="plain", prompt_weight=0.0):
+def notes(tokenizer, prompt_format, max_new_tokens):
+    """{str: str}: what whoever asks the trained model has to know, kept in the header of its weights' file
+    (which moves with them): how prompts are written, and what ends an answer."""
+    end = end_token(tokenizer, prompt_format)
+    return dict(prompt_format=prompt_format, max_new_tokens=str(max_new_tokens), end_id=str(end),
+                end_token=tokenizer.decode([end], first=False))
+
+
+def tokenize(examples, tokenizer, max_seq_len, prompt_format="plain", prompt_weight=0.0, train_on="all"):
     """[Example] -> [Tokenized], in order, without those longer than max_seq_len or with nothing scored.
-    Prompt tokens weigh prompt_weight, responses and their end-of-text tokens 1. An empty response gets no
-    end-of-text token: it makes a text to pretrain on, not an answer. UserError: nothing is left."""
-    end, out = end_token(tokenizer, prompt_format), []
-    for example in examples:
-        tokens, weights = [], []
-        for prompt, response in encode_turns(example, tokenizer, prompt_format):
-            answer = tokenizer.encode(response) + [end] if response else []
-            tokens += prompt + answer
-            weights += [float(prompt_weight)] * len(prompt) + [1.0] * len(answer)
-        if len(tokens) <= max_seq_len and any(weights[1:]):
-            out.append(Tokenized(tokens, weights))
-    if not out:
-        found = statistics(examples, out, prompt_weight)
+    UserError: nothing is left."""
+    made = [encode(e, tokenizer, max_seq_len, prompt_format, prompt_weight, train_on) for e in examples]
+    return some_left(examples, [t for t in made if t], max_seq_len, prompt_weight, train_on)
+
+
+def some_left(examples, tokenized, max_seq_len, prompt_weight, train_on):
+    if not tokenized:
+        found = statistics(examples, tokenized, prompt_weight, train_on)
         raise UserError(f"no example is left to learn from ({found}; max_seq_len is {max_seq_len})")
+    return tokenized
+
+
+def encode(example, tokenizer, max_seq_len, prompt_format="plain", prompt_weight=0.0, train_on="all"):
+    """The Tokenized of an example; None if it is longer than max_seq_len, or nothing in it is scored. Prompt
+    tokens weigh prompt_weight, responses and their end-of-text tokens what the example says, usually 1. An
+    empty response gets no end-of-text token: it makes a text to pretrain on, not an answer."""
+    tokens, weights = [], []
+    turns = encode_turns(example, tokenizer, prompt_format)
+    for (prompt, answer), weight in zip(turns, answer_weights(example, train_on)):
+        tokens += prompt + answer
+        weights += [float(prompt_weight)] * len(prompt) + [weight] * len(answer)
+    return Tokenized(tokens, weights) if len(tokens) <= max_seq_len and any(weights[1:]) else None
+
+
+def answer_weights(example, train_on="all"):
+    """How much each answer of a conversation counts. train_on "last": only the last one."""
+    weights = example.weights or (1.0,) * (len(example.history) + 1)
+    return weights if train_on == "all" else (0.0,) * len(example.history) + weights[-1:]
+
+
+def load_splits(cfg, tokenizer, splits=("train", "val", "test"), train_on="all", skipped=None):
+    """{split: ([Example], [Tokenized])} as a Config has them. What is held out of the training examples is
+    drawn among those that are not dropped, which takes all their tokens. skipped: as of load. UserError: bad
+    rows, or a split of which nothing is left (but for a test set of questions and answers, without
+    responses)."""
+    def read(name, part):
+        examples = load(name, part, cfg.prompt_weight > 0, skipped)
+        how = cfg.max_seq_len, cfg.prompt_format, cfg.prompt_weight, train_on
+        return examples, [encode(e, tokenizer, *how) for e in examples]
+
+    held_out = [split for split in ("val", "test") if source(cfg, split) is None]
+    out, parts = {}, {}  # parts: numbers of examples
+    if held_out:
+        examples, made = read(*source(cfg, "train"))
+        train, held = hold_out(examples, [t is not None for t in made], cfg.val_fraction)
+        parts = {"train": train, "val": held, "test": held}
+    for split in splits:
+        if split in (held_out and ["train", *held_out]):
+            pairs = [(examples[i], made[i]) for i in parts[split]]
+        else:
+            pairs = list(zip(*read(*source(cfg, split))))
+        mine, kept = [e for e, _ in pairs], [t for _, t in pairs if t]
+        if split != "test" or any(e.response for e in mine):
+            some_left(mine, kept, cfg.max_seq_len, cfg.prompt_weight, train_on)
+        out[split] = mine, kept
     return out
 
 
 def prompt_ids(example, tokenizer, prompt_format="plain"):
-    """[int]: what generation starts from, the very ids that `tokenize` puts before the last response."""
-    end, ids = end_token(tokenizer, prompt_format), []
-    for prompt, response in encode_turns(example._replace(response=""), tokenizer, prompt_format):
-        ids += prompt + (tokenizer.encode(response) + [end] if response else [])
-    return ids
+    """[int]: what generation starts from, the very ids that `encode` puts before the last response."""
+    turns = encode_turns(example._replace(response=""), tokenizer, prompt_format)
+    return [i for prompt, answer in turns for i in prompt + answer]
 
 
-def statistics(examples, tokenized, prompt_weight=0.0):
-    """One line: what `tokenize` made of the examples, and what it dropped."""
+def statistics(examples, tokenized, prompt_weight=0.0, train_on="all", trained=()):
+    """One line: what `tokenize` made of the examples, what it dropped, and how many ask what one of the
+    examples `trained` asks, but for white space."""
     rows = sum(len(t.tokens) - 1 for t in tokenized)
     scored = sum(w > 0 for t in tokenized for w in t.weights[1:])
     dropped = len(examples) - len(tokenized)
-    empty = 0 if prompt_weight else sum(not e.response and not e.history for e in examples)
+    empty = 0 if prompt_weight else sum(not any(scored_answers(e, train_on)) for e in examples)
     line = f"{len(tokenized):,} examples of {rows + len(tokenized):,} tokens"
     if rows:
         line += (f" (longest {max(len(t.tokens) for t in tokenized)}), {1 - scored / rows:.1%} context, "
                  f"{scored / rows:.1%} scored")
-    return line + (f"; dropped: {dropped - empty:,} too long, {empty:,} nothing scored" if dropped else "")
+    if dropped:
+        line += f"; dropped: {dropped - empty:,} too long, {empty:,} nothing scored"
+    seen = set(map(question, trained))
+    known = sum(question(e) in seen for e in examples) if seen else 0
+    return line + (f"; {known:,} of them are training rows (equal but for white space)" if known else "")
+
+
+def scored_answers(example, train_on):
+    """The answers of a conversation that are learned."""
+    texts = [response for _, response in example.history] + [example.response]
+    return [text for text, weight in zip(texts, answer_weights(example, train_on)) if weight]
 
 
 def marked(tokenized, tokenizer):
-    """The text of a Tokenized, its scored part in [[ ]]."""
-    runs = groupby(zip(tokenized.tokens, tokenized.weights), key=lambda pair: pair[1] > 0)
-    texts = [(scored, tokenizer.decode([token for token, _ in run])) for scored, run in runs]
-    return "".join(f"[[{text}]]" if scored else text for scored, text in texts)
+    """The text of a Tokenized, its scored part in [[ ]]. What only looks like a special token says so."""
+    text = ""
+    for scored, run in groupby(zip(tokenized.tokens, tokenized.weights), key=lambda pair: pair[1] > 0):
+        part = tokenizer.decode([token for token, _ in run], first=not text, mark=True)
+        text += f"[[{part}]]" if scored else part
+    return text
 
 
 # ---- batches
@@ -215,14 +285,27 @@ def collate(tokenized, split="output", seed=0, dense_first=0):
 # ---- answers
 
 def is_correct(text, answer):
-    """Whether a generated text gives the answer. A number: the last one in the text, within 1e-3. Words: what
-    follows "####" or "answer is", or the whole text, but for case, spaces and punctuation around it."""
+    """Whether a generated text gives the answer. A number: the stated one, within 1e-3. Words: the rest of
+    the line after the first "####", or what follows the last "answer is", or the whole text, but for case,
+    spaces and punctuation around it."""
     wanted = number(answer)
     if wanted is not None:
-        found = re.findall(r"-?\d+(?:\.\d+)?|-?\.\d+", text.replace(",", ""))
-        return bool(found) and abs(float(found[-1]) - wanted) <= 1e-3
-    said = re.split(r"####|answer is:?", text, flags=re.IGNORECASE)[-1]
+        found = stated_number(text)
+        return found is not None and abs(found - wanted) <= 1e-3
+    if "####" in text:
+        said = text.split("####")[1].strip().split("\n")[0]
+    else:
+        said = re.split("answer is:?", text, flags=re.IGNORECASE)[-1]
     return bare(said) == bare(answer) != ""
+
+
+def stated_number(text):
+    """The number that stands right after a "####", the first such: what follows it may be run-on text.
+    Without one, the last number of the text; None where there is none. Commas are left out."""
+    text, pattern = text.replace(",", ""), r"-?\d+(?:\.\d+)?|-?\.\d+"
+    found = re.search(rf"####[^\w-]*?({pattern})", text)
+    found = [found[1]] if found else re.findall(pattern, text)
+    return float(found[-1]) if found else None
 
 
 def number(text):

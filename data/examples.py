@@ -1,21 +1,30 @@
 """Examples from JSON lines. Your own data: one JSON object a line, in any of three forms,
 
-    {"prompt": "...", "response": "..."}                     optional "history": [[prompt, response]]
+    {"prompt": "...", "response": "..."}
     {"messages": [{"role": "user", "content": "..."}, ...]}  system (optional), user, assistant, user, ...
     {"instruction": "...", "input": "...", "output": "..."}  Alpaca's keys; "input" may be empty
 
-with an optional "answer" in each of them: what accuracy is measured against. Other fields are ignored. The
-text is raw, the prompt format is applied when tokenizing. Every response of a conversation is learned. What
-is wrong is named with its file, line and field.
-"""
+and in each of them, if need be,
+
+    "answer": "..."                   what accuracy is measured against
+    "system": "..."                   the system prompt; "" is an empty one, null or absence none
+    "history": [[prompt, response]]   earlier turns
+    "weight": 0 to 1, "train": false  of the row, or of an assistant's message: how much its answers count
+
+The text is raw, the prompt format is applied when tokenizing. Every response of a conversation is learned.
+What cannot be expressed (tools, thoughts, images) is refused, other fields are ignored. What is wrong is
+named with its file, line and field. """
+import codecs
 import contextlib
 import fcntl
+import gzip
 import importlib
 import json
 import math
 import os
 import random
 import re
+import zlib
 from typing import NamedTuple
 
 from config import UserError
@@ -24,51 +33,84 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 
 
 class Example(NamedTuple):
-    """A prompt and the response to learn, raw. history: earlier (prompt, response) turns, learned too."""
+    """A prompt and the response to learn, raw. history: earlier (prompt, response) turns, learned too.
+    system: None for none, "" for an empty one. weights: of the answers, history's first; (): each counts
+    1."""
     prompt: str
     response: str
     answer: str = ""
     history: tuple = ()
-    system: str = ""
+    system: str | None = None
+    weights: tuple = ()
 
 
-def load(name_or_path, split="train", allow_empty=False):
+def load(name_or_path, split="train", allow_empty=False, skipped=None):
     """[Example] of a folder of data/ (its prepare.py runs if the file is missing), of another folder that has
-    SPLIT.jsonl, or of a file of JSON lines, whatever the split. UserError: names the file, line and field.
-    allow_empty: responses may be empty (text to pretrain on); in a test set if there is an answer."""
+    SPLIT.jsonl, or of a file of JSON lines, whatever the split. UserError: names the file, line and field,
+    and how many rows are bad. allow_empty: responses may be empty (text to pretrain on); in a test set if
+    there is an answer. skipped: a list that gets what is wrong with bad rows, which are then left out."""
     path = locate(os.fspath(name_or_path), split)
-    examples = []
-    for where, row in read_rows(path):
-        example = parse(row, where)
-        if not example.response.strip() and not allow_empty and not (split == "test" and example.answer):
-            raise UserError(f"{where}: the response is empty, so there is nothing to learn (with "
-                            "--prompt_weight=1 the prompt would be)")
-        examples.append(example)
+    examples, bad = [], []
+    for where, row in read_rows(path, bad):
+        try:
+            example = parse(row, where)
+            if not example.response.strip() and not allow_empty and not (split == "test" and example.answer):
+                raise UserError(f"{where}: the response is empty, so there is nothing to learn (with "
+                                "--prompt_weight=1 the prompt would be)")
+            examples.append(example)
+        except UserError as e:
+            bad.append(str(e))
+    if bad and skipped is None:
+        raise UserError(f"{bad[0]} ({len(bad)} of {len(bad) + len(examples)} rows are bad; "
+                        "--skip_bad_rows=True leaves them out)")
     if not examples:
-        raise UserError(f"{path} holds no examples")
+        raise UserError(f"{path} holds no examples" + (f" but bad ones: {bad[0]}" if bad else ""))
+    if skipped is not None:
+        seen = set(skipped)  # a file may be read for two splits
+        skipped += [b for b in bad if b not in seen]
     return examples
 
 
 def load_split(cfg, split):
-    """[Example] of "train", "val" or "test" as a Config has it. A folder brings its own splits. Of a file,
-    val_fraction of the prompts is held out, the same for every seed, and is both "val" and "test", or
-    val_dataset is. Where nothing can be held out (val_fraction 0, a single prompt), both are the training
-    examples."""
-    is_file = names_a_file(cfg.dataset)
-    empty = cfg.prompt_weight > 0
-    if split == "val" and cfg.val_dataset or split == "test" and cfg.val_dataset and is_file:
-        return load(cfg.val_dataset, split, empty)
-    examples = load(cfg.dataset, split, empty)
-    if not is_file or cfg.val_dataset:
+    """[Example] of "train", "val" or "test" as a Config has it, however long they are."""
+    own, held_out = source(cfg, split), source(cfg, "val" if split == "train" else split) is None
+    examples = load(*(own or source(cfg, "train")), cfg.prompt_weight > 0)
+    if not held_out:
         return examples
+    parts = hold_out(examples, [True] * len(examples), cfg.val_fraction)
+    return [examples[i] for i in parts[split != "train"]]
 
-    def key(e):  # equal prompts stay on one side; texts without a prompt are their own
-        return (e.system, e.history, e.prompt) if e.prompt.strip() else e
 
-    keys = list(dict.fromkeys(map(key, examples)))
-    n = min(math.ceil(cfg.val_fraction * len(keys)), len(keys) - 1)
-    held_out = {keys[i] for i in random.Random(0).sample(range(len(keys)), n)}
-    return [e for e in examples if n == 0 or (key(e) in held_out) == (split != "train")]
+def source(cfg, split):
+    """(data set, its part) that a split is read from; None where it is held out of the training examples. A
+    file brings no splits of its own, a folder of yours those whose files it has."""
+    folder = not names_a_file(cfg.dataset)
+    lacks = os.path.isfile(os.path.join(cfg.dataset, "train.jsonl")) and not os.path.isfile(
+        os.path.join(cfg.dataset, split + ".jsonl"))
+    if split == "train" or folder and not lacks and not (split == "val" and cfg.val_dataset):
+        return cfg.dataset, split
+    if cfg.val_dataset:
+        return cfg.val_dataset, split
+    return source(cfg, "val") if folder and split == "test" else None
+
+
+def hold_out(examples, fits, fraction):
+    """(train, held out), as numbers of examples: this fraction of the questions, the same for every seed,
+    drawn among the examples that fit; those that do not stay in train. Where nothing can be held out
+    (fraction 0, a single question), all that fit are held out and trained on."""
+    questions = list(map(question, examples))
+    keys = list(dict.fromkeys(q for q, fit in zip(questions, fits) if fit))
+    n = min(math.ceil(fraction * len(keys)), len(keys) - 1)
+    chosen = {keys[i] for i in random.Random(0).sample(range(len(keys)), max(n, 0))}
+    train = [i for i, q in enumerate(questions) if q not in chosen or not fits[i]]
+    return train, [i for i, q in enumerate(questions) if fits[i] and (n <= 0 or q in chosen)]
+
+
+def question(e):
+    """What makes an example another one: all but its answer, and white space; texts without a prompt are
+    their own."""
+    same = (e.system or "", *(text for turn in e.history for text in turn), e.prompt)
+    return tuple(" ".join(text.split()) for text in (same if e.prompt.strip() else (*same, e.response)))
 
 
 def names_a_file(dataset):
@@ -108,29 +150,39 @@ def alone(folder):
         os.close(fd)
 
 
-def read_rows(path):
-    """Yields ("FILE, line N", object) of a file of JSON lines; of one JSON list, ("FILE, item N", object)."""
+def read_rows(path, bad=None):
+    """Yields ("FILE, line N", object) of a file of JSON lines; of one JSON list, ("FILE, item N", object).
+    Gzipped or not. bad: a list that gets what is wrong with lines that cannot be read, instead of a
+    UserError."""
     try:
         with open(path, "rb") as f:
             raw = f.read()
-        text = raw.decode("utf-8-sig")
-    except OSError as e:
-        raise UserError(f"cannot read {path} ({e.strerror})") from e
-    except UnicodeDecodeError as e:
-        line = raw[:e.start].count(b"\n") + 1
-        raise UserError(f"{path}, line {line}: not UTF-8 (byte {raw[e.start]:#x}); save it as UTF-8") from e
-    if text.lstrip().startswith("["):
-        for n, row in enumerate(parse_json(text, path), 1):
+        raw = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
+    except (OSError, EOFError, zlib.error) as e:
+        raise UserError(f"cannot read {path} ({getattr(e, 'strerror', None) or e})") from e
+    raw = raw.removeprefix(codecs.BOM_UTF8)
+    if raw.lstrip().startswith(b"["):
+        for n, row in enumerate(parse_json(raw, path), 1):
             yield f"{path}, item {n}", row
         return
-    for n, line in enumerate(text.split("\n"), 1):  # not splitlines(): U+2028 may stand inside a string
+    for n, line in enumerate(raw.split(b"\n"), 1):  # not splitlines(): U+2028 may stand inside a string
+        try:
+            row = parse_json(line, f"{path}, line {n}") if line.strip() else None
+        except UserError as e:
+            if bad is None:
+                raise
+            bad.append(str(e))
+            continue
         if line.strip():
-            yield f"{path}, line {n}", parse_json(line, f"{path}, line {n}")
+            yield f"{path}, line {n}", row
 
 
-def parse_json(text, where):
+def parse_json(raw, where):
+    """The object that bytes of UTF-8 mean."""
     try:
-        return json.loads(text)
+        return json.loads(raw.decode())
+    except UnicodeDecodeError as e:
+        raise UserError(f"{where}: not UTF-8 (byte {raw[e.start]:#x}); save it as UTF-8") from e
     except (ValueError, RecursionError) as e:
         raise UserError(f"{where}: not JSON ({e})") from e
 
@@ -139,47 +191,102 @@ def parse(row, where):
     """A JSON object in one of the three forms -> Example."""
     if not isinstance(row, dict):
         raise UserError(f'{where}: has to be an object with "prompt" and "response", not {short(row)}')
+    nothing_lost(row, "", where)
     answer = row.get("answer")
-    if answer is None:
-        answer = ""
     if isinstance(answer, (int, float)) and not isinstance(answer, bool):
         answer = str(answer)
-    answer = text_of(answer, "answer", where)
+    answer = "" if answer is None else text_of(answer, "answer", where)
+    system = None if row.get("system") is None else field(row, "system", where)
     if "messages" in row:
-        return from_messages(row["messages"], answer, where)
-    if "instruction" in row:
+        own, turns, weights = from_messages(row["messages"], where)
+        if None not in (own, system) and own != system:
+            raise UserError(f'{where}: the field "system" is another than messages[0]: remove one of them')
+        system = system if own is None else own
+    elif "instruction" in row:
         prompt, more = field(row, "instruction", where), field(row, "input", where, "")
-        return Example(prompt + ("\n\n" + more if more else ""), field(row, "output", where), answer)
-    if "prompt" not in row and "response" not in row:
+        turns = [(prompt + ("\n\n" + more if more else ""), field(row, "output", where))]
+    elif "prompt" not in row and "response" not in row:
         raise UserError(f'{where}: the field "prompt" is missing (and so are "messages" and "instruction")')
+    else:
+        turns = [(field(row, "prompt", where), field(row, "response", where))]
     history = row.get("history") or []
     if not isinstance(history, list) or not all(isinstance(t, list) and len(t) == 2 for t in history):
         raise UserError(f'{where}: the field "history" has to be [[prompt, response]], not {short(history)}')
-    turns = tuple(tuple(text_of(t, f"history[{i}]", where) for t in turn) for i, turn in enumerate(history))
-    not_empty(turns, "history", where)
-    prompt, response = field(row, "prompt", where), field(row, "response", where)
-    return Example(prompt, response, answer, turns, field(row, "system", where, ""))
+    history = [tuple(text_of(t, f"history[{i}]", where) for t in turn) for i, turn in enumerate(history)]
+    not_empty(history, "history", where)
+    weight = weight_of(row, ("weight", "train"), "", where)
+    weights = [weight * w for w in [1.0] * len(history) + (weights if "messages" in row else [1.0])]
+    turns = history + turns
+    if answer and len(turns) == 1 and not turns[0][0].strip() and not system:
+        raise UserError(f'{where}: the prompt is empty, so there is nothing to "answer"')
+    weights = () if set(weights) == {1.0} else tuple(weights)
+    return Example(*turns[-1], answer, tuple(turns[:-1]), system, weights)
 
 
-def from_messages(messages, answer, where):
-    """[{"role", "content"}]: a system message or none, then user and assistant in turn, an assistant last."""
+def from_messages(messages, where):
+    """[{"role", "content"}], a system message or none, then user and assistant in turn, an assistant last ->
+    (system or None, [(prompt, response)], [weight of each response])."""
     if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
         raise UserError(f'{where}: the field "messages" has to be a list of {{"role", "content"}}, not '
                         f"{short(messages)}")
-    named = [(f"messages[{i}]", m) for i, m in enumerate(messages)]
-    texts = [text_of(m.get("content"), name + ".content", where) for name, m in named]
-    system = texts.pop(0) if messages[0].get("role") == "system" else ""
-    named = named[len(messages) - len(texts):]
-    for i, (name, m) in enumerate(named):
-        wanted = ("user", "assistant")[i % 2]
+    texts, weights = [], []
+    first = int(messages[0].get("role") == "system")
+    for i, m in enumerate(messages):
+        name = f"messages[{i}]."
+        nothing_lost(m, name, where)
+        wanted = "system" if i < first else ("user", "assistant")[(i - first) % 2]
+        texts.append(content_of(m.get("content"), name + "content", where))
         if m.get("role") != wanted:
             role = short(m.get("role"))
-            raise UserError(f'{where}: the field "{name}.role" has to be "{wanted}", not {role}')
+            raise UserError(f'{where}: the field "{name}role" has to be "{wanted}", not {role}')
+        learned = wanted == "assistant"
+        weight = weight_of(m, ("weight", "train", "training", "loss"), name, where, float(learned))
+        if learned:
+            weights.append(weight)
+        elif weight:
+            raise UserError(f"{where}: {name[:-1]} is to be learned, and only the assistant's messages are "
+                            "(--prompt_weight counts for all others)")
+    system, texts = texts[0] if first else None, texts[first:]
     if not texts or len(texts) % 2:
         raise UserError(f'{where}: the field "messages" has to end with an answer of the assistant')
     turns = list(zip(texts[::2], texts[1::2]))
     not_empty(turns[:-1], "messages", where)
-    return Example(*turns[-1], answer, tuple(turns[:-1]), system)
+    return system, turns, weights
+
+
+# what a row or a message may hold and no prompt format here can say
+LOST = ("tools", "functions", "tool_calls", "function_call", "reasoning_content", "reasoning", "thinking",
+        "images", "image", "videos", "video", "audios", "audio")
+
+
+def nothing_lost(fields, name, where):
+    """UserError: something of a row or a message would be dropped, and it would learn another text."""
+    for key in LOST:
+        if fields.get(key):
+            raise UserError(f'{where}: the field "{name}{key}" holds {short(fields[key])}, which no '
+                            "prompt_format here can say: write it into the texts, or remove it")
+
+
+def weight_of(fields, keys, name, where, default=1.0):
+    """How much the answers of a row or a message count: the product of what these fields say, each a bool or
+    a number from 0 to 1."""
+    given = [(key, fields[key]) for key in keys if fields.get(key) is not None]
+    for key, value in given:
+        if not isinstance(value, (bool, int, float)) or not 0 <= value <= 1:
+            raise UserError(f'{where}: the field "{name}{key}" has to be true, false or a number from 0 '
+                            f"to 1, not {short(value)}")
+    return float(math.prod(value for _, value in given)) if given else default
+
+
+def content_of(value, name, where):
+    """The text of a message: a string, or a list of {"type": "text", "text": ...}, which is joined."""
+    if not isinstance(value, list):
+        return text_of(value, name, where)
+    for i, part in enumerate(value):
+        if not isinstance(part, dict) or part.get("type") != "text":
+            raise UserError(f'{where}: the field "{name}[{i}]" has to be {{"type": "text", "text": ...}}, '
+                            f"not {short(part)}")
+    return "".join(text_of(part.get("text"), f"{name}[{i}].text", where) for i, part in enumerate(value))
 
 
 def not_empty(turns, name, where):

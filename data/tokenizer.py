@@ -22,15 +22,20 @@ import json
 import os
 import re
 import unicodedata
+from itertools import groupby
 
 import regex  # comes with tiktoken, which depends on it
 import tiktoken
 
 from config import UserError
+from data import template
 
 HOLE = "\0"  # stands for a user's text in a template
 CHAT_ENDS = "<|eot_id|>", "<|im_end|>"  # what ends a turn in the formats llama3 and chatml
-FILES = ["tokenizer*", "config.json", "generation_config.json", "chat_template*"]
+# what is a special token somewhere
+SPECIAL = r"<[|｜][^<>|｜\s]{1,40}[|｜]>|</s>|\[/?INST\]|<(?:start|end)_of_turn>|<eos>"
+FILES = ["tokenizer*", "config.json", "generation_config.json", "chat_template*",
+         "special_tokens_map.json"]
 
 # How text is cut: LLaMA-3's way, and Hugging Face's "ByteLevel" (GPT-2's), alone and after "Digits"
 LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -46,14 +51,23 @@ class Tokenizer:
     .bos      id that stands before every text, or None
     .eot      id that ends a response, trained and generated, or None
     .stop     {id}: all that end a generation
+    .eos      [id]: the checkpoint's own eos_token_id
     .n_vocab  the largest id + 1: what the model's vocabulary has to hold
-    .system   the system prompt of the checkpoint's own chat template, or ""
+    .template the checkpoint's own chat template (template.py), or None
+    .system   its system prompt for a conversation without one, or ""
+    .odd      {text: flag} of the special tokens that swallow or need something beside them
     """
 
-    def __init__(self, encode, spelling, special, bos=None, eos=(), drop_space=False):
-        """encode: text -> [int]; spelling: {id: bytes}; eos: the checkpoint's end ids, best first;
-        drop_space: SentencePiece puts a space before a text, so `decode` takes one off."""
-        self.encode, self.special, self.bos, self.system = encode, special, bos, ""
+    def __init__(self, encode, spelling, special, bos=None, eos=(), drop_space=False, go_on=None,
+                 legacy=False):
+        """encode: text -> [int]; spelling: {id: bytes}; eos: the checkpoint's end ids, best first. Of
+        SentencePiece alone: drop_space: it puts a space before a text, so `decode` takes one off; go_on:
+        encode without that space; legacy: it puts one after a special token too."""
+        self.encode, self.special, self.bos, self.odd = encode, special, bos, {}
+        self.template, self.system, self.eos = None, "", list(eos)
+        own = [re.escape(token) for token in special if not re.fullmatch(SPECIAL, token)]
+        self.looks = re.compile("|".join([SPECIAL, *own]))
+        self.go_on, self.legacy = go_on or encode, legacy
         self.spelling = spelling | {i: text.encode() for text, i in special.items()}
         self.drop_space = drop_space
         self.n_vocab = max(self.spelling) + 1
@@ -64,24 +78,44 @@ class Tokenizer:
         ends = [i for i in chat if i in ends] + ends or chat or list(eos)
         self.eot, self.stop = (ends[0] if ends else None), {*ends, *chat}
 
-    def decode(self, ids):
-        """[int] -> str. Broken UTF-8 becomes U+FFFD; ids without a token (padding) are skipped."""
-        text = b"".join(self.spelling.get(i, b"") for i in ids).decode("utf-8", "replace")
-        return text[1:] if self.drop_space and text.startswith(" ") else text
+    def decode(self, ids, first=True, mark=False):
+        """[int] -> str; first: they open a text. Broken UTF-8 becomes U+FFFD; ids without a token (padding)
+        are skipped. A space that SentencePiece has put before a text is taken off. mark: what only looks like
+        a special token is followed by "(as text)"."""
+        text, special, opens = "", set(self.special.values()), first
+        for is_special, run in groupby(ids, key=special.__contains__):
+            part = b"".join(self.spelling.get(i, b"") for i in run).decode("utf-8", "replace")
+            part = part[1:] if self.drop_space and opens and part.startswith(" ") else part
+            for token in dict.fromkeys(self.lookalikes(part)) if mark and not is_special else ():
+                part = part.replace(token, token + "(as text)")
+            text += part
+            opens = is_special and (opens or self.legacy)
+        return text
 
-    def encode_template(self, template, fills=()):
+    def lookalikes(self, text):
+        """[str]: where ordinary text looks like special tokens, of this tokenizer or of others."""
+        return [token for token in self.looks.findall(text) if len(self.encode(token)) > 1]
+
+    def encode_template(self, template, fills=(), first=True):
         """Ids of a template: its special tokens count; each HOLE takes the next of `fills`, as ordinary text.
-        What stands between two special tokens is encoded as one text. UserError: no such special token."""
+        What stands between two special tokens is encoded as one text. first: it opens the text, and does not
+        follow an end of text. UserError: no such special token, or one with flags that are not followed
+        here."""
         ids, fills = [], iter(fills)
         for part in re.split(r"(<\|\w+\|>)", template):
             if re.fullmatch(r"<\|\w+\|>", part):
                 if part not in self.special:
                     raise UserError(f"this prompt_format needs the special token {part}, which the model's "
                                     "tokenizer does not have: use --prompt_format=plain or alpaca")
+                if part in self.odd:
+                    raise UserError(f"this prompt_format needs the special token {part}, which has "
+                                    f"{self.odd[part]} = true in the model's tokenizer, and that is not "
+                                    "followed here: use --prompt_format=plain or alpaca")
                 ids.append(self.special[part])
             elif part:
-                first, *rest = part.split(HOLE)
-                ids += self.encode(first + "".join(next(fills) + text for text in rest))
+                head, *rest = part.split(HOLE)
+                encode = self.encode if self.legacy or first and not ids else self.go_on
+                ids += encode(head + "".join(next(fills) + text for text in rest))
         return ids
 
 
@@ -104,8 +138,12 @@ class BPE:
         self.spelling = {i: bytes(byte_of[char] for char in token) for i, token in words.items()}
         self.whole = {word: i for i, word in self.spelling.items()} if model.get("ignore_merges") else {}
         added = state.get("added_tokens") or []
+        self.odd = odd_flags(added)
         self.special = {t["content"]: t["id"] for t in added if t["special"]}
         self.plain = {t["content"]: t["id"] for t in added if not t["special"]}  # Qwen3's <think>
+        for text in self.plain.keys() & self.odd.keys():  # it may stand in any text
+            raise UserError(f"tokenizer.json has the added token {text!r} with {self.odd[text]} = true, and "
+                            "that is not followed here: make it a special token, or take it out")
         self.spelling |= {i: text.encode() for text, i in self.plain.items()}
         longest_first = sorted(self.plain, key=len, reverse=True)
         self.cut = self.plain and regex.compile("(" + "|".join(map(regex.escape, longest_first)) + ")")
@@ -150,6 +188,12 @@ class BPE:
             if left[i] >= 0:
                 offer(left[i], i)
         return tuple(i for i in ids if i is not None)
+
+
+def odd_flags(added):
+    """{text: flag} of those added tokens that swallow white space beside them, or count between words
+    only."""
+    return {t["content"]: flag for t in added for flag in ("lstrip", "rstrip", "single_word") if t.get(flag)}
 
 
 def pieces(pattern, text):
@@ -211,7 +255,8 @@ def load(dir_or_repo):
             raise UserError(f"there is no tokenizer.json and no tokenizer.model in {path}")
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, regex.error) as e:
         raise UserError(f"the tokenizer in {path} is damaged ({type(e).__name__}: {e})") from e
-    tokenizer.system = default_system(path, settings)
+    tokenizer.template = template.load(path, {**read_json(path, "special_tokens_map.json"), **settings})
+    tokenizer.system = tokenizer.template.default_system() if tokenizer.template else ""
     pad = settings.get("pad_token")
     pad = tokenizer.special.get(pad.get("content") if isinstance(pad, dict) else pad)
     if pad == tokenizer.n_vocab - 1 and pad not in tokenizer.stop:
@@ -229,7 +274,9 @@ def from_json(state, settings, eos):
             bos = step["single"][0]["SpecialToken"]["id"]
     end = bpe.special.get(text(settings.get("eos_token")))
     eos = eos or ([] if end is None else [end])
-    return Tokenizer(bpe.encode, bpe.spelling, bpe.special, bpe.special.get(bos), eos)
+    tokenizer = Tokenizer(bpe.encode, bpe.spelling, bpe.special, bpe.special.get(bos), eos)
+    tokenizer.odd = bpe.odd
+    return tokenizer
 
 
 def from_tiktoken(raw, eos):
@@ -246,15 +293,22 @@ def from_tiktoken(raw, eos):
 
 
 def from_sentencepiece(model, settings, eos):
-    """Tokenizer of a SentencePiece tokenizer.model, with the tokens that a fine-tune added to it."""
+    """Tokenizer of a SentencePiece tokenizer.model, with the tokens that a fine-tune added to it.
+    SentencePiece puts a space before each text that it gets; what follows other text, or, but in a legacy
+    tokenizer, a special token, has none."""
     try:
         import sentencepiece
     except ImportError:
         raise UserError(f"{model} is a SentencePiece model: pip install sentencepiece") from None
     try:
-        sp = sentencepiece.SentencePieceProcessor(model_file=model)
+        with open(model, "rb") as f:
+            raw = f.read()
+        # protobuf merges what is appended: normalizer_spec.add_dummy_prefix = false
+        sp, bare = (sentencepiece.SentencePieceProcessor(model_proto=raw + more)
+                    for more in (b"", b"\x1a\2\x18\0"))
     except (RuntimeError, OSError) as e:
         raise UserError(f"{model} is neither a SentencePiece model nor a list of tiktoken ranks") from e
+    spaced = settings.get("add_prefix_space") is not False
     special, spelling = {}, {}
     for i in range(sp.get_piece_size()):
         piece = sp.id_to_piece(i)
@@ -262,10 +316,13 @@ def from_sentencepiece(model, settings, eos):
             special[piece] = i
         else:  # "<0x0A>" is a byte
             spelling[i] = bytes.fromhex(piece[3:5]) if sp.is_byte(i) else piece.replace("▁", " ").encode()
-    added = settings.get("added_tokens_decoder", {}).items()
-    special |= {token["content"]: int(i) for i, token in added if int(i) not in spelling}
+    added = settings.get("added_tokens_decoder", {})
+    special |= {token["content"]: int(i) for i, token in added.items() if int(i) not in spelling}
     bos = sp.bos_id() if settings.get("add_bos_token", True) and sp.bos_id() >= 0 else None
-    return Tokenizer(sp.encode, spelling, special, bos, eos or [sp.eos_id()], drop_space=True)
+    tokenizer = Tokenizer(sp.encode if spaced else bare.encode, spelling, special, bos, eos or [sp.eos_id()],
+                          drop_space=spaced, go_on=bare.encode, legacy=bool(settings.get("legacy")))
+    tokenizer.odd = odd_flags(added.values())
+    return tokenizer
 
 
 def find_files(dir_or_repo):
@@ -303,19 +360,6 @@ def end_ids(path):
         ids = read_json(path, name).get("eos_token_id")
         found += ids if isinstance(ids, list) else [ids]
     return list(dict.fromkeys(i for i in found if isinstance(i, int)))
-
-
-def default_system(path, settings):
-    """The system prompt that a ChatML checkpoint's template puts before a conversation without one (SmolLM2,
-    Qwen2), or "". It stands there as literal text, so the template need not be run."""
-    template, file = settings.get("chat_template"), os.path.join(path, "chat_template.jinja")
-    if os.path.exists(file):
-        with open(file, encoding="utf-8", errors="replace") as f:
-            template = f.read()
-    if isinstance(template, list):  # several, by name
-        template = next((t.get("template") for t in template if t.get("name") == "default"), "")
-    found = re.search(r"<\|im_start\|>system(?:\n|\\n)([^'\"{}<]+)<\|im_end\|>", str(template))
-    return found.group(1) if found else ""
 
 
 def byte_alphabet():

@@ -25,7 +25,7 @@ class ModelConfig:
     tie_word_embeddings: bool
     qkv_bias: bool  # qwen2
     qk_norm: bool  # qwen3
-    sliding_window: int  # 0: none
+    windows: tuple  # of each block, how many positions attention looks back on; 0: all
     eos_token_id: tuple  # all ids that end a text
     raw: dict = field(repr=False, default_factory=dict)
 
@@ -48,17 +48,14 @@ class ModelConfig:
         if c.get("quantization_config"):
             raise UserError(f"{where} has a quantization_config: quantized weights cannot be read here, "
                             "use the checkpoint they were made from")
-        if not all(isinstance(c.get(k) or {}, dict) for k in ("rope_parameters", "rope_scaling")):
-            raise UserError(f"{where}: rope_scaling and rope_parameters have to be objects, or null")
-        rope = c.get("rope_parameters") or {**(c.get("rope_scaling") or {}),
-                                            "rope_theta": c.get("rope_theta", 10000.0)}
-        rope_type = rope.get("rope_type", rope.get("type", "default"))
+        rope = rope_parameters(c, where)
+        rope_type = rope["rope_type"]
         if rope_type not in ("default", "linear", "llama3"):
             raise UserError(f"{where}: RoPE scaling of type {rope_type!r} is not written here (default, "
                             "linear and llama3 are)")
         needs = dict(linear=("factor",), llama3=("factor", "low_freq_factor", "high_freq_factor",
                                                  "original_max_position_embeddings"))
-        theta, eps = rope.get("rope_theta", c.get("rope_theta", 10000.0)), c.get("rms_norm_eps", 1e-6)
+        theta, eps = rope["rope_theta"], c.get("rms_norm_eps", 1e-6)
         for key, value in ([(k, rope.get(k)) for k in needs.get(rope_type, ())]
                            + [("rope_theta", theta), ("rms_norm_eps", eps)]):
             if not isinstance(value, (int, float)) or not value > 0:
@@ -77,10 +74,21 @@ class ModelConfig:
         if not all(isinstance(e, int) and 0 <= e < c["vocab_size"] for e in eos):
             raise UserError(f"{where}: eos_token_id has to be a token of the vocabulary of "
                             f"{c['vocab_size']}, or a list of them, not {c['eos_token_id']!r}")
-        window = c.get("sliding_window") if kind == "mistral" or c.get("use_sliding_window") else None
         return ModelConfig(kind, *(c[k] for k in sizes), kv, head_dim, eps, float(theta),
                            {} if rope_type == "default" else rope, bool(c.get("tie_word_embeddings", False)),
-                           kind == "qwen2", kind == "qwen3", window or 0, eos, c)
+                           kind == "qwen2", kind == "qwen3", windows(c, where), eos, c)
+
+    @property
+    def sliding_window(self):
+        """The narrowest block's window, 0: no block has one."""
+        return min(filter(None, self.windows), default=0)
+
+    @property
+    def max_positions(self):
+        """How long the texts are that it was made for; None where config.json does not say."""
+        n, scaling = self.raw.get("max_position_embeddings"), self.rope_scaling
+        factor = scaling["factor"] if scaling.get("rope_type") == "linear" else 1
+        return int(n * factor) if isinstance(n, int) and n > 0 else None
 
     @staticmethod
     def from_dir(path):
@@ -91,3 +99,49 @@ class ModelConfig:
             ids = read_json(generation).get("eos_token_id")
             c = c if ids is None else {**c, "eos_token_id": ids}
         return ModelConfig.from_dict(c, f"{path}/config.json")
+
+
+def rope_parameters(c, where):
+    """What config.json says of RoPE, as one dict with rope_type and rope_theta: in rope_parameters
+    (transformers 5) or in rope_scaling and rope_theta (before). UserError: in both and they differ, or by
+    kind of layer, or of a part of each head."""
+    theta, found = c.get("rope_theta", 10000.0), []
+    for key in ("rope_parameters", "rope_scaling"):
+        rope = c.get(key) or {}
+        if not isinstance(rope, dict) or any(isinstance(v, dict) for v in rope.values()):
+            raise UserError(f"{where}: {key} has to be one object of numbers for all layers, or null, "
+                            f"not {rope!r}")
+        rope = {"rope_theta": theta, "rope_type": rope.get("type", "default"), **rope}
+        part = rope.get("partial_rotary_factor", c.get("partial_rotary_factor"))
+        if part not in (None, 1):
+            raise UserError(f"{where}: partial_rotary_factor is {part!r}, and only whole heads are rotated "
+                            "here")
+        if c.get(key):
+            found.append({k: v for k, v in rope.items() if k != "type"})
+    if len(found) == 2 and found[0] != found[1]:  # transformers would take rope_scaling and the outer theta
+        raise UserError(f"{where}: rope_parameters {found[0]} and rope_scaling {found[1]} differ: keep the "
+                        "one that is meant, with its rope_theta, and remove the other")
+    return found[0] if found else {"rope_theta": theta, "rope_type": "default"}
+
+
+def windows(c, where):
+    """The sliding window of each block, 0: none. All blocks of a mistral slide; of a qwen, with
+    use_sliding_window, those that layer_types names, or else those from max_window_layers on."""
+    L, kind = c["num_hidden_layers"], c["model_type"]
+    slides = kind == "mistral" or kind != "llama" and c.get("use_sliding_window")
+    window = c.get("sliding_window", 4096) if slides else None
+    first = 0 if kind == "mistral" else c.get("max_window_layers", 28)
+    for key, value in (("sliding_window", 1 if window is None else window), ("max_window_layers", first)):
+        if not isinstance(value, int) or value < (key == "sliding_window"):
+            raise UserError(f"{where}: {key} has to be a whole number, not {value!r}")
+    types = c.get("layer_types") if kind.startswith("qwen") else None
+    if not types:
+        return tuple(window or 0 if i >= first else 0 for i in range(L))
+    if len(types) != L or any(t not in ("full_attention", "sliding_attention") for t in types):
+        raise UserError(f"{where}: layer_types has to name full_attention or sliding_attention for each of "
+                        f"the {L} layers, not {types!r}")
+    if "sliding_attention" in types and not window:
+        raise UserError(f"{where}: layer_types has sliding_attention, but use_sliding_window is "
+                        f"{c.get('use_sliding_window')!r} and sliding_window {c.get('sliding_window')!r}: "
+                        "set them, or remove layer_types")
+    return tuple(window if t == "sliding_attention" else 0 for t in types)

@@ -31,7 +31,8 @@ def resolve(path):
     if Path(path).is_dir():
         return Path(path)
     if str(path).startswith((".", "/", "~")) or str(path).count("/") != 1:
-        raise UserError(f"model {str(path)!r} is neither a directory nor a hub id of the form owner/name")
+        raise UserError(f"model {str(path)!r} is neither a directory nor a hub id of the form owner/name: "
+                        "give the directory with --model=DIR")
     from huggingface_hub import snapshot_download
     try:
         return Path(snapshot_download(
@@ -46,37 +47,44 @@ def resolve(path):
 # ---- weights
 
 def weight_files(folder):
-    """The safetensors files of a checkpoint. UserError where there are none, a shard is missing, or one is
-    not in the index."""
+    """The safetensors files of a checkpoint. UserError where there are none, a shard is missing, one is not
+    in the index, or two checkpoints lie there."""
     folder = Path(folder)
-    index, present = folder / "model.safetensors.index.json", sorted(folder.glob("*.safetensors"))
+    index, whole = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    names, present = set(), sorted(p.name for p in folder.glob("*.safetensors"))
     if index.exists():
         named = read_json(index).get("weight_map")
         if (not isinstance(named, dict) or not named
             or not all(isinstance(n, str) and Path(n).name == n for n in named.values())):
             raise UserError(f"{index} has no weight_map from tensors to files beside it; download it again")
         names = set(named.values())
-        for name in sorted(names):
-            if not (folder / name).exists():
-                raise UserError(f"{folder}: shard {name} of model.safetensors.index.json is missing; "
-                                "download it again")
-        extra = [p.name for p in present if p.name.startswith("model-") and p.name not in names]
-        if extra:
-            raise UserError(f"{folder}: {extra[0]} is not in model.safetensors.index.json; remove it, "
-                            "or the index of another checkpoint")
+    shards = [n for n in present if n != whole.name and (n.startswith("model-") or n in names)]
+    if whole.exists() and whole.name not in names:
+        if shards:
+            raise UserError(f"{folder} holds two checkpoints, {whole.name} and {shards[0]}: keep the files "
+                            "of one (model.safetensors.index.json belongs to the shards)")
+        return [whole]  # an index beside it is of shards that are gone
+    for name in sorted(names):
+        if name not in present:
+            raise UserError(f"{folder}: shard {name} of model.safetensors.index.json is missing; "
+                            "download it again")
+    extra = [n for n in shards if n not in names]
+    if names and extra:
+        raise UserError(f"{folder}: {extra[0]} is not in model.safetensors.index.json; remove it, "
+                        "or the index of another checkpoint")
+    if names:
         return [folder / n for n in sorted(names)]
-    if (folder / "model.safetensors").exists():
-        return [folder / "model.safetensors"]
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt*")):
         raise UserError(f"{folder} has only pickled weights, which can execute code when they are opened; "
                         "convert them to safetensors")
-    raise UserError(f"{folder} has no model.safetensors" + (f" (but {present[0].name})" if present else ""))
+    raise UserError(f"{folder} has no model.safetensors" + (f" (but {present[0]})" if present else ""))
 
 
 @torch.no_grad()
 def load_weights(model, files):
-    """Streams every tensor to its place. Each rank of a sharded model reads only the rows that it keeps."""
-    sources, seen = model.named_sources(), set()
+    """Streams every tensor to its place. Each rank of a sharded model reads only the rows that it keeps. A
+    head that a tied model's files hold too has to be the embedding."""
+    sources, seen, head = model.named_sources(), set(), None
     for path in files:
         try:
             with safe_open(path, "pt") as f:
@@ -84,7 +92,9 @@ def load_weights(model, files):
                     if name in sources:
                         load_tensor(f.get_slice(name), *sources[name], f"{path.name}: {name}")
                         seen.add(name)
-                    elif not name.endswith(("rotary_emb.inv_freq", "lm_head.weight")):
+                    elif name == "lm_head.weight":
+                        head = path
+                    elif not name.endswith("rotary_emb.inv_freq"):
                         raise UserError(f"{path}: tensor {name} has no place in this architecture "
                                         "(config.json's model_type, layers, biases)")
         except UserError:
@@ -95,6 +105,18 @@ def load_weights(model, files):
     if missing:
         raise UserError(f"{files[0].parent}: {len(missing)} tensors are missing from the safetensors files, "
                         f"{missing[0]} first")
+    if head and not is_embedding(head, sources["model.embed_tokens.weight"][0]):
+        raise UserError(f"{head}: lm_head.weight is not the embedding, though config.json has "
+                        "tie_word_embeddings = true: set it to false, or remove that tensor")
+
+
+def is_embedding(path, p):
+    """Whether the file's lm_head.weight is what p, the embedding, holds (on this rank) after loading."""
+    local, offset = (p.to_local(), row_offset(p)) if hasattr(p, "to_local") else (p, 0)
+    with safe_open(path, "pt") as f:
+        head = f.get_slice("lm_head.weight")
+        return (head.get_shape() == list(p.shape)
+                and torch.equal(head[offset:offset + len(local)].to(local), local))
 
 
 def load_tensor(source, p, first, rows, transposed, name):
@@ -118,6 +140,35 @@ def load_tensor(source, p, first, rows, transposed, name):
 def row_offset(p):
     """First row that this rank holds of a DTensor that is cut along dim 0 (FSDP2 cuts like torch.chunk)."""
     return p.device_mesh.get_local_rank() * -(-p.shape[0] // p.device_mesh.size())
+
+
+def read_notes(folder):
+    """{str: str}: what data.notes has left in the header of an adapter's or a model's weights; {} if
+    nothing."""
+    adapter = Path(folder) / "adapter_model.safetensors"
+    file = adapter if adapter.exists() else weight_files(folder)[0]
+    try:
+        with safe_open(file, "pt") as f:
+            notes = f.metadata() or {}
+    except Exception as e:  # as in load_weights
+        raise UserError(f"{file} is not a readable safetensors file ({e}); copy it again") from None
+    return {k: v for k, v in notes.items() if k != "format"}
+
+
+def set_end_token(folder, notes):
+    """Makes the token that ends a trained answer the first that ends a text, for whoever serves this
+    model."""
+    for name in ("config.json", "generation_config.json"):
+        if "end_id" in notes and (Path(folder) / name).exists():
+            c, end = read_json(Path(folder) / name), int(notes["end_id"])
+            old = c.get("eos_token_id")
+            ids = [end, *(i for i in (old if isinstance(old, list) else [old]) if i not in (end, None))]
+            c["eos_token_id"] = ids if ids[1:] else end
+            write_text(Path(folder) / name, json.dumps(c, indent=2) + "\n")
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if "end_token" in notes and (Path(folder) / name).exists():
+            c = {**read_json(Path(folder) / name), "eos_token": notes["end_token"]}
+            write_text(Path(folder) / name, json.dumps(c, indent=2, ensure_ascii=False) + "\n")
 
 
 # ---- adapters in PEFT's format
@@ -158,6 +209,19 @@ def read_adapter(path):
             return c, {k: f.get_tensor(k) for k in f.keys()}
     except Exception as e:  # as in load_weights
         raise UserError(f"{file} is not a readable safetensors file ({e}); copy it again") from None
+
+
+def find_base(adapter, model=""):
+    """(what is the base of the adapter in this directory: `model`, or else what adapter_config.json names;
+    its directory). UserError: there is none."""
+    base = model or read_json(Path(adapter) / "adapter_config.json").get("base_model_name_or_path")
+    if not base:
+        raise UserError(f"{adapter}/adapter_config.json names no base model: give it with --model=DIR")
+    try:
+        return base, resolve(base)
+    except UserError as e:
+        named = "" if model else f"{adapter}/adapter_config.json names the base {base!r}: "
+        raise UserError(f"{named}{e}") from None
 
 
 # ---- writing

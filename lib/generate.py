@@ -68,14 +68,15 @@ class KVCache:
         self.lanes = torch.arange(len(prompts), device=model.device)  # (B,)
         self.size = max(map(len, prompts))  # positions in use by the longest
         self.capacity = self.size + max_new_tokens
-        self.window = model.config.sliding_window or self.capacity  # positions that a token looks back on
-        self.blocks = [BlockCache(self) for _ in model.blocks]
+        # positions that a token looks back on
+        self.blocks = [BlockCache(self, window or self.capacity) for window in model.config.windows]
 
     def advance(self):
         """Makes room for one more token of each text."""
         self.write, self.lengths, self.size = self.lengths, self.lengths + 1, self.size + 1
         back = self.write[:, None] - torch.arange(self.size, device=self.lengths.device)  # (B, size)
-        self.mask = ((back >= 0) & (back < self.window))[:, None, None]  # (B, 1, 1, size)
+        self.masks = {window: ((back >= 0) & (back < window))[:, None, None]  # (B, 1, 1, size)
+                      for window in {b.window for b in self.blocks}}
 
     def select(self, alive):
         """Goes on with these texts only. alive: their numbers among the present ones."""
@@ -88,8 +89,8 @@ class KVCache:
 class BlockCache:
     """One block's part of a KVCache: k and v (B, K, capacity, hd)."""
 
-    def __init__(self, owner):
-        self.owner = owner
+    def __init__(self, owner, window):
+        self.owner, self.window = owner, window
 
     def fill(self, k, v):
         """k, v (B, K, S, hd) of the prompts."""
@@ -110,7 +111,7 @@ class BlockCache:
 
     @property
     def mask(self):
-        return self.owner.mask
+        return self.owner.masks[self.window]
 
 
 def sample(logits, temperature, top_p, rng):

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 
@@ -14,7 +15,7 @@ import torch
 import config
 import data
 from config import UserError
-from data import tokenizer as tok
+from data import checks, tokenizer as tok
 from lib import cli
 
 LLAMA3_MODEL = "/work/shared/tokenizers/llama3.model"
@@ -184,6 +185,20 @@ def test_sentencepiece(tmp_path, monkeypatch):
     assert (t.bos, t.eot, t.n_vocab) == (1, 2, 421) and t.special["<|im_end|>"] == 420
     for text in ["Anna has 3 boxes", " two  spaces", "é 한국\n", "</s> is text"]:
         assert t.decode(t.encode(text)) == text and not set(t.encode(text)) & {0, 1, 2}
+    for legacy, add, spaced in ((None, True, "s"), (False, True, "s"), (True, True, "all"), (False, False, "")):
+        own = {"legacy": legacy, "add_prefix_space": add}  # absent counts as false
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({**settings, **{k: v for k, v in own.items() if v is not None},
+                                                                    "added_tokens_decoder": {**added, "421": {"content": "<|im_start|>"}}}))
+        t = tok.load(tmp_path)
+        pieces = lambda ids: "".join(t.spelling[i].decode() for i in ids)
+        chat = data.tokenize([data.Example("a", "b", history=(("c", " d"),))], t, 999, "chatml")[0].tokens
+        s = " " if spaced == "all" else ""  # what follows text never gets a space, what follows a special token only then
+        assert pieces(chat) == (f"<s><|im_start|>{s}user\nc<|im_end|>{s}\n<|im_start|>{s}assistant\n d<|im_end|>"
+                                f"{s}\n<|im_start|>{s}user\na<|im_end|>{s}\n<|im_start|>{s}assistant\nb<|im_end|>")
+        plain = data.tokenize([data.Example("a:", " b", history=(("c", "d"),))], t, 999, "plain")[0].tokens
+        first = " " if spaced else ""
+        assert pieces(plain) == f"<s>{first}cd</s>{s}a: b</s>"
+        assert t.decode(plain) == "<s>cd</s>a: b</s>" and t.decode(chat) == pieces(chat).replace("> ", ">")
     monkeypatch.setitem(sys.modules, "sentencepiece", None)
     with pytest.raises(UserError, match="pip install sentencepiece"):
         tok.load(tmp_path)
@@ -212,6 +227,24 @@ def test_which_token_ends_a_text(kind, files, eot, stop, tmp_path):
 def test_a_tokenizer_that_cannot_be_followed(edit, message, tmp_path):
     change(hf_like("qwen", tmp_path) / "tokenizer.json", edit)
     with pytest.raises(UserError, match=message):
+        tok.load(tmp_path)
+
+
+@pytest.mark.parametrize("flag", ["lstrip", "rstrip", "single_word"])
+def test_added_tokens_with_flags_are_refused_where_they_count(flag, tmp_path):
+    """A special token in the formats that use it, any other, which may stand in every text, at once."""
+    path = hf_like("qwen", tmp_path) / "tokenizer.json"
+
+    def set_flag(token):
+        change(path, lambda s: [t.update({flag: t["content"] == token}) for t in s["added_tokens"]])
+
+    set_flag("<|im_end|>")
+    t = tok.load(tmp_path)
+    assert data.prompt_ids(data.Example("a", ""), t, "plain")
+    with pytest.raises(UserError, match=f"needs the special token <.im_end.>, which has {flag} = true.*--prompt_format=plain"):
+        data.prompt_ids(data.Example("a", ""), t, "chatml")
+    set_flag("<think>")
+    with pytest.raises(UserError, match=f"tokenizer.json has the added token '<think>' with {flag} = true"):
         tok.load(tmp_path)
 
 
@@ -265,9 +298,9 @@ def test_chat_formats_equal_apply_chat_template(name, where, tmp_path):
     theirs = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"), bos_token=bos)
     theirs.chat_template = template
     ours, fmt = tok.load(tmp_path), "llama3" if name == "llama3" else "chatml"
-    for system in ("", "Be brief."):
+    for system in (None, "", "Be brief."):
         for texts in (["How many apples? "], ["  Hi", "Hello.", "What's 3*4?\n", "12", " And 5?"]):
-            messages = [{"role": "system", "content": system}] if system else []
+            messages = [] if system is None else [{"role": "system", "content": system}]
             messages += [{"role": ("user", "assistant")[i % 2], "content": t} for i, t in enumerate(texts)]
             text = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
             history = tuple(zip(texts[:-1:2], texts[1::2]))
@@ -278,6 +311,127 @@ def test_chat_formats_equal_apply_chat_template(name, where, tmp_path):
             messages.append({"role": "assistant", "content": "Twelve."})
             text = theirs.apply_chat_template(messages, tokenize=False)
             assert ours.decode(whole) == text.rstrip("\n") and whole[:len(ids)] == ids
+
+
+ASK = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+TURNS = "{% for m in ms %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}" + ASK
+HEAD = "{% set ms = messages %}{% if messages[0]['role'] != 'system' %}{{ SYSTEM }}{% endif %}" + TURNS
+SYSTEMS = {
+    "a variable": ("{% set s = 'You are X.' %}" + HEAD.replace("SYSTEM", "'<|im_start|>system\n' + s + '<|im_end|>\n'"), "You are X."),
+    "an apostrophe": (HEAD.replace("SYSTEM", "\"<|im_start|>system\nYou're X.<|im_end|>\n\""), "You're X."),
+    "concatenated": (HEAD.replace("SYSTEM", "'<|im_start|>system\n' ~ 'You are' ~ ' X.<|im_end|>\n'"), "You are X."),
+    "two lines": (HEAD.replace("SYSTEM", "'<|im_start|>system\nYou\nare X.<|im_end|>\n'"), "You\nare X."),
+    "none": ("{% set ms = messages %}" + TURNS, ""), "no template": ("", "")}
+
+
+def with_template(folder, template, kind="qwen", **settings):
+    hf_like(kind, folder)
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": template, **settings}))
+    return tok.load(folder)
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_the_default_system_prompt_is_what_the_template_says(name, tmp_path):
+    template, system = SYSTEMS[name]
+    t = with_template(tmp_path, template)
+    assert t.system == system
+    for e in (data.Example("a", "b"), data.Example("a", "b", system="S"), data.Example(" a ", "b ", history=(("c", "d"),))):
+        assert checks.difference([e], t, "chatml") == []
+    ids = data.prompt_ids(data.Example("a", "b", system=""), t, "chatml")  # an empty one is not the default
+    assert t.decode(ids) == "<|im_start|>system\n<|im_end|>\n<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n"
+
+
+THINK = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if loop.last and m['role'] == 'assistant' %}"
+         "{{ '<think>\n\n</think>\n\n' }}{% endif %}{{ m['content'] + '<|im_end|>\n' }}{% endfor %}" + ASK)
+EMPTY = "{% set ms = messages %}" + TURNS.replace("m['content'] +", "(m['content'] or 'You are X.') +")
+DATED = ("{{ '<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nToday Date: ' + strftime_now('%d') + '\n\n<|eot_id|>' }}"
+         + LLAMA3_TEMPLATE.replace("bos_token + content", "content"))
+X = data.Example("a", "b")
+
+
+@pytest.mark.parametrize("template, kind, fmt, example, told", [
+    (THINK, "qwen", "chatml", X, r"reads 'assistant.*answer<|im_end|>' where .*'.*<think>"),
+    (DATED, "llama3", "llama3", X, r"reads '.*<.start_header_id.>user.*' where the template has '.*system"),
+    (HEAD.replace("SYSTEM", "'<|im_start|>system\nIt is ' ~ strftime_now('%d') ~ '<|im_end|>\n'"), "qwen", "chatml", X, "where the template has '.*system.*It is <tod"),
+    (EMPTY, "qwen", "chatml", X._replace(system=""), "where the template has '.*You are X"), (EMPTY, "qwen", "chatml", X, ""),
+    ("<s>" + HEAD.replace("SYSTEM", "''"), "qwen", "chatml", X, "reads '<.im_start.>user.*where the template has '<s>"),
+    ("{% set ms = messages %}" + TURNS, "bos", "chatml", X, "reads '<.endoftext.><.im_start.>user.*where the template has '<.im_start.>user"),
+    (HEAD.replace("SYSTEM", "''").replace("m['content']", "m['content'] | trim"), "qwen", "chatml", X._replace(response=" b"), "differ"),
+    (HEAD.replace("SYSTEM", "''").replace("m['content']", "m['content'] | trim"), "qwen", "chatml", X, ""),
+    (HEAD.replace("SYSTEM", "''"), "qwen", "plain", X, "prompt_format = plain and .* differ.*; use --prompt_format=chatml"),
+    (HEAD.replace("SYSTEM", "raise_exception('no system prompt, no talk')"), "qwen", "chatml", X, "cannot be rendered .TemplateError: no system prompt"),
+    (HEAD.replace("SYSTEM", "raise_exception('no')"), "qwen", "chatml", X._replace(system="S"), ""),  # is not asked for
+    ("{% generation %}{% set ms = messages %}{% endgeneration %}{% for x in [1, 2] %}{% break %}{% endfor %}" + TURNS.replace("ms", "messages"), "qwen", "chatml", X, ""),
+    ("{% if %}", "qwen", "chatml", X, "cannot be rendered .TemplateSyntaxError"),
+    ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "qwen", "chatml", X, "cannot be rendered .SecurityError"),
+    ("{{ namespace(_x=1) }}", "qwen", "chatml", X, "cannot be rendered .SecurityError"),
+    ("{{ cycler.__init__.__globals__.os }}", "qwen", "chatml", X, "cannot be rendered .SecurityError"),
+    ("{% for i in range(10**9) %}{% endfor %}", "qwen", "chatml", X, "cannot be rendered .OverflowError"),
+])
+def test_format_and_template_are_compared(template, kind, fmt, example, told, tmp_path):
+    t = with_template(tmp_path, template, kind.replace("bos", "qwen"))
+    if kind == "bos":
+        t.bos = t.special["<|endoftext|>"]
+    found = checks.difference([example, example], t, fmt)
+    assert len(found) == bool(told) and (not told or re.search(told, found[0], re.DOTALL)), found
+    assert all("\n" not in sentence for sentence in found)
+
+
+def test_special_tokens_as_text_are_counted_and_marked(tmp_path):
+    t = with_template(tmp_path, "")
+    bare = [data.Example("a < b | c > d [x]", "<think>so</think>"), data.Example("a", "b")]
+    assert checks.special_text(bare, t) == []  # <think> is a token of this tokenizer, not as text
+    rows = [data.Example("<|im_start|>user\nq<|im_end|>", "yes<|im_end|>"), data.Example("q", "a</s>"),
+            data.Example("q", "a", history=(("q", "a<|endoftext|>"),)), data.Example("q", "a", system="<|im_end|>"), *bare]
+    found, = checks.special_text(rows, t)
+    assert found.startswith("4 rows hold the text of <|im_end|>, ") and "</s>" in found and "--prompt_format=chatml" in found
+    found, = checks.special_text([data.Example("[INST] q [/INST]", "a</s>")], t)
+    assert found.startswith("1 rows hold the text of ") and "take it out" in found
+    tokens = data.tokenize(rows, t, 999, "chatml")[0]
+    assert data.marked(tokens, t) == ("<|im_start|>user\n<|im_start|>(as text)user\nq<|im_end|>(as text)<|im_end|>\n"
+                                      "<|im_start|>assistant\n[[yes<|im_end|>(as text)<|im_end|>]]")
+
+
+def test_texts_longer_than_the_model_was_made_for(small):
+    tokenized = data.tokenize([X, data.Example("a" * 30, "b")], small, 99)
+    assert checks.warnings([X], tokenized, small, "plain", 32) == [] == checks.warnings([X], tokenized, small, "plain")
+    found, = checks.warnings([X], tokenized, small, "plain", 20)
+    assert found.startswith("1 texts are longer than the 20 tokens") and "lower max_seq_len" in found
+
+
+def test_untrained_rows_are_named(tmp_path):
+    t = with_template(tmp_path, "")
+    torch.manual_seed(0)
+    good = torch.randn(700, 32) + .3
+    start, end = t.special["<|im_start|>"], t.special["<|im_end|>"]
+
+    def changed(rows, value):
+        w = good.clone()
+        w[rows] = value
+        return w
+
+    for value in (torch.zeros(32), good[:600].mean(0) + 1e-4 * torch.randn(32), .02 * torch.randn(32)):
+        bad = changed([start, end], value)
+        found, = checks.untrained(t, "chatml", bad, bad)
+        assert "<|im_start|>" in found and "<|im_end|>" in found and "embedding and the head" in found
+        found, = checks.untrained(t, "chatml", good, changed(end, value))  # cannot be emitted
+        assert found.startswith("<|im_end|>: rows of the head")
+        found, = checks.untrained(t, "chatml", changed(start, value), good)
+        assert found.startswith("<|im_start|>: rows of the embedding")
+        assert checks.untrained(t, "plain", changed(start, value), good) == []  # which does not use it
+    assert checks.untrained(t, "chatml", good, good) == []
+    assert checks.untrained(t, "chatml", good.bfloat16(), changed(start, .4 * good[start]).bfloat16()) == []
+
+
+def test_a_server_of_the_adapter_is_told_what_ends_an_answer(tmp_path):
+    hf_like("smollm2", tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 0}))
+    t = tok.load(tmp_path)
+    assert checks.stops(t, "plain") == []
+    found, = checks.stops(t, "chatml")
+    assert "<|im_end|> (id 2)" in found and "stop_token_ids=[2]" in found
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 2]}))
+    assert checks.stops(tok.load(tmp_path), "chatml") == []
 
 
 def test_plain_and_alpaca_text():
@@ -319,6 +473,20 @@ def test_weights_mark_responses_and_their_end(small):
     assert data.prompt_ids(example, small) == t.tokens[:len(t.tokens) - len(small.encode(" 12")) - 1]
     t = data.tokenize([example], small, 99, prompt_weight=.3)[0]
     assert sorted(set(t.weights)) == [.3, 1.0]
+
+
+def test_answers_count_what_they_weigh(small):
+    turns = (("q", "bad"), ("r", "good"))
+    mark = lambda train_on="all", **kw: data.marked(data.tokenize([data.Example("s", "end", history=turns, **kw)], small, 99, train_on=train_on)[0], small)
+    end = "<|im_end|>"
+    assert mark() == f"q[[bad{end}]]r[[good{end}]]s[[end{end}]]"
+    assert mark(weights=(0.0, 1.0, 1.0)) == f"qbad{end}r[[good{end}]]s[[end{end}]]"
+    assert mark("last") == f"qbad{end}rgood{end}s[[end{end}]]"
+    t, = data.tokenize([data.Example("s", "end", history=turns, weights=(0.0, .5, .25))], small, 99, prompt_weight=.1)
+    assert sorted(set(t.weights)) == [0.0, .1, .25, .5]
+    nothing = [X, data.Example("a", "b", weights=(0.0,)), data.Example("a", "b", history=turns, weights=(1.0, 1.0, 0.0))]
+    kept = data.tokenize(nothing, small, 99, train_on="last")
+    assert len(kept) == 1 and "dropped: 0 too long, 2 nothing scored" in data.statistics(nothing, kept, train_on="last")
 
 
 def test_bos_is_prepended_once(tmp_path):
@@ -449,6 +617,25 @@ def test_forms_of_own_data(tmp_path):
 
 
 GOOD = {"prompt": "a", "response": "b"}
+Q, A = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+
+
+@pytest.mark.parametrize("row, expected", [
+    ({"messages": [Q, {**A, "weight": 0}, Q, A]}, data.Example("q", "a", "", (("q", "a"),), None, (0.0, 1.0))),
+    ({"messages": [{**Q, "weight": 0}, {**A, "train": False}, {**Q, "train": False}, {**A, "weight": 1}]},
+     data.Example("q", "a", "", (("q", "a"),), None, (0.0, 1.0))),
+    ({"messages": [Q, {**A, "loss": True}, Q, {**A, "training": False}]}, data.Example("q", "a", "", (("q", "a"),), None, (1.0, 0.0))),
+    ({"messages": [Q, {**A, "weight": .5}], "weight": .5}, data.Example("q", "a", weights=(.25,))),
+    ({"prompt": "q", "response": "a", "train": False, "history": [["r", "b"]]}, data.Example("q", "a", "", (("r", "b"),), None, (0.0, 0.0))),
+    ({"instruction": "q", "output": "a", "weight": 0, "system": "S"}, data.Example("q", "a", system="S", weights=(0.0,))),
+    ({"instruction": "q", "output": "a", "history": [["r", "b"]], "system": ""}, data.Example("q", "a", "", (("r", "b"),), "")),
+    ({"messages": [Q, A], "system": "S", "history": [["r", "b"]]}, data.Example("q", "a", "", (("r", "b"),), "S")),
+    ({"messages": [{"role": "system", "content": ""}, Q, A]}, data.Example("q", "a", system="")),
+    ({"messages": [{"role": "system", "content": "S"}, Q, A], "system": "S"}, data.Example("q", "a", system="S")),
+    ({"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}, A]}, data.Example("ab", "a")),
+    ({"messages": [Q, {**A, "tool_calls": [], "thinking": "", "weight": None}], "tools": None, "system": None}, data.Example("q", "a"))])
+def test_fields_that_change_what_is_learned(row, expected, tmp_path):
+    assert data.load(write(tmp_path / "a.jsonl", row)) == [expected]
 
 
 def user(*roles, last="x"):
@@ -484,13 +671,50 @@ def user(*roles, last="x"):
     (user("system", "user", "user"), r'"messages\[2\].role" has to be "assistant", not "user"'),
     (user("user", "system", "assistant"), r'"messages\[1\].role" has to be "assistant"'),
     (user("user", "assistant", last=""), "the response is empty"),
-    ({"messages": user("user", "assistant", last="")["messages"] * 2}, "answer 1 in .* is empty")])
+    ({"messages": user("user", "assistant", last="")["messages"] * 2}, "answer 1 in .* is empty"),
+    ({"messages": [Q, {**A, "tool_calls": [{"id": "1"}]}]}, r'"messages\[1\].tool_calls" holds .*write it into the texts, or remove'),
+    ({"messages": [Q, {**A, "content": None, "function_call": {"name": "f"}}]}, r'"messages\[1\].function_call" holds'),
+    ({"messages": [Q, A], "tools": [{"type": "function"}]}, '"tools" holds'),
+    ({"messages": [Q, {**A, "reasoning_content": "hm"}]}, r'"messages\[1\].reasoning_content" holds'),
+    ({"messages": [Q, {**A, "thinking": "hm"}]}, r'"messages\[1\].thinking" holds'),
+    ({"prompt": "a", "response": "b", "thinking": "hm"}, '"thinking" holds'), ({"instruction": "a", "output": "b", "images": ["x"]}, '"images" holds'),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}, A]}, r'"messages\[0\].content\[0\]" has to be \{"type": "text"'),
+    ({"messages": [{"role": "user", "content": [{"type": "text"}]}, A]}, r'content\[0\].text" has to be text, not null'),
+    ({"messages": [{**Q, "train": True}, A]}, r"messages\[0\] is to be learned, and only the assistant's"),
+    ({"messages": [Q, {**A, "weight": 2}]}, r'"messages\[1\].weight" has to be true, false or a number from 0 to 1, not 2'),
+    ({"prompt": "a", "response": "b", "weight": "0"}, '"weight" has to be'), ('{"prompt": "a", "response": "b", "weight": NaN}', '"weight" has to be'),
+    ({"prompt": "a", "response": "b", "system": 3}, '"system" has to be text'),
+    ({"messages": [{"role": "system", "content": "S"}, Q, A], "system": "T"}, '"system" is another than messages'),
+    ({"prompt": "", "response": "b", "answer": "b"}, "the prompt is empty, so there is nothing to"),
+    ({"messages": [{"role": "user", "content": "\n"}, A], "answer": 5}, "the prompt is empty")])
 def test_a_wrong_line_is_named(row, message, tmp_path):
     path = write(tmp_path / "bad.jsonl", GOOD, "", row, GOOD)
     with pytest.raises(UserError, match=message) as e:
         data.load(path)
     text = str(e.value)
     assert text.startswith(f"{path}, line 3: ") and "\n" not in text and len(text) < 400
+
+
+def test_bad_rows_are_counted_and_can_be_skipped(tmp_path):
+    raw = b"".join(line + b"\n" for line in (b'{"prompt": "1", "response": "b"}', b"{oops", b'{"prompt": "\xe9", "response": "b"}', b"",
+                                             b'{"prompt": "a", "response": ""}', b'{"prompt": "2", "response": "b"}'))
+    path, skipped = tmp_path / "a.jsonl", []
+    path.write_bytes(raw)
+    with pytest.raises(UserError, match=r"a.jsonl, line 2: not JSON .* \(3 of 5 rows are bad; --skip_bad_rows=True leaves them out\)$"):
+        data.load(path)
+    assert [e.prompt for e in data.load(path, skipped=skipped)] == ["1", "2"]
+    assert [re.search("line (.): (.{8})", s).groups() for s in skipped] == [("2", "not JSON"), ("3", "not UTF-"), ("5", "the resp")]
+    path.write_text(json.dumps([GOOD, {"prompt": "a"}]))
+    assert len(data.load(path, skipped=(skipped := []))) == 1 and "item 2" in skipped[0]
+    path.write_text("{oops")
+    with pytest.raises(UserError, match="holds no examples but bad ones: .*line 1: not JSON"):
+        data.load(path, skipped=[])
+    import gzip
+    path.write_bytes(gzip.compress(b'\xef\xbb\xbf{"prompt": "z", "response": "b"}\n'))
+    assert data.load(path) == [data.Example("z", "b")]
+    path.write_bytes(path.read_bytes()[:-12])
+    with pytest.raises(UserError, match="cannot read .*a.jsonl"):
+        data.load(path)
 
 
 def test_a_wrong_file(tmp_path):
@@ -541,6 +765,61 @@ def test_held_out_part_of_a_file(tmp_path):
     assert [len(data.load_split(cfg, split)) for split in ("train", "val", "test")] == [1, 1, 1]
 
 
+def splits(tokenizer, path, *names, **options):
+    cfg = config.Config(dataset=str(path), **options)
+    return data.load_splits(cfg, tokenizer, names or ("train", "val", "test"))
+
+
+def test_long_rows_are_dropped_before_the_split(small, tmp_path):
+    """Whatever row is drawn: one long row is not the held-out one, and nothing else changes."""
+    for n_long in (1, 3):
+        rows = [{"prompt": f"Q{i}?", "response": f" {i}"} for i in range(6)]
+        for i in range(n_long):
+            rows.insert(2 * i, {"prompt": "x y z " * 300 + str(i), "response": "b"})
+        out = splits(small, write(tmp_path / "a.jsonl", *rows), max_seq_len=64)
+        assert [(len(e), len(t)) for e, t in out.values()] == [(5 + n_long, 5), (1, 1), (1, 1)]
+        assert f"dropped: {n_long} too long" in data.statistics(*out["train"]) and "dropped" not in data.statistics(*out["val"])
+        assert not set(out["train"][0]) & set(out["val"][0]) and out["val"] == out["test"]
+    cfg = config.Config(dataset=str(write(tmp_path / "b.jsonl", *[{"prompt": str(i), "response": "b"} for i in range(50)])), val_fraction=.1)
+    for split, (examples, tokenized) in data.load_splits(cfg, small).items():  # where none is long, as by text alone
+        assert examples == data.load_split(cfg, split) and tokenized == data.tokenize(examples, small, cfg.max_seq_len)
+    only = write(tmp_path / "c.jsonl", GOOD, {"prompt": "x y z " * 300, "response": "b"})
+    assert [len(t) for _, t in splits(small, only, max_seq_len=64).values()] == [1, 1, 1]
+    with pytest.raises(UserError, match="no example is left.*1 too long.*max_seq_len is 64"):
+        splits(small, write(tmp_path / "d.jsonl", {"prompt": "x y z " * 300, "response": "b"}), max_seq_len=64)
+
+
+def test_a_folder_holds_out_what_it_lacks(small, tmp_path):
+    rows = [{"prompt": str(i), "response": "b"} for i in range(40)]
+    write(tmp_path / "train.jsonl", *rows)
+    count = lambda: [len(e) for e, _ in splits(small, tmp_path).values()]
+    assert count() == [38, 2, 2]
+    write(tmp_path / "test.jsonl", *[{"prompt": "t", "response": "", "answer": "b"}] * 3)
+    assert count() == [38, 2, 3] and splits(small, tmp_path)["test"][1] == []
+    assert [len(data.load_split(config.Config(dataset=str(tmp_path)), s)) for s in ("train", "val", "test")] == [38, 2, 3]
+    write(tmp_path / "val.jsonl", *rows[:7])
+    assert count() == [40, 7, 3]
+    (tmp_path / "test.jsonl").unlink()
+    assert count() == [40, 7, 7]
+    (tmp_path / "val.jsonl").unlink()
+    own = write(tmp_path / "own.jsonl", GOOD)
+    assert [len(e) for e, _ in splits(small, tmp_path, val_dataset=str(own)).values()] == [40, 1, 1]
+
+
+def test_validation_rows_that_are_trained_on_are_counted(small, tmp_path):
+    path = write(tmp_path / "a.jsonl", *[{"prompt": f"what is {i}?", "response": "b"} for i in range(10)])
+    known = lambda out: [data.statistics(*out[s], trained=out["train"][0]).partition("; ")[2] for s in ("val", "test")]
+    assert known(splits(small, path)) == ["", ""]
+    assert known(splits(small, path, val_fraction=0.0)) == ["10 of them are training rows (equal but for white space)"] * 2
+    assert known(splits(small, path, val_dataset=str(path)))[0].startswith("10 of them are training rows")
+    other = write(tmp_path / "b.jsonl", {"prompt": "what  is\n3? ", "response": "b"}, {"prompt": "what is 11?", "response": "b"})
+    assert known(splits(small, path, val_dataset=str(other)))[0].startswith("1 of them are training rows")
+    one = write(tmp_path / "c.jsonl", *[GOOD] * 5)
+    assert known(splits(small, one))[0].startswith("5 of them are training rows")
+    spaced = write(tmp_path / "d.jsonl", *[{"prompt": "a" + " " * i, "response": "b"} for i in range(20)], {"prompt": "c", "response": "b"})
+    assert known(splits(small, spaced)) == ["", ""]  # those equal but for white space stay on one side
+
+
 @pytest.mark.parametrize("text, answer, right", [
     ("9 * 5 = 45.\n#### 33", "33", True), ("so 33 - 1 = 32", "33", False),
     ("The answer is 576.", "576.0", True),
@@ -551,7 +830,15 @@ def test_held_out_part_of_a_file(tmp_path):
     ("The answer is (C).", "c", True), (" Anna is at the zoo.\n#### zoo", "zoo", True),
     ("true", "True", True),
     (" Lily, Nick, Pam.\n#### Lily, Nick,  Pam", "Lily, Nick, Pam", True), ("", "zoo", False),
-    ("#### zoos", "zoo", False)])
+    ("#### zoos", "zoo", False),
+    # what follows "#### 7" is run-on text, whatever it holds
+    ("3 + 4 = 7.\n#### 7\n\nQuestion: There are 3 pens", "7", True), ("#### 7 (see step 3)", "7", True),
+    ("#### 7\n\nQ: 1 + 2?\n#### 3", "7", True), ("#### 7\n\nQ: 1 + 2?\n#### 3", "3", False),
+    ("#### $1,234.50 for 2", "1234.5", True), ("#### -7.", "-7", True), ("####.5 of 3", ".5", True),
+    ("#### **7** apples, 2 pears", "7", True), ("####\n7\n8", "7", True), ("#### 7% of 3", "7", True),
+    ("#### Step 1\n2 + 5 = 7", "7", True), ("#### Step 1\n#### 7\n#### 8", "7", True),
+    ("so it is 33 ####", "33", True), ("#### none", "3", False),
+    ("#### zoo\n\nWhere is Anna?\n#### lake", "zoo", True), ("#### zoo. Anna", "zoo", False)])
 def test_answers(text, answer, right):
     assert data.is_correct(text, answer) == right
 

@@ -1,6 +1,7 @@
 """tools.eval: reading answers off real outputs, going on after an interruption, ranks, the sandbox."""
 import gzip
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import data
 import data.tokenizer
 from config import UserError
 from model import LLaMA, ModelConfig
-from tools import answers, eval as tool, sandbox
+from tools import answers, eval as tool, export, sandbox
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared" / "data"
@@ -46,6 +47,9 @@ on_real_files = pytest.mark.skipif(not SHARED.exists(), reason="no ../shared/dat
     ("After 4 years it is 620. The answer is (C).", "C", "A", False),  # LLM-Adapters' rule
     ("Anna has the eggs. Anna is at the zoo.\n#### zoo", "zoo", None, True),
     ("Anna has the eggs.\n#### the lake", "zoo", None, False),
+    ("3 + 4 = 7.\n#### 7\n\nQuestion: There are 3 pens", "7", 7, True),  # run-on text
+    ("#### 7 (see step 3)", "7", 7, True),
+    ("#### zoo\n\nWhere is Tom?\n#### lake", "zoo", None, True),
 ])
 def test_judge(text, answer, said, right):
     got = answers.judge(text, answer)
@@ -56,6 +60,7 @@ def test_stated_letter():
     assert answers.stated_letter("After 4 years it is 620.The answer is (C).") == "C"
     assert answers.stated_letter("Answer: D") == "D"
     assert answers.stated_letter("The answer is A. No: the answer is B") == "B"
+    assert answers.stated_letter("#### C\n\nQ: ...\nThe answer is D\n#### E") == "C"
     assert answers.stated_letter("The answer is Eleven") == answers.stated_letter("Because") == ""
 
 
@@ -203,7 +208,7 @@ def run(base, tmp_path):
     return tmp_path / "run"
 
 
-def evaluate(run, *args, task="numbers.jsonl", capsys=None):
+def evaluate(run, *args, task="numbers.jsonl"):
     tool.main([str(run), f"--tasks={run.parent / task}", "--device=cpu", *args])
 
 
@@ -310,6 +315,26 @@ def test_ranks_share_the_problems(run, monkeypatch):
     assert predictions(run) == whole and not list((run / "eval").glob("*part*"))
 
 
+@pytest.mark.parametrize("name", ["my [v1]", "all*", "what?", "a,b", "[!x]"])
+def test_any_file_name_will_do(run, name):
+    (run.parent / "numbers.jsonl").rename(run.parent / f"{name}.jsonl")
+    evaluate(run, task=f"{name}.jsonl")  # which waited for ever for predictions that it did not find
+    assert len(predictions(run, name)) == 9 and [p.name for p in (run / "eval").iterdir()] == [f"{name}.jsonl"]
+
+
+def test_task_files_of_one_name(run):
+    """Their predictions would lie in one file: refused before anything is loaded. A folder's test.jsonl is called by the folder."""
+    for folder in "ab":
+        (run.parent / folder).mkdir()
+        for name in ("x", "test"):
+            (run.parent / folder / f"{name}.jsonl").write_text((run.parent / "numbers.jsonl").read_text())
+    files = lambda *names: "--tasks=" + ",".join(str(run.parent / n) for n in names)
+    with pytest.raises(UserError, match="a/x.jsonl and .*b/x.jsonl would both be the task 'x'.*--output=DIR"):
+        tool.main([str(run), files("a/x.jsonl", "b/x.jsonl"), "--model=/nowhere"])
+    tool.main([str(run), files("a/x.jsonl", "a/../a/x.jsonl", "a/test.jsonl", "b"), "--limit=1", "--device=cpu"])
+    assert sorted(p.name for p in (run / "eval").iterdir()) == ["a.jsonl", "b.jsonl", "x.jsonl"]
+
+
 def test_programs_run_only_when_asked(run, capsys):
     row = dict(prompt=PROMPT, canonical_solution="    return 0\n", entry_point="area", test=TEST, task_id="T/0")
     (run.parent / "code.jsonl").write_text(json.dumps(row) + "\n")
@@ -346,6 +371,42 @@ def test_humaneval_comes_without_the_rest(tmp_path, monkeypatch):
     assert tool.find_task("humaneval") == tmp_path / "code/test.jsonl"
 
 
+def test_the_prompt_format_moves_with_the_weights(tmp_path, capsys):
+    """The adapter's two files copied elsewhere, the merge, a whole trained checkpoint: asked as they were trained. Others: nobody guesses."""
+    base = tmp_path / "base"
+    data.tokenizer.save_bpe(base, [], r"[\s\S]", ["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    config = dict(model_type="llama", vocab_size=259, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, eos_token_id=256)
+    model = LLaMA(ModelConfig.from_dict(config))
+    model.save_pretrained(base)
+    notes = data.notes(data.tokenizer.load(base), "chatml", 7)
+    assert notes == dict(prompt_format="chatml", max_new_tokens="7", end_id="258", end_token="<|im_end|>")
+    model.save_pretrained(tmp_path / "whole", notes)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(base / file, tmp_path / "whole")
+    model.add_lora(2, 4)
+    model.save_adapter(tmp_path / "run", base, notes)
+    model.save_adapter(tmp_path / "silent", base)
+    (tmp_path / "copy").mkdir()
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(tmp_path / "run" / file, tmp_path / "copy")
+    for args in ((tmp_path / "copy", tmp_path / "merged"), (tmp_path / "silent", tmp_path / "plain")):
+        export.export(*args)
+    export.export(tmp_path / "silent", tmp_path / "told", prompt_format="chatml", shard_gb=2e-5)
+    assert len(list((tmp_path / "told").glob("*.safetensors"))) > 1
+    (tmp_path / "t.jsonl").write_text('{"prompt": "1 + 1?", "response": "", "answer": "2"}\n')
+    for name, tokens in (("run", "7"), ("copy", "7"), ("merged", "7"), ("whole", "7"), ("told", "by task")):
+        capsys.readouterr()
+        tool.main([str(tmp_path / name), f"--tasks={tmp_path}/t.jsonl", "--device=cpu", f"--output={tmp_path}/out_{name}"])
+        assert capsys.readouterr().out.startswith(f"prompt_format = chatml, max_new_tokens = {tokens}\n")
+        tool.main([str(tmp_path / name), "--prompt=x", "--device=cpu", "--max_new_tokens=1"])
+        assert "prompt_format = chatml, max_new_tokens = 1" in capsys.readouterr().err
+    for name in ("base", "silent", "plain"):
+        for more in (f"--tasks={tmp_path}/t.jsonl", "--prompt=x"):
+            with pytest.raises(UserError, match=f"{name} does not say which prompt format .*--prompt_format=, one of plain, alpaca"):
+                tool.main([str(tmp_path / name), more, "--device=cpu"])
+    tool.main([str(tmp_path / "base"), "--prompt=x", "--device=cpu", "--prompt_format=plain", "--max_new_tokens=1"])
+
+
 def test_prompt_streams(base, run, capsys, monkeypatch):
     tool.main([str(run), "--prompt=What is 1 + 1?\\nAnswer:", "--max_new_tokens=12", "--device=cpu"])
     model, tokenizer, _ = tool.load(run, "", torch.float32, "cpu")
@@ -373,6 +434,22 @@ def test_tasks_are_found(tmp_path, monkeypatch):
     for name, message in (("svamp", "no test_svamp.jsonl"), ("gsmk8", "there is no task 'gsmk8'")):
         with pytest.raises(UserError, match=message):
             found(name)
+
+
+def test_the_base_is_found_from_anywhere(base, run, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(base.parent)
+    model = LLaMA.from_pretrained(base)
+    model.add_lora(2, 4, "q")
+    model.save_adapter(tmp_path / "near", base.name)
+    written = json.loads((tmp_path / "near/adapter_config.json").read_text())["base_model_name_or_path"]
+    assert written == str(base) and Path(written).is_absolute()
+    monkeypatch.chdir(tmp_path)
+    tool.main(["near", "--prompt=x", "--max_new_tokens=2", "--prompt_format=plain"])
+    model.save_adapter(tmp_path / "far", base.name)  # of another machine, or of an older version
+    for path in ("far", str(tmp_path / "far")):
+        with pytest.raises(UserError, match=f"far/adapter_config.json names the base '{base.name}'.*--model=DIR"):
+            tool.main([path, "--prompt=x", "--prompt_format=plain"])
+    tool.main(["far", "--prompt=x", "--max_new_tokens=2", f"--model={base}", "--prompt_format=plain"])
 
 
 def test_errors(run, base):

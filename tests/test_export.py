@@ -10,6 +10,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import data
+import data.tokenizer
 from config import UserError
 from model import LLaMA, load_adapter
 from tools.export import export
@@ -193,7 +195,7 @@ def test_export_refuses(tmp_path):
     few = make_base(tmp_path / "few", num_hidden_layers=1)
     for args, message in (((tmp_path / "a", tmp_path / "full"), "not empty"), ((base, tmp_path / "m"), "holds no adapter"),
                           ((tmp_path / "a", tmp_path / "m", str(other)), "another base"), ((tmp_path / "a", tmp_path / "m", str(few)), "another base"),
-                          ((tmp_path / "a", tmp_path / "m", str(tmp_path / "nowhere")), "neither a directory")):
+                          ((tmp_path / "a", tmp_path / "m", str(tmp_path / "nowhere")), "neither a directory.*--model=DIR")):
         with pytest.raises(UserError, match=message):
             export(*args)
     assert (tmp_path / "full" / "mine.txt").read_text() == "keep me"
@@ -202,6 +204,56 @@ def test_export_refuses(tmp_path):
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(UserError, match="safetensors"):
         export(tmp_path / "a", tmp_path / "m")
+
+
+@pytest.mark.parametrize("eos, generation, merged", [(0, 0, ([2, 0], [2, 0])), (None, [1, 0], (2, [2, 1, 0])), (2, [0, 2], (2, [2, 0])),
+                                                     ([0, 1], None, ([2, 0, 1], None))])
+def test_what_ended_an_answer_ends_it_where_it_is_served(tmp_path, eos, generation, merged):
+    """The trained end token comes first in config.json and generation_config.json, and is the tokenizer's eos_token."""
+    base = make_base(tmp_path / "base", vocab_size=259)
+    data.tokenizer.save_bpe(base, [], r"[\s\S]", ["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    ids = lambda found: [256 + i for i in found] if isinstance(found, list) else found if found is None else 256 + found
+    edit_json(base / "config.json", eos_token_id=ids(eos))
+    (base / "generation_config.json").unlink()
+    if generation is not None:
+        (base / "generation_config.json").write_text(json.dumps({"eos_token_id": ids(generation), "top_p": .5}))
+    (base / "special_tokens_map.json").write_text(json.dumps({"eos_token": {"content": "<|endoftext|>"}}))
+    model = LLaMA.from_pretrained(base)
+    model.add_lora(4, 12)
+    model.save_adapter(tmp_path / "a", base, data.notes(data.tokenizer.load(base), "chatml", 9))
+    export(tmp_path / "a", tmp_path / "merged")
+    read = lambda name, key: json.loads((tmp_path / "merged" / name).read_text())[key]
+    assert read("config.json", "eos_token_id") == ids(merged[0])
+    assert generation is None or (read("generation_config.json", "eos_token_id"), read("generation_config.json", "top_p")) == (ids(merged[1]), .5)
+    assert read("tokenizer_config.json", "eos_token") == read("special_tokens_map.json", "eos_token") == "<|im_end|>"
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "merged").eos_token_id == 258
+    assert data.tokenizer.load(tmp_path / "merged").eot == 258
+    theirs = hf(tmp_path / "merged")
+    with torch.no_grad():  # whatever it is asked, it ends at once
+        theirs.lm_head.weight[258] = 100 * theirs.model.norm(theirs.model(torch.tensor([[5, 6]])).last_hidden_state)[0, -1]
+    assert theirs.generate(torch.tensor([[5, 6]]), max_new_tokens=9, do_sample=False, pad_token_id=0).tolist() == [[5, 6, 258]]
+
+
+def test_target_may_be_a_link(tmp_path, monkeypatch):
+    ours = our_adapter(make_base(tmp_path / "base"), tmp_path / "a")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "here").mkdir()
+    for link, to in (("link", "empty"), ("dangling", "deep/new"), ("absolute", tmp_path / "other")):
+        (tmp_path / link).symlink_to(to)
+        export(tmp_path / "a", tmp_path / link)
+        assert (tmp_path / link).is_symlink() and not list(tmp_path.glob("**/.*.tmp"))
+        assert_equal(LLaMA.from_pretrained(tmp_path / link), ours)
+    monkeypatch.chdir(tmp_path / "here")
+    export(tmp_path / "a", ".")
+    assert (tmp_path / "here/model.safetensors").exists()
+    (tmp_path / "round").symlink_to("round")
+    monkeypatch.setattr("tools.export.write_shards", lambda *args: pytest.fail("written before it was refused"))
+    for target, message in (("link", "not empty"), ("round", "round"), ("/proc", "not empty"), ("a/adapter_config.json", "not empty")):
+        with pytest.raises(UserError, match=message):
+            export(tmp_path / "a", tmp_path / target)
+    monkeypatch.setattr("os.path.ismount", lambda path: True)
+    with pytest.raises(UserError, match="another file system begins"):
+        export(tmp_path / "a", tmp_path / "fresh")
 
 
 def test_command_line(tmp_path):
@@ -219,3 +271,68 @@ def test_command_line(tmp_path):
     assert "Traceback" in command("--debug=True").stderr
     assert command(f"--model={tmp_path / 'moved'}").returncode == 0
     assert_equal(hf(tmp_path / "merged"), ours)
+
+
+# ---- checkpoints are read as transformers reads them -------------------------------------------------------
+
+def edit_json(path, **values):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+LINEAR = {"type": "linear", "factor": 4.0}
+
+
+def test_rope_in_both_spellings_counts_once(tmp_path):
+    """rope_scaling written by hand into a config.json that has rope_parameters: the same is fine, another is an error."""
+    base = make_base(tmp_path / "base")
+    plain = logits(LLaMA.from_pretrained(base))
+    edit_json(base / "config.json", rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0}, rope_theta=500.0, rope_scaling=LINEAR)
+    assert_equal(LLaMA.from_pretrained(base), hf(base))
+    assert (logits(LLaMA.from_pretrained(base)) - plain).abs().max() > 1e-3
+    edit_json(base / "config.json", rope_parameters=None, max_position_embeddings=100)
+    assert_equal(LLaMA.from_pretrained(base), hf(base))
+    assert LLaMA.from_pretrained(base).config.max_positions == 400
+    edit_json(base / "config.json", rope_scaling=None)
+    assert LLaMA.from_pretrained(base).config.max_positions == 100
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
+@pytest.mark.parametrize("layers, windows", [(dict(max_window_layers=1), (0, 8, 8)), (dict(max_window_layers=3), (0, 0, 0)),
+                                             (dict(layer_types=["sliding_attention", "full_attention", "sliding_attention"]), (8, 0, 8))])
+def test_only_the_layers_that_slide_in_transformers_slide(tmp_path, kind, layers, windows):
+    base = make_base(tmp_path / "base", kind, num_hidden_layers=3, use_sliding_window=True, sliding_window=8, head_dim=16, **layers)
+    ours, theirs = LLaMA.from_pretrained(base), hf(base)
+    assert ours.config.windows == windows and ours.config.sliding_window == max(windows)
+    for prompt in ([1, 2, 3, 4, 5, 6], [77]):
+        new = theirs.generate(torch.tensor([prompt]), max_new_tokens=40, do_sample=False, eos_token_id=None)
+        assert ours.generate([prompt], 40, stop=()) == [new[0, len(prompt):].tolist()]
+
+
+def test_llama_ignores_a_sliding_window(tmp_path):
+    base = make_base(tmp_path / "base")
+    edit_json(base / "config.json", sliding_window=4, use_sliding_window=True)
+    assert_equal(LLaMA.from_pretrained(base), hf(base))
+
+
+def test_one_file_counts_where_an_index_has_lost_its_shards(tmp_path):
+    base = make_base(tmp_path / "base")
+    whole = logits(LLaMA.from_pretrained(base))
+    index = base / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}))
+    assert torch.equal(logits(LLaMA.from_pretrained(base)), whole)
+    index.write_text(json.dumps({"weight_map": {"model.norm.weight": "model.safetensors"}}))
+    assert torch.equal(logits(LLaMA.from_pretrained(base)), whole)
+
+
+def test_a_tied_head_in_the_file_has_to_be_the_embedding(tmp_path):
+    base = make_base(tmp_path / "base", tie_word_embeddings=True)
+    tensors = load_file(base / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    assert_equal(LLaMA.from_pretrained(base), hf(base))
+    tensors["lm_head.weight"][5, 3] += 1
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match="lm_head.weight is not the embedding.*tie_word_embeddings"):
+        LLaMA.from_pretrained(base)
+    edit_json(base / "config.json", tie_word_embeddings=False)
+    assert_equal(LLaMA.from_pretrained(base), hf(base))

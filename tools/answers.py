@@ -1,6 +1,6 @@
 """What a generated text answers, read as LLM-Adapters (arXiv 2304.01933) reads it, so that numbers compare.
 
-    a number          the last one of the text, commas left out, right within 1e-3
+    a number          the one after "####" (data.stated_number), or the last one, right within 1e-3
     an option word    the first of true, false / answer1 ... 5 / solution1, 2 / ending1 ... 4 / option1, 2
     a letter (AQuA)   the first capital A to E, which may be the A of "After": stated_letter() reads better
     a function        HumanEval: the program that runs its tests
@@ -11,20 +11,15 @@ import re
 import data
 
 
-def number(text):
-    """The last number of a text, or None."""
-    found = re.findall(r"-?\d+\.?\d*", text.replace(",", ""))
-    return float(found[-1]) if found else None
-
-
 def first(pattern, text):
     found = re.search(pattern, text)
     return found[0] if found else ""
 
 
 def stated_letter(text):
-    """The letter of the last "The answer is (C)", "answer: C" or "#### C"."""
-    found = re.findall(r"(?:[Aa]nswer(?: is)?:?|####)\s*\(?([A-E])\b", text)
+    """The letter of the first "#### C", or else of the last "The answer is (C)" or "answer: C"."""
+    letter = r"\s*\(?([A-E])\b"
+    found = re.findall("####" + letter, text)[:1] or re.findall("[Aa]nswer(?: is)?:?" + letter, text)
     return found[-1] if found else ""
 
 
@@ -32,7 +27,7 @@ def judge(text, answer):
     """(what the text answers, whether that is right). The form of the true answer decides how."""
     true, word = data.number(answer), re.fullmatch(r"(answer|solution|option|ending)\d", answer)
     if true is not None:
-        said = number(text)
+        said = data.stated_number(text)
         return said, said is not None and abs(said - true) <= 1e-3
     if re.fullmatch("[A-E]", answer):
         said = first("[A-E]", text)

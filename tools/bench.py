@@ -171,7 +171,7 @@ class Ours:
         for p in filter(None, self.own.values()):
             held += [p.P, *(p.Q or ()), *(p.map or ())]
             if p.fixed is not None:
-                held += [keep.rows for keep in p.fixed[1:3]]  # of gate_up and down, or of qkv and o
+                held += [keep.copy for keep in p.fixed[1:3]]  # of gate_up and down, or of qkv and o
         return [t for t in held if t is not None]
 
 

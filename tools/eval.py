@@ -9,7 +9,8 @@
                default: the run's own test set
 --limit=N      only the first N problems of each task
 --batch_size   problems at a time, 32
---max_new_tokens, --prompt_format, --dtype: the run's; else by task, plain, by device
+--max_new_tokens, --dtype: the run's; else by task, by device
+--prompt_format: the trained one, which the weights' file names; needed where it does not
 --model=DIR    the adapter's base, if it is no longer where the adapter says
 --output=DIR   where predictions go, one file a task; default: eval/ in the run's directory
 --overwrite=True   drops predictions of another adapter, task file or setting. Those of this very one are
@@ -22,6 +23,7 @@ How an answer is read off a text: tools/answers.py, as LLM-Adapters does it, so 
 and the paper's (but for beams: these are greedy). Intervals are Wilson's, 95 %: they speak of the choice of
 problems, not of how training runs differ.
 """
+import glob
 import hashlib
 import importlib
 import json
@@ -41,7 +43,7 @@ from data import examples
 from model import LLaMA, load_adapter
 from lib import dist, state
 from tools import answers, sandbox
-from lib.files import read_json, resolve, weight_files, write_text
+from lib.files import find_base, read_json, read_notes, resolve, weight_files, write_text
 
 DATA = Path(ROOT, "data")
 SETS = {"math": ("gsm8k", "svamp", "mawps", "aqua"), "code": ("humaneval",), "commonsense": (
@@ -68,10 +70,7 @@ def load(path, base, dtype, device):
     if not (folder / "adapter_config.json").exists():
         model = LLaMA.from_pretrained(folder, dtype, device)
         return model, data.tokenizer.load(str(folder)), base_files(folder)
-    base = base or read_json(folder / "adapter_config.json").get("base_model_name_or_path")
-    if not base:
-        raise UserError(f"{path}/adapter_config.json names no base model: give it with --model=DIR")
-    home = resolve(base)
+    _, home = find_base(folder, base)
     model = LLaMA.from_pretrained(home, dtype, device)
     load_adapter(model, folder)
     own = [folder / name for name in ("adapter_config.json", "adapter_model.safetensors")]
@@ -111,6 +110,22 @@ def find_task(name, dataset=""):
         raise UserError(f"there is no task {name!r}: give a file of JSON lines, "
                         "a folder of data/ with a test set, "
                         "or one of " + ", ".join(t for tasks in SETS.values() for t in tasks)) from None
+
+
+def find_tasks(text, dataset=""):
+    """{name: file} of the tasks that --tasks lists, in its order. A path is called by its file's stem, or by
+    its folder if that is "test". UserError: two files of one name, whose predictions would lie in one
+    file."""
+    out = {}
+    for task in [text] if os.path.isfile(text) else [t.strip() for t in text.split(",") if t.strip()]:
+        path, name = find_task(task, dataset), task
+        if os.path.isfile(task) or os.sep in task:
+            name = path.resolve().parent.name if path.stem == "test" else path.stem.removeprefix("test_")
+        if name in out and not path.samefile(out[name]):
+            raise UserError(f"{out[name]} and {path} would both be the task {name!r}: evaluate them one by "
+                            "one, with another --output=DIR each")
+        out[name] = path
+    return out
 
 
 def problems(path, limit):
@@ -184,9 +199,14 @@ def read_predictions(path, mark, overwrite):
 
 def all_predictions(folder, task, mark, overwrite):
     out = {}
-    for path in [folder / f"{task}.jsonl", *sorted(folder.glob(f"{task}.part*.jsonl"))]:
+    for path in [folder / f"{task}.jsonl", *parts(folder, task)]:
         out.update(read_predictions(path, mark, overwrite))
     return out
+
+
+def parts(folder, task):
+    """What the ranks have written of a task so far, whatever its name is made of."""
+    return sorted(folder.glob(f"{glob.escape(task)}.part*.jsonl"))
 
 
 def lines(predictions):
@@ -259,13 +279,10 @@ def execute(task, predictions, name):
     bar.end()
 
 
-def evaluate(model, tokenizer, weights, name, o, folder):
+def evaluate(model, tokenizer, weights, name, path, o, folder):
     """One task, from its file to its result {"task", "accuracy", "interval", "n", "file"}; None on ranks
     above 0, and "accuracy" None where programs were not run."""
-    path = find_task(name, o["dataset"])
     task = problems(path, o["limit"])
-    if os.path.isfile(name):
-        name = path.parent.name if path.stem == "test" else path.stem.removeprefix("test_")
     o = {**o, "max_new_tokens": o["max_new_tokens"] or default_tokens(task)}
     mark = fingerprint(weights, path, {k: o[k] for k in ("prompt_format", "max_new_tokens", "dtype")})
     folder.mkdir(parents=True, exist_ok=True)
@@ -286,7 +303,7 @@ def evaluate(model, tokenizer, weights, name, o, folder):
         execute(task, [p for p in chosen if is_program(task[p["id"]][1])], name)
     file = folder / f"{name}.jsonl"
     write_text(file, lines(done[i] for i in sorted(done)))
-    for old in folder.glob(f"{name}.part*.jsonl"):
+    for old in parts(folder, name):
         old.unlink()
     return result(name, chosen, file)
 
@@ -346,7 +363,7 @@ def complete(path, o):
     o = {**o, "rank": rank, "world": world, "dataset": run.get("dataset", "")}
     own_file = examples.names_a_file(o["dataset"])
     o["own_tests"] = run.get("val_dataset", "") if own_file else o["dataset"]  # as data.load_split has it
-    o["prompt_format"] = o["prompt_format"] or run.get("prompt_format", "plain")
+    o["prompt_format"] = o["prompt_format"] or run.get("prompt_format", "")
     o["max_new_tokens"] = o["max_new_tokens"] or run.get("max_new_tokens", 0)
     if o["device"] == "auto":
         o["device"] = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
@@ -358,9 +375,24 @@ def complete(path, o):
         raise UserError(f"--top_p={o['top_p']} must be above 0 and at most 1")
     if o["dtype"] not in ("float32", "bfloat16", "float16"):
         raise UserError(f"--dtype={o['dtype']} must be float32, bfloat16 or float16")
-    if o["prompt_format"] not in data.FORMATS:
+    if o["prompt_format"] and o["prompt_format"] not in data.FORMATS:
         raise UserError(f"--prompt_format={o['prompt_format']} must be one of {', '.join(data.FORMATS)}")
     dist.use(o["device"], o["dtype"])
+    return o
+
+
+def as_trained(path, o):
+    """The options, with the prompt format and the length of an answer that the weights' file names where
+    neither the command line nor a run does. UserError: no format is known."""
+    notes = read_notes(resolve(path))
+    o["prompt_format"] = o["prompt_format"] or notes.get("prompt_format", "")
+    o["max_new_tokens"] = o["max_new_tokens"] or int(notes.get("max_new_tokens") or 0)
+    if o["prompt_format"] not in data.FORMATS:
+        raise UserError(f"{path} does not say which prompt format it was trained with: give "
+                        f"--prompt_format=, one of {', '.join(data.FORMATS)}")
+    if not o["rank"]:
+        print(f"prompt_format = {o['prompt_format']}, max_new_tokens = {o['max_new_tokens'] or 'by task'}",
+              file=sys.stderr if o["prompt"] else sys.stdout, flush=True)
     return o
 
 
@@ -372,22 +404,24 @@ def main(argv):
     o = complete(path, o)
     if o["threads"]:
         torch.set_num_threads(o["threads"])
-    names = [t.strip() for t in (o["tasks"] or o["own_tests"]).split(",") if t.strip()]
-    if not names and not o["prompt"]:
+    tasks = {} if o["prompt"] else find_tasks(o["tasks"] or o["own_tests"], o["dataset"])
+    if not tasks and not o["prompt"]:
         raise UserError(f"{path} has no test set of its own: name tasks or a file, --tasks=gsm8k,svamp, "
                         "or ask it something, --prompt=...")
-    for name in () if o["prompt"] else names:  # before minutes of loading
-        problems(find_task(name, o["dataset"]), o["limit"])
+    for file in tasks.values():  # before minutes of loading
+        problems(file, o["limit"])
+    o = as_trained(path, o)
     model, tokenizer, weights = load(path, o["model"], getattr(torch, o["dtype"]), o["device"])
     own = os.path.isdir(path) and bool(o["dataset"] or Path(path, "adapter_config.json").exists())
     folder = Path(o["output"] or (Path(path, "eval") if own else Path("out", "eval", Path(path).name)))
     try:
         if o["prompt"]:
             return stream(model, tokenizer, o)
-        results = [r for r in (evaluate(model, tokenizer, weights, name, o, folder) for name in names) if r]
+        results = [evaluate(model, tokenizer, weights, name, file, o, folder) for name, file in tasks.items()]
     except torch.OutOfMemoryError:
         raise UserError(f"out of memory on {o['device']} with {o['batch_size']} problems at a time: lower "
                         "--batch_size") from None
+    results = [r for r in results if r]  # rank 0's
     for r in results:
         say(r)
     known = [r["accuracy"] for r in results if r["accuracy"] is not None]

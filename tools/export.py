@@ -3,13 +3,15 @@ lm-eval and llama.cpp.
 
     python -m tools.export out/math merged/ [--model=DIR]    DIR: the base, if it is not where
                                                              the adapter says
+    --prompt_format=chatml    of an adapter that does not say which it was trained with (PEFT's)
 
     W' = W + s B A     s = alpha / r, or alpha / sqrt(r) with rslora; in fp32, rounded once to
                        the base's dtype
 
 Works on the files alone, tensor by tensor, and writes shards of at most --shard_gb: an 8B merge holds one
 shard (5 GB by default) in memory, whatever the base's files look like. The result is complete or absent: it
-is written under another name, then renamed.
+is written under another name, then renamed. What ended the trained answers is its first eos_token_id and its
+eos_token, and the weights' files say how prompts are written (data.notes), for tools.eval.
 """
 import json
 import os
@@ -20,9 +22,12 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+import data
+import data.tokenizer
 from lib import cli
 from config import UserError
-from lib.files import read_adapter, resolve, weight_files, write_safetensors
+from lib.files import (find_base, read_adapter, read_notes, resolve, set_end_token, weight_files,
+                       write_safetensors)
 
 COPIED = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json",
           "added_tokens.json", "vocab.json", "merges.txt", "chat_template*", "LICENSE*", "USE_POLICY*",
@@ -87,9 +92,9 @@ def merged(w, name, update):
     return torch.addmm(w.to(high), B.to(high), A.to(high)).to(w.dtype)
 
 
-def write_shards(shards, changes, target):
+def write_shards(shards, changes, target, notes):
     """Writes the shards into target, one in memory at a time, and an index of several. `changes`
-    is used up."""
+    is used up; notes: for the header of each file."""
     index, n = {}, len(shards)
     for i, shard in enumerate(shards):
         file = "model.safetensors" if n == 1 else f"model-{i + 1:05d}-of-{n:05d}.safetensors"
@@ -99,7 +104,7 @@ def write_shards(shards, changes, target):
                 t = f.get_tensor(name)
             tensors[name] = merged(t, name, changes.pop(name)) if name in changes else t
             index[name] = file
-        write_safetensors(target / file, tensors, {"format": "pt"})
+        write_safetensors(target / file, tensors, {"format": "pt", **notes})
         print(f"wrote {file}: {len(tensors)} tensors, {sum(s for _, _, s in shard) / 1e9:.2f} GB", flush=True)
     if n > 1:
         total = sum(size for shard in shards for _, _, size in shard)
@@ -107,20 +112,18 @@ def write_shards(shards, changes, target):
         (target / "model.safetensors.index.json").write_text(json.dumps(content, indent=2) + "\n")
 
 
-def export(adapter, target, model="", shard_gb=5.0):
+def export(adapter, target, model="", shard_gb=5.0, prompt_format=""):
     """Merges an adapter into its base (or into `model`): the new directory `target`, which may
-    exist if empty."""
-    target = Path(target)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"{target} exists and is not empty: remove it, or give another name")
+    exist if empty. prompt_format: if it is not the one that the adapter names."""
+    target = find_target(target)
     if Path(adapter, "config.json").exists() and not Path(adapter, "adapter_config.json").exists():
         raise UserError(f"{adapter} has no adapter_config.json: it holds no adapter (a training with "
                         "lora_r = 0 makes a whole model, with nothing to merge)")
     settings, state = read_adapter(adapter)
-    base = model or settings.get("base_model_name_or_path")
-    if not base:
-        raise UserError(f"{adapter}/adapter_config.json names no base model: give it with --model=DIR")
-    folder = resolve(base)
+    base, folder = find_base(resolve(adapter), model)
+    notes = read_notes(resolve(adapter))
+    if prompt_format:
+        notes = data.notes(data.tokenizer.load(folder), prompt_format, notes.get("max_new_tokens", 0))
     shards = plan(weight_files(folder), shard_gb * 1e9)
     scale = settings["lora_alpha"] / (settings["r"] ** .5 if settings.get("use_rslora") else settings["r"])
     changes = updates(adapter, state, scale)
@@ -133,7 +136,8 @@ def export(adapter, target, model="", shard_gb=5.0):
         tmp.mkdir(parents=True)
         for path in sorted({p for pattern in COPIED for p in folder.glob(pattern) if p.is_file()}):
             shutil.copyfile(path, tmp / path.name)  # follows the hub cache's links
-        write_shards(shards, changes, tmp)
+        write_shards(shards, changes, tmp, notes)
+        set_end_token(tmp, notes)
         flush(tmp)
         os.replace(tmp, target)
     except (OSError, SafetensorError) as e:
@@ -141,6 +145,25 @@ def export(adapter, target, model="", shard_gb=5.0):
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
     print(f"merged {adapter} into {base}: {target}")
+    if "end_id" in notes:
+        print(f"prompt_format = {notes['prompt_format']}, answers end with {notes['end_token']}")
+    else:
+        print(f"{adapter} does not say its prompt_format, so the base's eos_token stays; --prompt_format=... "
+              "sets the format's")
+
+
+def find_target(path):
+    """The directory that is meant, links followed. UserError, before hours of writing: it is not free."""
+    try:
+        target = Path(path).resolve()
+    except (OSError, RuntimeError) as e:
+        raise UserError(f"{path} cannot be followed ({e}): give another name") from None
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"{target} exists and is not empty: remove it, or give another name")
+    if os.path.ismount(target):
+        raise UserError(f"{target} is where another file system begins, and cannot be replaced: give a new "
+                        "name in it")
+    return target
 
 
 def flush(folder):
@@ -151,10 +174,10 @@ def flush(folder):
 
 
 def main(argv):
-    (adapter, target), o = cli.options(argv, __doc__, (2, 2), model="", shard_gb=5.0)
+    (adapter, target), o = cli.options(argv, __doc__, (2, 2), model="", shard_gb=5.0, prompt_format="")
     if not o["shard_gb"] > 0:
         raise UserError(f"--shard_gb={o['shard_gb']} must be positive")
-    export(adapter, target, o["model"], o["shard_gb"])
+    export(adapter, target, o["model"], o["shard_gb"], o["prompt_format"])
 
 
 if __name__ == "__main__":

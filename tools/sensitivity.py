@@ -90,11 +90,9 @@ def setup(cfg, n):
 
 
 def calibration(cfg, tokenizer, n, device):
-    """n whole batches of the training set, drawn with cfg.seed. Only as many examples are tokenized as
-    may be needed."""
-    examples = data.load_split(cfg, "train")
-    examples = random.Random(cfg.seed).sample(examples, min(len(examples), 2 * n * cfg.batch_size))
-    tokenized = data.tokenize(examples, tokenizer, cfg.max_seq_len, cfg.prompt_format, cfg.prompt_weight)
+    """n whole batches of the training set, drawn with cfg.seed."""
+    _, tokenized = data.load_splits(cfg, tokenizer, ["train"], cfg.train_on)["train"]
+    tokenized = random.Random(cfg.seed).sample(tokenized, min(len(tokenized), 2 * n * cfg.batch_size))
     drawn = data.batches([len(t.tokens) for t in tokenized], cfg.batch_size, cfg.seed, 0)
     whole = [idx for idx in drawn if len(idx) == cfg.batch_size][:n]
     if len(whole) < n:
