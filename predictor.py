@@ -444,6 +444,12 @@ def measuring(model):
     return any(p.measures() and p.fixed is None for _, p in predictors(model))
 
 
+def measure_flops(model, n):
+    """FLOPs that a dense step spends on the maps' sums, for n context rows."""
+    shapes = [p.sums["xh"].shape for _, p in predictors(model) if p.sums and "xh" in p.sums]  # (D+1, I) each
+    return sum(2 * n * d * (d + i) for d, i in shapes)
+
+
 def rows_measured(model):
     """How many context rows were measured so far, on this rank."""
     return min(int(p.sums["rows"]) for _, p in predictors(model) if p.sums)

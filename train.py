@@ -88,12 +88,13 @@ def loop(run):
 
         # Forward, backward, update. A dense step before the switch measures which channels matter.
         log.begin()
-        forward_backward(model, run.grad, micro, measure=not scale and predictor.measuring(model))
+        measure = scale == 0 and predictor.measuring(model)
+        forward_backward(model, run.grad, micro, measure)
         lr = learning_rate(cfg, step, run.max_steps)
         metrics = update(run.optimizer, run.grad, lr, cfg.grad_clip)
 
         # Its line is printed one step later: then the device need not wait for the host.
-        work = count(model, micro)
+        work = count(model, micro, measure)
         log.step(metrics, batch, step=step, lr=lr, scale=scale, **work)
         for name, n in work.items():
             info[name] += n
@@ -136,12 +137,19 @@ def update(optimizer, grad, lr, grad_clip):
     return torch.stack([loss / weights, norm, optimizer.skipped])
 
 
-def count(model, micro):
-    """{"tokens", "dense_flops", "flops"} of a step, over all ranks."""
-    tokens = sum(len(b.tokens) for b in micro)
-    flops = [model.flops(b) for b in micro]  # (dense, sparse) each
-    sums = dist.add(tokens, sum(d for d, _ in flops), sum(s for _, s in flops))
-    return dict(zip(("tokens", "dense_flops", "flops"), sums))
+def count(model, micro, measure=False):
+    """{"tokens", "dense_flops", "flops"} of a step, over all ranks: what a dense step would compute, and what this one
+    does, with what it measures."""
+    tokens = dense = flops = 0
+    for b in micro:
+        dense_step, this_step = model.flops(b)
+        tokens += len(b.tokens)
+        dense += dense_step
+        flops += this_step
+        if measure:
+            flops += predictor.measure_flops(model, b.n_sparse)
+    tokens, dense, flops = dist.add(tokens, dense, flops)
+    return {"tokens": tokens, "dense_flops": dense, "flops": flops}
 
 
 def learning_rate(cfg, step, max_steps):
@@ -212,7 +220,7 @@ def measure_enough(run):
         idx = run.order(info["step"] + extra)
         micro = dist.micro_batches(run.tokenized["train"], idx, run.cfg, run.device)
         predictor.measure_more(model, micro)
-        info["flops"] += count(model, micro)["dense_flops"]
+        info["flops"] += count(model, micro, measure=True)["flops"]
     if extra:
         info["seconds"] += time.perf_counter() - start
     return dist.add(predictor.rows_measured(model))[0]

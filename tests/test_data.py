@@ -895,7 +895,7 @@ def test_files_then_flags(tmp_path):
     ("--sparse_end=.01", "at least sparse_start"),
     ("--val_fraction=1", "val_fraction has to be below 1"), ("--seed=-1", "seed"), ("--beta2=1", "beta2"),
     ("--device=gpu", "device has to be auto, cpu, cuda"), ("--dtype=fp16", "dtype has to be one of float32"),
-    ("--predictor=svg", "predictor has to be one of svd"), ("--split=all", "split has to be"),
+    ("--predictor=svg", "predictor has to be one of measured"), ("--split=all", "split has to be"),
     ("--prompt_format=chat", "prompt_format"),
     ("--lr_schedule=step", "lr_schedule"), ("--lora_targets=q,w", "lora_targets has to be some of"),
     ("--lora_targets=", "lora_targets"),
