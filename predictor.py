@@ -499,8 +499,8 @@ def free(model):
 def watch(model, batch):
     """Runs one sparse forward at the present ratios and returns, on the very inputs of each part, {name: {"held": the
     share of the true energy that the kept channels hold}}, and of an MLP also "residual": how much of its output is
-    missing, |y - y'|^2 / |y|^2, mean over the rows, and "without_map", the same without the map. A share near 1 - ratio
-    means that the selection is no better than chance."""
+    missing, |y - y'|^2 / |y|^2, mean over the rows; "without_map": the same without the map; "loudest": the largest
+    |y|^2 of a row over the median. A share near 1 - ratio means that the selection is no better than chance."""
     watched = predictors(model)
     for _, p in watched:
         p.seen = []
@@ -534,7 +534,7 @@ def quality(p, x, kept):
         missing = dropped - (x @ U @ V + b)
     share = lambda y: float((y.float().square().sum(1) / size).mean())
     return {"held": float(energies[kept.channels].sum() / energies.sum()), "residual": share(missing),
-            "without_map": share(dropped)}
+            "without_map": share(dropped), "loudest": float(size.max() / size.median())}
 
 
 # ---- to save and to go on ----------------------------------------------------------------------------------

@@ -254,6 +254,10 @@ def selection(run):
         without_map = sum(v["without_map"] for v in mlps) / len(mlps)
         say(f"  missing of the MLPs' output energy on one validation batch: {missing:.2f} "
             f"({without_map:.2f} without the map)")
+    for name, v in seen.items():
+        if v.get("loudest", 0) > 1000:
+            say(f"  {name}: one context row's output has {v['loudest']:,.0f} times the median energy, as attention sinks "
+                f"do: a larger dense_first (now {cfg.dense_first}) may keep such rows out")
     say(f"  its loss: {dense:.4f} dense, {sparse:.4f} sparse ({sparse - dense:+.4f})")
     return dict(held={name: v["held"] for name, v in seen.items()}, dense_loss=dense, sparse_loss=sparse)
 

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -19,7 +20,8 @@ import train
 from config import UserError
 from model import LLaMA
 from lib import dist, evaluate, log, state
-from tests.testing import (ROOT, at_step, cut, env, equal, flip, make_base, metrics, metrics_lines, newest,
+from lib.signals import Signals
+from tests.testing import (ROOT, at_step, crash, cut, env, equal, flip, make_base, metrics, metrics_lines, newest,
                            options, same_run, start, term, tree, weights)
 
 
@@ -85,6 +87,68 @@ def test_resume_without_and_after(home, tmp_path, capsys):
     with pytest.raises(UserError, match="holds another run"):
         train.main(options(home, out_dir=tmp_path / "a", seed=1))
     assert tree(tmp_path) == before
+
+
+def test_a_resumed_run_may_end_early(home, half, tmp_path, capsys):
+    """Its schedules stay those of the first max_steps: the steps that it makes are the same. It is finished then."""
+    out = copy_half(half, tmp_path)
+    result = train.main(options(home, out_dir=out, resume=True, max_steps=8))
+    assert newest(out)[1]["step"] == 8 and result["time_ratio"] > 0
+    steps = lambda out: [m for m in metrics(out) if "loss" in m and m["step"] < 8]
+    assert steps(out) == steps(half / "whole")
+    assert train.main(options(home, out_dir=out, resume=True, max_steps=8)) is None
+    assert "is finished" in capsys.readouterr().out
+
+
+def test_a_stopped_run_leaves_an_adapter_and_the_best_one(home, tmp_path, monkeypatch):
+    """With each saved state; best/ has the least validation loss of the evaluations so far."""
+    with monkeypatch.context() as m:
+        at_step(m, 8, term)
+        losses = iter([2.0, 1.0, 3.0, 3.0])
+        m.setattr(train, "mean_loss", lambda *a: next(losses))
+        train.main(options(home, out_dir=tmp_path / "a", eval_interval=2))
+    assert len(weights(tmp_path / "a")) and not equal(weights(tmp_path / "a"), weights(tmp_path / "a/best"))
+    train.main(options(home, out_dir=tmp_path / "b", max_steps=12, eval_interval=4, save_interval=0))
+    with monkeypatch.context() as m:
+        at_step(m, 4, crash)
+        with pytest.raises(ZeroDivisionError):
+            train.main(options(home, out_dir=tmp_path / "c", eval_interval=4, save_interval=4))
+    assert equal(weights(tmp_path / "c"), weights(tmp_path / "c/best"))
+
+
+def test_whatever_goes_wrong_in_an_evaluation_the_steps_are_saved(home, tmp_path, monkeypatch):
+    def fail(*a):
+        raise UserError("a prompt of no tokens cannot be continued")
+
+    monkeypatch.setattr(train, "mean_loss", fail)
+    with pytest.raises(UserError, match="no tokens"):
+        train.main(options(home, out_dir=tmp_path / "a", save_interval=0))
+    assert newest(tmp_path / "a")[1]["step"] == 4
+
+
+def test_a_hang_up_saves_unless_it_is_ignored():
+    before = signal.getsignal(signal.SIGHUP)
+    try:
+        with Signals() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            with pytest.raises(train.Interrupted):
+                stop.check()
+        assert stop.name() == "SIGHUP" and signal.getsignal(signal.SIGHUP) == before
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        with Signals() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            stop.check()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_extra_passes_measure_what_the_warm_up_did_not(home, tmp_path, capsys):
+    """Sparse from the first step on, with a base too wide for one batch: they are counted, and said."""
+    result = train.main(options(home, out_dir=tmp_path / "a", sparse_start=0.0, eval_interval=0, test_examples=0, max_steps=2))
+    rows = int(re.search(r"on ([\d,]+) context rows", capsys.readouterr().out)[1].replace(",", ""))
+    assert rows >= 4 * 32
+    one_pass = sum(m["flops"] for m in metrics(tmp_path / "a") if "flops" in m)
+    assert result["flops"] > one_pass and result["dense_flops"] == sum(m["dense_flops"] for m in metrics(tmp_path / "a") if "flops" in m)
 
 
 def copy_half(half, tmp_path):
