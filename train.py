@@ -31,6 +31,7 @@ import predictor
 from config import UserError
 from data import checks
 from lib import dist, state
+from lib.cli import tolerant_output
 from lib.evaluate import accuracy, mean_loss, time_ratio
 from lib.files import resolve, set_end_token, write_text
 from lib.log import Log, clock, finite, say
@@ -282,7 +283,7 @@ def prepare(cfg, device, stop):
     per_epoch = len(epoch(0))
     max_steps = cfg.max_steps or math.ceil(cfg.epochs * per_epoch)
     info = dict(step=0, max_steps=max_steps, sparse=False, evaluated=0, skipped=0, seconds=0.0, tokens=0, flops=0,
-                dense_flops=0, before=None, best=None, finished=False)
+                dense_flops=0, before=None, best=None, first_loss=None, finished=False)
     prints = {"model": state.fingerprint(folder, model.config), "dataset": state.digest(tokenized["train"])}
     return Run(cfg, device, Path(cfg.out_dir), folder, tokenizer, examples, tokenized,
                lambda step: epoch(step // per_epoch)[step % per_epoch], model, optimizer, flat, grad, max_steps, info,
@@ -592,6 +593,10 @@ def say_result(run, r):
         say(f"time saved    {1 - r['time_ratio']:.1%} of a dense step's forward and backward, "
             "timed in turn on the same batches")
     say(f"{what(run.cfg):14s}{run.out}")
+    first, last, nothing = run.info["first_loss"], run.log.last_loss, math.log(run.model.config.vocab_size)
+    if last is not None and not last < max(first, .95 * nothing):
+        say(f"warning: the loss went from {first:.2f} to {last:.2f}, and a model that knows nothing has {nothing:.2f}: the run "
+            f"diverged; lower learning_rate ({run.cfg.learning_rate})")
     if run.cfg.lora_r:
         for sentence in checks.stops(run.tokenizer, run.cfg.prompt_format):
             say(f"note: {sentence}")
@@ -648,6 +653,7 @@ def main(cfg, command="python train.py"):
 
 def cli(argv):
     """The command line. What goes wrong is one sentence, stderr's last line, and exit code 1."""
+    tolerant_output()
     cfg, debug = None, "--debug=True" in argv or "--debug=true" in argv
     try:
         cfg = config.load(argv)

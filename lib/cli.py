@@ -42,9 +42,17 @@ def split_options(argv, usage, **own):
     return options(mine, usage, (0, 0), **own)[1], [a for a in argv if a not in mine]
 
 
+def tolerant_output():
+    """A terminal or a file that cannot show a character (latin-1) gets its escape instead of a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def run(main):
     """The command line: main(argv). A UserError is the last line of stderr; --debug=True adds the
     traceback."""
+    tolerant_output()
     try:
         main(sys.argv[1:])
     except UserError as e:

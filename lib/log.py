@@ -67,6 +67,7 @@ class Log:
         self.folder, self.info, self.cfg, self.max_steps = path.parent, info, cfg, max_steps
         self.device, self.texts = device, texts
         self.pending = None
+        self.last_loss = None
         self.since = 0.0  # when the step began that is pending
 
     def begin(self):
@@ -90,6 +91,9 @@ class Log:
         (m["loss"], m["grad_norm"], skipped), now = metrics()
         m["seconds"], self.since = now - self.since, now
         self.info["seconds"] += m["seconds"]
+        self.last_loss = m["loss"]
+        if self.info["first_loss"] is None:
+            self.info["first_loss"] = m["loss"]
         self.record(m)
         if skipped:
             self.skipped(m, skipped, batch)

@@ -22,7 +22,7 @@ import safetensors.torch
 import torch
 
 from config import Config, UserError
-from lib.files import write_text
+from lib.files import add_samples, write_text
 
 FORMAT = 1
 # Options that may be others on resume: they say where, how far and how fast a run computes and how much it tells, not
@@ -182,12 +182,7 @@ def fingerprint(folder, architecture):
     own = {k: v for k, v in vars(architecture).items() if k not in ("raw", "eos_token_id")}
     sha = hashlib.sha256(json.dumps(own, sort_keys=True).encode())
     for path in sorted(Path(folder).glob("*.safetensors")):
-        size = path.stat().st_size
-        sha.update(f"{path.name} {size} ".encode())
-        with open(path, "rb") as f:
-            for i in range(16):
-                f.seek(i * max(0, size - 65536) // 15)
-                sha.update(f.read(65536))
+        add_samples(sha, path)
     return sha.hexdigest()
 
 

@@ -339,6 +339,24 @@ def test_json_has_no_nan():
         "a": None, "b": {"c": [1], "d": None, "e": 2.5}}
 
 
+def test_a_run_that_diverged_says_so(home, tmp_path, capsys):
+    train.main(options(home, out_dir=tmp_path / "a", eval_interval=0, test_examples=0))
+    assert "the run diverged" not in capsys.readouterr().out
+    train.main(options(home, out_dir=tmp_path / "b", eval_interval=0, test_examples=0, learning_rate=100.0, grad_clip=0.0, warmup_steps=0))
+    assert re.search(r"warning: the loss went from 6\.\d+ to [\d.]+, and a model that knows nothing has 6.64: the run diverged",
+                     capsys.readouterr().out)
+
+
+def test_output_that_cannot_show_a_character(home, tmp_path):
+    """A latin-1 terminal, and a prompt in another script."""
+    lines = [json.dumps(dict(prompt=f"\u0441\u043a\u043e\u043b\u044c\u043a\u043e {i}?", response=f"{i}")) for i in range(40)]
+    (tmp_path / "d.jsonl").write_text("\n".join(lines) + "\n")
+    done = subprocess.run([sys.executable, str(ROOT / "train.py"), str(home / "c.py"), f"--dataset={tmp_path}/d.jsonl", "--max_steps=1",
+                           f"--out_dir={tmp_path}/a", "--val_dataset=", "--test_examples=0", "--eval_interval=0"],
+                          capture_output=True, text=True, env=env(PYTHONIOENCODING="latin-1"))
+    assert done.returncode == 0 and "\\u0441" in done.stdout, done.stderr[-1000:]
+
+
 def test_a_prompt_over_max_seq_len_is_not_answered(home, tmp_path, monkeypatch):
     """One long prompt would give every text that is written beside it as long a cache."""
     lines = [dict(prompt="word " * n, response="3", answer="3") for n in (300, 5, 6, 7)]

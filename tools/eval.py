@@ -37,13 +37,13 @@ import torch
 
 import data
 import data.tokenizer
-from lib import cli
 from config import ROOT, UserError
 from data import examples
+from lib import cli, dist, state
+from lib.files import add_samples, find_base, read_json, read_notes, resolve, weight_files, write_text
 from model import LLaMA, load_adapter
-from lib import dist, state
 from tools import answers, sandbox
-from lib.files import find_base, read_json, read_notes, resolve, weight_files, write_text
+from tools.progress import Progress
 
 DATA = Path(ROOT, "data")
 SETS = {"math": ("gsm8k", "svamp", "mawps", "aqua"), "code": ("humaneval",), "commonsense": (
@@ -164,17 +164,12 @@ def prompt_ids(example, row, tokenizer, prompt_format):
 
 
 def fingerprint(files, task_file, settings):
-    """Tells evaluations apart: by the task's file, the settings, each file of the model: its size and 64
+    """Tells evaluations apart: by the task's file, the settings, each file of the model: its size and
     samples."""
     h = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     h.update(Path(task_file).read_bytes())
     for path in files:
-        size = os.path.getsize(path)
-        h.update(f"{size}".encode())
-        with open(path, "rb") as f:
-            for i in range(64):
-                f.seek(size * i // 64)
-                h.update(f.read(1 << 16))
+        add_samples(h, path)
     return h.hexdigest()[:16]
 
 
@@ -215,38 +210,13 @@ def lines(predictions):
 
 # ---- generating --------------------------------------------------------------------------------------------
 
-class Progress:
-    """A bar with the share that is right, tokens a second and time left; without a terminal, a
-    line a minute."""
-
-    def __init__(self, task, done, total, show):
-        self.task, self.done, self.total, self.show = task, done, total, show
-        self.start, self.before, self.tokens, self.last = time.time(), done, 0, 0.0
-
-    def add(self, n, tokens, right=None):
-        self.done, self.tokens = self.done + n, self.tokens + tokens
-        now, tty = time.time(), sys.stderr.isatty()
-        if not self.show or not tty and now - max(self.last, self.start) < 60:
-            return
-        self.last, seconds = now, max(now - self.start, 1e-9)
-        left = seconds * (self.total - self.done) / max(1, self.done - self.before)
-        bar = "#" * (20 * self.done // self.total)
-        share = "" if right is None else f", {right:.1%} right"
-        text = (f"{self.task} [{bar:20}] {self.done}/{self.total}{share}, "
-                f"{self.tokens / seconds:,.0f} tokens/s, {int(left) // 60}:{int(left) % 60:02} left")
-        print(("\r" if tty else "") + text, end=" " if tty else "\n", file=sys.stderr, flush=True)
-
-    def end(self):
-        if self.show and sys.stderr.isatty():
-            print(file=sys.stderr)
-
-
 def answer(model, tokenizer, task, name, todo, total, o, part, mark):
     """Generates for the problems `todo` and appends each prediction to the file `part`, a batch at a time."""
     ids = {i: prompt_ids(*task[i], tokenizer, o["prompt_format"]) for i in todo}
     # alike in length; the longest first, where memory may fail
     order = sorted(todo, key=lambda i: -len(ids[i]))
-    bar, judged, right = Progress(name, total - len(todo), total, o["rank"] == 0), 0, 0
+    bar = Progress(name, total, total - len(todo), o["rank"] == 0)
+    judged = right = tokens = 0
     with open(part, "a", encoding="utf-8") as f:
         for at in range(0, len(order), o["batch_size"]):
             batch = order[at:at + o["batch_size"]]
@@ -263,19 +233,23 @@ def answer(model, tokenizer, task, name, todo, total, o, part, mark):
                 done.append(p)
             f.write(lines(done))
             f.flush()
-            bar.add(len(batch), sum(map(len, outs)), right / judged if judged else None)
+            tokens += sum(map(len, outs))
+            note = f", {tokens / bar.seconds():,.0f} tokens/s"
+            if judged:
+                note += f", {right / judged:.1%} right"
+            bar.step(len(batch), note)
     bar.end()
 
 
 def execute(task, predictions, name):
     """Runs the programs that have not been run: sets "correct", and "said" to how it went."""
     todo = [p for p in predictions if p.get("correct") is None]
-    bar = Progress(f"{name}, running", 0, len(todo), True)
+    bar = Progress(f"{name}, running", len(todo))
     for p in todo:
         example, row = task[p["id"]]
         p["said"] = sandbox.check(answers.program(example.prompt, p["text"], row["entry_point"], row["test"]))
         p["correct"] = p["said"] == "passed"
-        bar.add(1, 0)
+        bar.step()
     bar.end()
 
 

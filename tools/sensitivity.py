@@ -37,8 +37,6 @@ import bisect
 import hashlib
 import json
 import random
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -55,7 +53,7 @@ from lib.cache import checksum
 from lib.cli import run, split_options
 from lib.files import resolve, write_text
 from lib.flops import flops_by_part
-from lib.log import clock
+from tools.progress import Progress
 
 OWN = dict(budget=0.75, ratios=".5,.75,.9,.97", batches=8, by="gradient", out="")
 # mean |rise| of the loss below which the shade is used
@@ -125,7 +123,8 @@ def analyse(model, batches, ratios, by, done, save):
     "3.mlp 0.9 cosine"; what is there is not measured again."""
     jobs = [(name, r, f"{name} {r}" + " cosine" * (by == "gradient"))
             for name, _ in predictor.predictors(model) for r in ratios]
-    bar = Progress(sum(key not in done.get(digest(b), {}) for b in batches for _, _, key in jobs))
+    todo = sum(key not in done.get(digest(b), {}) for b in batches for _, _, key in jobs)
+    bar = Progress("measuring", todo)
     for b in batches:
         seen, total = done.setdefault(digest(b), {}), b.weights.sum().item()
         if all(key in seen for _, _, key in jobs):
@@ -152,7 +151,7 @@ def analyse(model, batches, ratios, by, done, save):
             bar.step()
             if r == ratios[-1]:
                 save()
-    bar.close()
+    bar.end()
 
 
 @torch.no_grad()
@@ -224,26 +223,6 @@ def flops(model, batches, ratios):
     predictor.set_ratios(model, ratios)
     counts = [flops_by_part(model, b) for b in batches]
     return {k: sum(c[k] for c in counts) for k in counts[0]}
-
-
-class Progress:
-    """A bar with the time left; without a terminal a line every tenth."""
-
-    def __init__(self, n):
-        self.n, self.done, self.start, self.tty = n, 0, time.time(), sys.stderr.isatty()
-
-    def step(self):
-        self.done += 1
-        left = clock((time.time() - self.start) / self.done * (self.n - self.done))
-        if self.tty:
-            bar = ("█" * (30 * self.done // self.n)).ljust(30)
-            print(f"\r|{bar}| {self.done}/{self.n}, {left} left ", end="", file=sys.stderr, flush=True)
-        elif 10 * self.done // self.n != 10 * (self.done - 1) // self.n:
-            print(f"{self.done}/{self.n} measured, {left} left", file=sys.stderr, flush=True)
-
-    def close(self):
-        if self.tty and self.n:
-            print(file=sys.stderr)
 
 
 # ---- choose: plain numbers, no model -----------------------------------------------------------------------
