@@ -106,8 +106,8 @@ def matmul_nt(x, w):
     if x.is_cuda or x.dtype != torch.float32 or len(w) <= 4096:
         return x @ w.T
     y = x.new_empty(len(x), len(w))  # (T, N)
-    for w, out in zip(w.split(2048), y.split(2048, 1)):
-        torch.mm(x, w.T, out=out)
+    for rows, columns in zip(w.split(2048), y.split(2048, 1)):
+        torch.mm(x, rows.T, out=columns)
     return y
 
 
@@ -125,16 +125,24 @@ def gather_matmul_nt_ref(x, w, idx, out=None, bias=None):
 
 @tuned((128, 256, 64, 4, 8), (128, 128, 64, 4, 8), (128, 64, 64, 4, 4), (64, 128, 64, 4, 4),
        (64, 64, 64, 4, 4), (64, 64, 32, 4, 4))
-def nt_kernel(x, w, idx, bias, y, T, C, x_stride, w_stride, y_stride, T_BUCKET, C_BUCKET, D: tl.constexpr,
-              SCATTER: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
+def nt_kernel(x, w, idx, bias, y,  # (T, D), (N, D), (C,), (N,); y (T, C), or with SCATTER (T, N)
+              T, C, x_stride, w_stride, y_stride,
+              T_BUCKET, C_BUCKET,  # for autotuning only
+              D: tl.constexpr, SCATTER: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
               BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """A program computes BLOCK_M rows of x times BLOCK_N picked rows of w."""
     m, n = tile(tl.program_id(0), tl.cdiv(T, BLOCK_M), tl.cdiv(C, BLOCK_N), 8)
     t = m * BLOCK_M + tl.arange(0, BLOCK_M)
     c = n * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
-    row = tl.load(idx + c, mask=c < C, other=0)  # int64, as are all row offsets: T * N may pass 2^31
-    x_block = x + (t % T).to(tl.int64)[:, None] * x_stride + k[None, :]  # rows past T wrap: no mask
+
+    # Pointers to the first block of each. Row offsets are int64, as idx is: T * N may pass 2^31.
+    row = tl.load(idx + c, mask=c < C, other=0)
+    x_row = (t % T).to(tl.int64)  # rows past T wrap, so that loads need no mask
+    x_block = x + x_row[:, None] * x_stride + k[None, :]
     w_block = w + row[:, None] * w_stride + k[None, :]
+
+    # The sum over D, in fp32.
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if BIAS:
         acc += tl.load(bias + row).to(tl.float32)[None, :]
@@ -148,11 +156,14 @@ def nt_kernel(x, w, idx, bias, y, T, C, x_stride, w_stride, y_stride, T_BUCKET, 
         acc = tl.dot(a, tl.trans(b), acc, input_precision=PRECISION)
         x_block += BLOCK_K
         w_block += BLOCK_K
+
+    # Written side by side, or to the picked columns.
     col = c
     if SCATTER:  # loaded again: `row`, kept over the loop, made Triton 3.6 spill 472 bytes a thread
         col = tl.load(idx + c, mask=c < C).to(tl.int32)
     y_rows = y + m.to(tl.int64) * BLOCK_M * y_stride + tl.arange(0, BLOCK_M)[:, None] * y_stride
-    tl.store(y_rows + col[None, :], acc.to(y.dtype.element_ty), mask=(t < T)[:, None] & (c < C)[None, :])
+    inside = (t < T)[:, None] & (c < C)[None, :]
+    tl.store(y_rows + col[None, :], acc.to(y.dtype.element_ty), mask=inside)
 
 
 def gather_matmul_nt(x, w, idx, out=None, bias=None):
@@ -189,12 +200,18 @@ def gather_matmul_nn_ref(x, w, idx, out=None):
 # keep 3 tiles in shared memory on sm_80 and 4 on sm_90, 5 keep 2 and 3, 4 only 1 and 2: no overlap on sm_80.
 @tuned((128, 256, 64, 5, 8), (128, 128, 64, 7, 8), (128, 128, 32, 7, 8), (64, 256, 32, 7, 8),
        (64, 128, 32, 7, 4), (64, 64, 64, 7, 4), (64, 64, 32, 7, 4))
-def nn_kernel(x, w, idx, y, T, C, x_stride, w_stride, y_stride, T_BUCKET, C_BUCKET, D: tl.constexpr,
-              PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+def nn_kernel(x, w, idx, y,  # (T, C), (N, D), (C,), (T, D)
+              T, C, x_stride, w_stride, y_stride,
+              T_BUCKET, C_BUCKET,  # for autotuning only
+              D: tl.constexpr, PRECISION: tl.constexpr,
+              BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """A program computes BLOCK_M rows and BLOCK_N columns of y."""
     m, n = tile(tl.program_id(0), tl.cdiv(T, BLOCK_M), tl.cdiv(D, BLOCK_N), 8)
     t = m * BLOCK_M + tl.arange(0, BLOCK_M)
     d = n * BLOCK_N + tl.arange(0, BLOCK_N)
     x_rows = x + (t % T).to(tl.int64)[:, None] * x_stride
+
+    # The sum over the picked rows, in fp32.
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for i in range(0, C, BLOCK_K):
         c = i + tl.arange(0, BLOCK_K)
@@ -206,8 +223,10 @@ def nn_kernel(x, w, idx, y, T, C, x_stride, w_stride, y_stride, T_BUCKET, C_BUCK
         else:
             b = tl.load(w_block, mask=(d < D)[None, :], other=0.0)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
+
     y_rows = y + m.to(tl.int64) * BLOCK_M * y_stride + tl.arange(0, BLOCK_M)[:, None] * y_stride
-    tl.store(y_rows + d[None, :], acc.to(y.dtype.element_ty), mask=(t < T)[:, None] & (d < D)[None, :])
+    inside = (t < T)[:, None] & (d < D)[None, :]
+    tl.store(y_rows + d[None, :], acc.to(y.dtype.element_ty), mask=inside)
 
 
 def gather_matmul_nn(x, w, idx, out=None):
@@ -370,10 +389,12 @@ def mlp_scores(zg, zu, qg, qu):
     and the parts (T/512, I) are added in a fixed order, so that equal inputs keep equal channels."""
     if not on_kernel(zg) or len(zg) == 0:
         return mlp_scores_ref(zg, zu, qg, qu)
-    (T, r), I, rows = zg.shape, qg.shape[1], 512
+    T, r = zg.shape
+    I = qg.shape[1]
+    rows = 512
     zg, zu, qg, qu = (t.contiguous() for t in (zg, zu, qg, qu))
     part = zg.new_empty(triton.cdiv(T, rows), I, dtype=torch.float32)
-    grid = (triton.cdiv(I, 64), part.shape[0])
+    grid = (triton.cdiv(I, 64), len(part))
     mlp_scores_kernel[grid](zg, zu, qg, qu, part, T, I, r, rows, bucket(r), precision(zg), 64, 64)
     return part.sum(0)
 
@@ -409,8 +430,9 @@ def rope_gather_backward_ref(dgrid, cos, sin, rows, n_rot, hd):
 
 
 @jit
-def rope_kernel(src, dst, cos, sin, rows, n_rot, n_heads, src_stride, dst_stride, HALF: tl.constexpr,
-                SCATTER: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr):
+def rope_kernel(src, dst, cos, sin, rows,
+                n_rot, n_heads, src_stride, dst_stride,
+                HALF: tl.constexpr, SCATTER: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr):
     """dst[rows[t]] = rotate(src[t]), or, transposed, dst[t] = rotate back(src[rows[t]])."""
     t = tl.program_id(0).to(tl.int64)
     row = tl.load(rows + t)
@@ -434,7 +456,9 @@ def rope_kernel(src, dst, cos, sin, rows, n_rot, n_heads, src_stride, dst_stride
 
 
 def rope_triton(src, dst, cos, sin, rows, n_rot, hd, scatter):
-    src, cos, sin, n_heads, block = side_by_side(src), cos.contiguous(), sin.contiguous(), src.shape[1] // hd, 8
+    src, cos, sin = side_by_side(src), cos.contiguous(), sin.contiguous()
+    n_heads = src.shape[1] // hd
+    block = 8  # heads of a program
     if len(rows):
         rope_kernel[(len(rows), triton.cdiv(n_heads, block))](
             src, dst, cos, sin, rows, n_rot, n_heads, src.stride(0), dst.stride(0), hd // 2, scatter, block,
@@ -446,12 +470,16 @@ def rope_scatter(qkv, cos, sin, rows, n_rot, hd, grid_rows):
     """qkv (T, N), cos, sin (T, hd/2), rows (T,) without repeats -> (grid_rows, N), zero where no row lands"""
     if not on_kernel(qkv):
         return rope_scatter_ref(qkv, cos, sin, rows, n_rot, hd, grid_rows)
-    new = qkv.new_empty if len(rows) == grid_rows else qkv.new_zeros  # a full grid needs no zeros
-    return rope_triton(qkv, new(grid_rows, qkv.shape[1]), cos, sin, rows, n_rot, hd, True)
+    if len(rows) == grid_rows:  # a full grid needs no zeros
+        grid = qkv.new_empty(grid_rows, qkv.shape[1])
+    else:
+        grid = qkv.new_zeros(grid_rows, qkv.shape[1])
+    return rope_triton(qkv, grid, cos, sin, rows, n_rot, hd, True)
 
 
 def rope_gather_backward(dgrid, cos, sin, rows, n_rot, hd):
     """dgrid (grid_rows, N) -> dqkv (T, N): the transpose of rope_scatter"""
     if not on_kernel(dgrid):
         return rope_gather_backward_ref(dgrid, cos, sin, rows, n_rot, hd)
-    return rope_triton(dgrid, dgrid.new_empty(len(rows), dgrid.shape[1]), cos, sin, rows, n_rot, hd, False)
+    dqkv = dgrid.new_empty(len(rows), dgrid.shape[1])
+    return rope_triton(dgrid, dqkv, cos, sin, rows, n_rot, hd, False)
