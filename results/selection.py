@@ -137,20 +137,26 @@ def markdown(store):
 
 
 def draw(store, path):
-    """Cosine against FLOPs, a panel a model and range of blocks, a line a predictor. Nothing without matplotlib."""
+    """Cosine against FLOPs, a panel a model and range of blocks with more than one ratio, a line a predictor. Nothing
+    without matplotlib."""
     try:
         import matplotlib
     except ImportError:
         return
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    groups = grouped(store)
+    groups = {k: rows for k, rows in grouped(store).items() if any(len(row) > 1 for row in rows.values())}
+    if not groups:
+        return
     fig, axes = plt.subplots(1, len(groups), figsize=(4.4 * len(groups), 3.6), squeeze=False, sharey=True,
                              layout="constrained")
+    kinds = sorted({kind for rows in groups.values() for kind in rows})
+    color = {kind: f"C{i}" for i, kind in enumerate(kinds)}  # the same in every panel
     for ax, ((name, blocks), rows) in zip(axes[0], groups.items()):
-        for kind, row in rows.items():
+        for kind in sorted(rows, key=lambda kind: (kind.startswith("measured"), len(kind), kind), reverse=True):
+            row = rows[kind]
             points = sorted((100 * v["flops"], v["cosine"]) for v in row.values())
-            ax.plot([x for x, _ in points], [y for _, y in points], marker="o", ms=3, label=kind)
+            ax.plot([x for x, _ in points], [y for _, y in points], marker="o", ms=3, label=kind, color=color[kind])
         ax.set_title(f"{name}, blocks {blocks}", fontsize=9)
         ax.set_xlabel("FLOPs of a step, % of dense LoRA's")
         ax.grid(alpha=.3)
