@@ -49,38 +49,52 @@ class Batch(NamedTuple):
     def to(self, device):
         """Pinned first where device is a GPU: the host waits for a copy from pageable memory."""
         def move(x):
-            pinned = x.pin_memory() if torch.device(device).type == "cuda" and not x.is_cuda else x
-            return pinned.to(device, non_blocking=True)
-        return Batch(*(move(x) if isinstance(x, torch.Tensor) else x for x in self))
+            if not isinstance(x, torch.Tensor):
+                return x
+            if torch.device(device).type == "cuda" and not x.is_cuda:
+                x = x.pin_memory()
+            return x.to(device, non_blocking=True)
+        return Batch(*map(move, self))
 
 
 # ---- prompt formats: plain functions of strings. system: None for none, "" for an empty turn where a format
 # has one; first: it opens the text; later turns follow an end of text
 
 def plain(prompt, system=None, first=True):
-    return (system + "\n\n" if system else "") + prompt
+    if system:
+        return f"{system}\n\n{prompt}"
+    return prompt
 
 
 def alpaca(prompt, system=None, first=True):
     """Stanford Alpaca's for rows without an input, which LLM-Adapters uses too (here an input follows the
     instruction). A system prompt replaces its first two sentences."""
+    text = f"\n\n### Instruction:\n{prompt}\n\n### Response:\n"
+    if not first:
+        return text
     intro = system or ("Below is an instruction that describes a task. Write a response that appropriately "
                        "completes the request.")
-    return (intro if first else "") + f"\n\n### Instruction:\n{prompt}\n\n### Response:\n"
+    return intro + text
 
 
 def llama3(prompt, system=None, first=True):
     """Meta-Llama-3-Instruct's: like its template, it takes the white space off both ends of every text."""
     head = "<|start_header_id|>{}<|end_header_id|>\n\n"
-    start = "<|begin_of_text|>" if first else ""
-    start += head.format("system") + system.strip() + "<|eot_id|>" if system is not None else ""
+    start = ""
+    if first:
+        start += "<|begin_of_text|>"
+    if system is not None:
+        start += head.format("system") + system.strip() + "<|eot_id|>"
     return start + head.format("user") + prompt.strip() + "<|eot_id|>" + head.format("assistant")
 
 
 def chatml(prompt, system=None, first=True):
     """Qwen's and SmolLM2's. A checkpoint's default system prompt is not here but in `tokenizer.system`."""
-    start = "" if first else "\n"
-    start += f"<|im_start|>system\n{system}<|im_end|>\n" if system is not None else ""
+    start = ""
+    if not first:
+        start += "\n"
+    if system is not None:
+        start += f"<|im_start|>system\n{system}<|im_end|>\n"
     return start + f"<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
 
 
@@ -153,13 +167,17 @@ def encode(example, tokenizer, max_seq_len, prompt_format="plain", prompt_weight
     for (prompt, answer), weight in zip(turns, answer_weights(example, train_on)):
         tokens += prompt + answer
         weights += [float(prompt_weight)] * len(prompt) + [weight] * len(answer)
-    return Tokenized(tokens, weights) if len(tokens) <= max_seq_len and any(weights[1:]) else None
+    if len(tokens) > max_seq_len or not any(weights[1:]):
+        return None
+    return Tokenized(tokens, weights)
 
 
 def answer_weights(example, train_on="all"):
     """How much each answer of a conversation counts. train_on "last": only the last one."""
     weights = example.weights or (1.0,) * (len(example.history) + 1)
-    return weights if train_on == "all" else (0.0,) * len(example.history) + weights[-1:]
+    if train_on == "all":
+        return weights
+    return (0.0,) * len(example.history) + weights[-1:]
 
 
 def load_splits(cfg, tokenizer, splits=("train", "val", "test"), train_on="all", skipped=None):
@@ -210,8 +228,10 @@ def statistics(examples, tokenized, prompt_weight=0.0, train_on="all", trained=(
     if dropped:
         line += f"; dropped: {dropped - empty:,} too long, {empty:,} nothing scored"
     seen = set(map(question, trained))
-    known = sum(question(e) in seen for e in examples) if seen else 0
-    return line + (f"; {known:,} of them are training rows (equal but for white space)" if known else "")
+    known = sum(question(e) in seen for e in examples if seen)
+    if known:
+        line += f"; {known:,} of them are training rows (equal but for white space)"
+    return line
 
 
 def scored_answers(example, train_on):
@@ -225,7 +245,9 @@ def marked(tokenized, tokenizer):
     text = ""
     for scored, run in groupby(zip(tokenized.tokens, tokenized.weights), key=lambda pair: pair[1] > 0):
         part = tokenizer.decode([token for token, _ in run], first=not text, mark=True)
-        text += f"[[{part}]]" if scored else part
+        if scored:
+            part = f"[[{part}]]"
+        text += part
     return text
 
 
@@ -235,17 +257,18 @@ def batches(lengths, batch_size, seed, epoch, window=32):
     """[[int]]: the examples of each step of an epoch, every one once; one batch may be smaller. Those of like
     length meet, for the grid of attention is as wide as its longest row: the order is drawn, sorted within
     every `window` batches, cut, and the batches are shuffled. A pure function of its arguments."""
-    rng, order = random.Random(f"{seed} {epoch}"), list(range(len(lengths)))
+    rng = random.Random(f"{seed} {epoch}")
+    order = list(range(len(lengths)))
     rng.shuffle(order)
-    window, out = window * batch_size, []
-    for i in range(0, len(order), window):
-        near = sorted(order[i:i + window], key=lambda j: lengths[j])
+    out = []
+    for i in range(0, len(order), window * batch_size):
+        near = sorted(order[i:i + window * batch_size], key=lambda j: lengths[j])
         out += [near[j:j + batch_size] for j in range(0, len(near), batch_size)]
     rng.shuffle(out)
     return out
 
 
-def collate(tokenized, split="output", seed=0, dense_first=0):
+def collate(tokenized, split="output", seed=0, dense_first=4):
     """[Tokenized] -> Batch. split: which rows are dense. "output": those in the loss; "none": none; "random":
     as many as "output" has, drawn by seed; "rectangle" (the paper's code): from the shortest prompt of the
     batch to its last output. The first dense_first tokens of each text are dense too, in every split: some of them
@@ -273,7 +296,7 @@ def collate(tokenized, split="output", seed=0, dense_first=0):
         raise UserError(f"split has to be output, none, random or rectangle, not {split!r}")
     dense |= positions < dense_first
 
-    group = np.where(dense, 3 - scored, 0 + scored)  # 0 to 3, as in Batch
+    group = np.select([~dense & ~scored, ~dense & scored, dense & scored], [0, 1, 2], 3)  # as in Batch
     order = np.argsort(group, kind="stable")
     before_loss = int((group == 0).sum())
     n_sparse = int((group < 2).sum())
@@ -311,7 +334,9 @@ def stated_number(text):
 def number(text):
     """The float that a text is, with thousands' commas, $ or % or not; else None."""
     text = text.strip().replace(",", "").strip("$% ")
-    return float(text) if re.fullmatch(r"-?(\d+(\.\d*)?|\.\d+)(e[+-]?\d+)?", text) else None
+    if re.fullmatch(r"-?(\d+(\.\d*)?|\.\d+)(e[+-]?\d+)?", text):
+        return float(text)
+    return None
 
 
 def bare(text):

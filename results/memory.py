@@ -121,7 +121,7 @@ def step_bytes(model, examples, recompute, length=512, scored=128):
           patch.object(llama.Block, "norm", lambda self, x, w: Norm.apply(x, w)),
           patch.object(kernels, "swiglu", lambda gu: gu.new_empty(len(gu), gu.shape[1] // 2)),
           patch.object(kernels, "swiglu_backward", lambda dh, gu: torch.empty_like(gu))):
-        batch = data.collate([tokens] * examples)
+        batch = data.collate([tokens] * examples, dense_first=0)
         for p in model.lora_parameters().values():
             p.grad = torch.zeros_like(p)
         with Alive() as alive:

@@ -524,11 +524,12 @@ def tokenized(seed, weights=(0.0, 0.0, 1.0, .3)):
     return made
 
 
+@pytest.mark.parametrize("dense_first", [0, 3])
 @pytest.mark.parametrize("split", ["output", "none", "random", "rectangle"])
-def test_collate_layout(split):
+def test_collate_layout(split, dense_first):
     for seed in range(60):
         examples = tokenized(seed)
-        batch = data.collate(examples, split, seed=seed)
+        batch = data.collate(examples, split, seed, dense_first)
         S = max(len(t.tokens) for t in examples) - 1
         rows = [(b, i, t.tokens[i], t.tokens[i + 1], t.weights[i + 1])
                 for b, t in enumerate(examples) for i in range(len(t.tokens) - 1)]
@@ -536,10 +537,12 @@ def test_collate_layout(split):
         first, last = min(r[1] for r in scored), max(r[1] for r in scored)
         if split == "random":  # which rows is up to the seed: take them from the batch, check their number
             dense = {int(r) for r in batch.rows[batch.n_sparse:]}
-            assert len(dense) == len(scored)
+            n_first = sum(r[1] < dense_first for r in rows)
+            assert len(dense) == n_first + min(len(scored), len(rows) - n_first)
+            assert all(r[0] * S + r[1] in dense for r in rows if r[1] < dense_first)
         else:
             dense = {r[0] * S + r[1] for r in rows if {"output": r[4] > 0, "none": False,
-                                                       "rectangle": first <= r[1] <= last}[split]}
+                                                       "rectangle": first <= r[1] <= last}[split] or r[1] < dense_first}
         key = lambda r: (r[0] * S + r[1] in dense, (r[4] > 0) != (r[0] * S + r[1] in dense))
         expected = sorted(rows, key=key)  # stable
         assert torch.stack([batch.rows, batch.positions, batch.tokens], 1).tolist() == \
@@ -554,7 +557,7 @@ def test_collate_layout(split):
 
 def test_the_usual_split_has_two_groups():
     t = data.Tokenized([1, 2, 3, 4, 5], [0.0, 0.0, 0.0, 1.0, 1.0])
-    batch = data.collate([t, t])
+    batch = data.collate([t, t], dense_first=0)
     assert batch.positions.tolist() == [0, 1, 0, 1, 2, 3, 2, 3] and batch.targets.tolist() == [4, 5, 4, 5]
     assert (batch.n_sparse, batch.loss, batch.shape) == (4, slice(4, 8),
     (2, 4))  # position 2 predicts the first answer token
@@ -572,7 +575,7 @@ def test_random_split_is_its_seeds():
 def test_nothing_scored_is_an_empty_loss():
     t = data.Tokenized([1, 2, 3], [0.0, 0.0, 0.0])
     for split in ("output", "none", "random", "rectangle"):
-        batch = data.collate([t], split)
+        batch = data.collate([t], split, dense_first=0)
         assert (batch.n_sparse, batch.loss, len(batch.targets)) == (2, slice(2, 2), 0)
 
 
