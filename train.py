@@ -594,7 +594,7 @@ def say_result(run, r):
             "timed in turn on the same batches")
     say(f"{what(run.cfg):14s}{run.out}")
     first, last, nothing = run.info["first_loss"], run.log.last_loss, math.log(run.model.config.vocab_size)
-    if last is not None and not last < max(first, .95 * nothing):
+    if last is not None and not (last <= first or last < .95 * nothing):  # so written, nan counts too
         say(f"warning: the loss went from {first:.2f} to {last:.2f}, and a model that knows nothing has {nothing:.2f}: the run "
             f"diverged; lower learning_rate ({run.cfg.learning_rate})")
     if run.cfg.lora_r:
