@@ -44,18 +44,23 @@ INTERPRET = os.environ.get("TRITON_INTERPRET") == "1" and triton is not None
 jit = triton.jit(do_not_specialize=["T"]) if triton is not None else lambda f: f
 
 
-def tuned(*configs):
+def tuned(*tiles):
     """Autotune a product over (BLOCK_M, BLOCK_N, BLOCK_K, stages, warps), once per power of two of T and C.
     T changes with every batch: keyed on exact values, training would tune for ever."""
     if triton is None:
-        return lambda f: f
+        return lambda kernel: kernel
     if INTERPRET:
-        configs = [(32, 32, 32, 1, 4)]  # a single config is never timed, and odd sizes meet every mask
-    configs = [triton.Config(dict(BLOCK_M=m, BLOCK_N=n, BLOCK_K=k), num_stages=stages, num_warps=warps)
-               for m, n, k, stages, warps in configs]
-    tune = triton.autotune(configs, key=["T_BUCKET", "C_BUCKET", "D"],
-                           prune_configs_by={"early_config_prune": fitting})
-    return lambda f: tune(triton.jit(f, do_not_specialize=["T", "T_BUCKET", "C_BUCKET"]))
+        tiles = [(32, 32, 32, 1, 4)]  # a single config is never timed, and odd sizes meet every mask
+    configs = []
+    for m, n, k, stages, warps in tiles:
+        block = dict(BLOCK_M=m, BLOCK_N=n, BLOCK_K=k)
+        configs.append(triton.Config(block, num_stages=stages, num_warps=warps))
+
+    def tune(kernel):
+        compiled = triton.jit(kernel, do_not_specialize=["T", "T_BUCKET", "C_BUCKET"])
+        key = ["T_BUCKET", "C_BUCKET", "D"]
+        return triton.autotune(configs, key, prune_configs_by={"early_config_prune": fitting})(compiled)
+    return tune
 
 
 def fitting(configs, args, **_):
@@ -63,14 +68,21 @@ def fitting(configs, args, **_):
     exact = args["x"].dtype == torch.float32 and args["PRECISION"] == "ieee"
     if not exact:
         return configs
-    return [c for c in configs if c.kwargs["BLOCK_M"] * c.kwargs["BLOCK_N"] * c.kwargs["BLOCK_K"] <= 64 * 64 * 32]
+    small = []
+    for config in configs:
+        block = config.kwargs
+        if block["BLOCK_M"] * block["BLOCK_N"] * block["BLOCK_K"] <= 64 * 64 * 32:
+            small.append(config)
+    return small
 
 
 def bucket(n):
+    """The power of two that is at least n; 16 at least."""
     return max(16, 1 << max(n - 1, 0).bit_length())
 
 
 def on_kernel(x):
+    """Whether x is one for a Triton kernel."""
     if INTERPRET:  # its tl.dot reads bf16 as integers
         return x.dtype in (torch.float32, torch.float16)
     return x.is_cuda and triton is not None and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
@@ -91,12 +103,24 @@ def precision(x):
     return "ieee"
 
 
+def programs(n_rows, n_columns):
+    """A product's grid: one program for each block of its result."""
+    def grid(block):
+        n_m = triton.cdiv(n_rows, block["BLOCK_M"])
+        n_n = triton.cdiv(n_columns, block["BLOCK_N"])
+        return (n_m * n_n,)
+    return grid
+
+
 @jit
 def tile(pid, n_m, n_n, GROUP: tl.constexpr):
     """Program number -> block row and column, so that GROUP block rows share w's blocks in the L2 cache."""
     group = pid // (GROUP * n_n)
-    size = min(n_m - group * GROUP, GROUP)
-    return group * GROUP + (pid % (GROUP * n_n)) % size, (pid % (GROUP * n_n)) // size
+    size = min(n_m - group * GROUP, GROUP)  # the last group may have fewer block rows
+    within = pid % (GROUP * n_n)
+    m = group * GROUP + within % size
+    n = within // size
+    return m, n
 
 
 def matmul_nt(x, w):
@@ -123,15 +147,30 @@ def gather_matmul_nt_ref(x, w, idx, out=None, bias=None):
     return put_columns(out, idx, y)
 
 
-@tuned((128, 256, 64, 4, 8), (128, 128, 64, 4, 8), (128, 64, 64, 4, 4), (64, 128, 64, 4, 4),
-       (64, 64, 64, 4, 4), (64, 64, 32, 4, 4))
-def nt_kernel(x, w, idx, bias, y,  # (T, D), (N, D), (C,), (N,); y (T, C), or with SCATTER (T, N)
-              T, C, x_stride, w_stride, y_stride,
-              T_BUCKET, C_BUCKET,  # for autotuning only
-              D: tl.constexpr, SCATTER: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
-              BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+@tuned(
+    (128, 256, 64, 4, 8),
+    (128, 128, 64, 4, 8),
+    (128, 64, 64, 4, 4),
+    (64, 128, 64, 4, 4),
+    (64, 64, 64, 4, 4),
+    (64, 64, 32, 4, 4),
+)
+def nt_kernel(
+    x,  # (T, D)
+    w,  # (N, D)
+    idx,  # (C,)
+    bias,  # (N,), read only with BIAS
+    y,  # (T, C), or with SCATTER (T, N)
+    T, C,
+    x_stride, w_stride, y_stride,  # from row to row
+    T_BUCKET, C_BUCKET,  # for autotuning only
+    D: tl.constexpr, PRECISION: tl.constexpr,
+    SCATTER: tl.constexpr, BIAS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):
     """A program computes BLOCK_M rows of x times BLOCK_N picked rows of w."""
-    m, n = tile(tl.program_id(0), tl.cdiv(T, BLOCK_M), tl.cdiv(C, BLOCK_N), 8)
+    pid = tl.program_id(0)
+    m, n = tile(pid, tl.cdiv(T, BLOCK_M), tl.cdiv(C, BLOCK_N), 8)
     t = m * BLOCK_M + tl.arange(0, BLOCK_M)
     c = n * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
@@ -151,8 +190,9 @@ def nt_kernel(x, w, idx, bias, y,  # (T, D), (N, D), (C,), (N,); y (T, C), or wi
             a = tl.load(x_block)
             b = tl.load(w_block)
         else:
-            a = tl.load(x_block, mask=k[None, :] < D - i, other=0.0)
-            b = tl.load(w_block, mask=k[None, :] < D - i, other=0.0)
+            left = k[None, :] < D - i
+            a = tl.load(x_block, mask=left, other=0.0)
+            b = tl.load(w_block, mask=left, other=0.0)
         acc = tl.dot(a, tl.trans(b), acc, input_precision=PRECISION)
         x_block += BLOCK_K
         w_block += BLOCK_K
@@ -161,9 +201,11 @@ def nt_kernel(x, w, idx, bias, y,  # (T, D), (N, D), (C,), (N,); y (T, C), or wi
     col = c
     if SCATTER:  # loaded again: `row`, kept over the loop, made Triton 3.6 spill 472 bytes a thread
         col = tl.load(idx + c, mask=c < C).to(tl.int32)
-    y_rows = y + m.to(tl.int64) * BLOCK_M * y_stride + tl.arange(0, BLOCK_M)[:, None] * y_stride
+    first_row = y + m.to(tl.int64) * BLOCK_M * y_stride
+    y_rows = first_row + tl.arange(0, BLOCK_M)[:, None] * y_stride
     inside = (t < T)[:, None] & (c < C)[None, :]
-    tl.store(y_rows + col[None, :], acc.to(y.dtype.element_ty), mask=inside)
+    y_block = y_rows + col[None, :]
+    tl.store(y_block, acc.to(y.dtype.element_ty), mask=inside)
 
 
 def gather_matmul_nt(x, w, idx, out=None, bias=None):
@@ -179,11 +221,18 @@ def gather_matmul_nt(x, w, idx, out=None, bias=None):
     if y is None:
         y = x.new_empty(T, C)
     assert y.stride(1) == 1 or y.numel() == 0
-    if T and C:
-        grid = lambda meta: (triton.cdiv(T, meta["BLOCK_M"]) * triton.cdiv(C, meta["BLOCK_N"]),)
-        any_pointer = w  # where there is no bias
-        nt_kernel[grid](x, w, idx, any_pointer if bias is None else bias, y, T, C, x.stride(0), w.stride(0),
-                        y.stride(0), bucket(T), bucket(C), D, out is not None, bias is not None, precision(x))
+    if T == 0 or C == 0:
+        return y
+    any_pointer = w  # where there is no bias
+    if bias is not None:
+        any_pointer = bias
+    nt_kernel[programs(T, C)](
+        x, w, idx, any_pointer, y,
+        T, C,
+        x.stride(0), w.stride(0), y.stride(0),
+        bucket(T), bucket(C),
+        D, precision(x),  # not by name: fitting() would not see it
+        SCATTER=out is not None, BIAS=bias is not None)
     return y
 
 
@@ -198,25 +247,41 @@ def gather_matmul_nn_ref(x, w, idx, out=None):
 
 # w's address comes from another load (idx), and Triton's pipeliner spends half the stages on it: 7 stages
 # keep 3 tiles in shared memory on sm_80 and 4 on sm_90, 5 keep 2 and 3, 4 only 1 and 2: no overlap on sm_80.
-@tuned((128, 256, 64, 5, 8), (128, 128, 64, 7, 8), (128, 128, 32, 7, 8), (64, 256, 32, 7, 8),
-       (64, 128, 32, 7, 4), (64, 64, 64, 7, 4), (64, 64, 32, 7, 4))
-def nn_kernel(x, w, idx, y,  # (T, C), (N, D), (C,), (T, D)
-              T, C, x_stride, w_stride, y_stride,
-              T_BUCKET, C_BUCKET,  # for autotuning only
-              D: tl.constexpr, PRECISION: tl.constexpr,
-              BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+@tuned(
+    (128, 256, 64, 5, 8),
+    (128, 128, 64, 7, 8),
+    (128, 128, 32, 7, 8),
+    (64, 256, 32, 7, 8),
+    (64, 128, 32, 7, 4),
+    (64, 64, 64, 7, 4),
+    (64, 64, 32, 7, 4),
+)
+def nn_kernel(
+    x,  # (T, C)
+    w,  # (N, D)
+    idx,  # (C,)
+    y,  # (T, D)
+    T, C,
+    x_stride, w_stride, y_stride,  # from row to row
+    T_BUCKET, C_BUCKET,  # for autotuning only
+    D: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):
     """A program computes BLOCK_M rows and BLOCK_N columns of y."""
-    m, n = tile(tl.program_id(0), tl.cdiv(T, BLOCK_M), tl.cdiv(D, BLOCK_N), 8)
+    pid = tl.program_id(0)
+    m, n = tile(pid, tl.cdiv(T, BLOCK_M), tl.cdiv(D, BLOCK_N), 8)
     t = m * BLOCK_M + tl.arange(0, BLOCK_M)
     d = n * BLOCK_N + tl.arange(0, BLOCK_N)
-    x_rows = x + (t % T).to(tl.int64)[:, None] * x_stride
+    x_row = (t % T).to(tl.int64)  # as in nt_kernel
+    x_rows = x + x_row[:, None] * x_stride
 
     # The sum over the picked rows, in fp32.
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for i in range(0, C, BLOCK_K):
         c = i + tl.arange(0, BLOCK_K)
         row = tl.load(idx + c, mask=c < C, other=0)
-        a = tl.load(x_rows + c[None, :], mask=(c < C)[None, :], other=0.0)
+        x_block = x_rows + c[None, :]
+        a = tl.load(x_block, mask=(c < C)[None, :], other=0.0)
         w_block = w + row[:, None] * w_stride + d[None, :]
         if D % BLOCK_N == 0:
             b = tl.load(w_block)  # rows past C read row 0, times a zero of a
@@ -224,9 +289,11 @@ def nn_kernel(x, w, idx, y,  # (T, C), (N, D), (C,), (T, D)
             b = tl.load(w_block, mask=(d < D)[None, :], other=0.0)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
 
-    y_rows = y + m.to(tl.int64) * BLOCK_M * y_stride + tl.arange(0, BLOCK_M)[:, None] * y_stride
+    first_row = y + m.to(tl.int64) * BLOCK_M * y_stride
+    y_rows = first_row + tl.arange(0, BLOCK_M)[:, None] * y_stride
     inside = (t < T)[:, None] & (d < D)[None, :]
-    tl.store(y_rows + d[None, :], acc.to(y.dtype.element_ty), mask=inside)
+    y_block = y_rows + d[None, :]
+    tl.store(y_block, acc.to(y.dtype.element_ty), mask=inside)
 
 
 def gather_matmul_nn(x, w, idx, out=None):
@@ -235,15 +302,21 @@ def gather_matmul_nn(x, w, idx, out=None):
         return gather_matmul_nn_ref(x, w, idx, out)
     x = side_by_side(x)
     w = side_by_side(w)
-    T, C, D = len(x), len(idx), w.shape[1]
+    T = len(x)
+    C = len(idx)
+    D = w.shape[1]
     y = out
     if y is None:
         y = x.new_empty(T, D)
     assert y.stride(1) == 1 or y.numel() == 0
-    if T:  # C = 0 runs the loop no times and writes zeros
-        grid = lambda meta: (triton.cdiv(T, meta["BLOCK_M"]) * triton.cdiv(D, meta["BLOCK_N"]),)
-        nn_kernel[grid](x, w, idx, y, T, C, x.stride(0), w.stride(0), y.stride(0), bucket(T), bucket(C), D,
-                        precision(x))
+    if T == 0:  # C = 0 runs the loop no times and writes zeros
+        return y
+    nn_kernel[programs(T, D)](
+        x, w, idx, y,
+        T, C,
+        x.stride(0), w.stride(0), y.stride(0),
+        bucket(T), bucket(C),
+        D, precision(x))
     return y
 
 
@@ -273,7 +346,8 @@ def put_columns(out, idx, y):
 def row_blocks(C, *tensors):
     """Blocks of 2^19 elements, cached from one pass to the next (backward of 1536 x 4096: 11 -> 6 ms, as long
     as malloc reuses memory; else page faults hide it)."""
-    return zip(*(t.split(max(1, 2 ** 19 // max(C, 1))) for t in tensors))
+    rows = max(1, 2 ** 19 // max(C, 1))
+    return zip(*(t.split(rows) for t in tensors))
 
 
 def swiglu_ref(gu):
@@ -285,50 +359,80 @@ def swiglu_backward_ref(dh, gu, out=None):
     C = dh.shape[1]
     if out is None:
         out = torch.empty_like(gu)
-    for d, x, o in row_blocks(C, dh, gu, out):
-        g, dsilu = x[:, :C], d * x[:, C:]
-        torch.mul(F.silu(g), d, out=o[:, C:])
-        torch.ops.aten.silu_backward.grad_input(dsilu, g, grad_input=o[:, :C])
+    for dh, gu, dgu in row_blocks(C, dh, gu, out):
+        g = gu[:, :C]
+        dsilu = dh * gu[:, C:]
+        torch.mul(F.silu(g), dh, out=dgu[:, C:])
+        torch.ops.aten.silu_backward.grad_input(dsilu, g, grad_input=dgu[:, :C])
     return out
 
 
 @jit
-def swiglu_kernel(gu, h, T, C, gu_stride, h_stride, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr):
+def swiglu_kernel(
+    gu,  # (T, 2C)
+    h,  # (T, C)
+    T, C,
+    gu_stride, h_stride,
+    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+):
     t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)[:, None]
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
     mask = (t < T) & (c < C)
-    g = tl.load(gu + t * gu_stride + c, mask=mask).to(tl.float32)
-    u = tl.load(gu + t * gu_stride + C + c, mask=mask).to(tl.float32)
-    tl.store(h + t * h_stride + c, (g * tl.sigmoid(g) * u).to(h.dtype.element_ty), mask=mask)
+
+    g_block = gu + t * gu_stride + c
+    g = tl.load(g_block, mask=mask).to(tl.float32)
+    u_block = gu + t * gu_stride + C + c
+    u = tl.load(u_block, mask=mask).to(tl.float32)
+
+    h_block = h + t * h_stride + c
+    y = g * tl.sigmoid(g) * u
+    tl.store(h_block, y.to(h.dtype.element_ty), mask=mask)
 
 
 @jit
-def swiglu_backward_kernel(dh, gu, dgu, T, C, dh_stride, gu_stride, dgu_stride, BLOCK_T: tl.constexpr,
-                           BLOCK_C: tl.constexpr):
+def swiglu_backward_kernel(
+    dh,  # (T, C)
+    gu,  # (T, 2C)
+    dgu,  # (T, 2C), which may be gu
+    T, C,
+    dh_stride, gu_stride, dgu_stride,
+    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+):
     t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)[:, None]
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
     mask = (t < T) & (c < C)
-    d = tl.load(dh + t * dh_stride + c, mask=mask).to(tl.float32)
-    g = tl.load(gu + t * gu_stride + c, mask=mask).to(tl.float32)
-    u = tl.load(gu + t * gu_stride + C + c, mask=mask).to(tl.float32)
+
+    dh_block = dh + t * dh_stride + c
+    d = tl.load(dh_block, mask=mask).to(tl.float32)
+    g_block = gu + t * gu_stride + c
+    g = tl.load(g_block, mask=mask).to(tl.float32)
+    u_block = gu + t * gu_stride + C + c
+    u = tl.load(u_block, mask=mask).to(tl.float32)
+
     s = tl.sigmoid(g)
-    dg, du = d * u * s * (1 + g * (1 - s)), d * g * s
-    tl.store(dgu + t * dgu_stride + c, dg.to(dgu.dtype.element_ty), mask=mask)
-    tl.store(dgu + t * dgu_stride + C + c, du.to(dgu.dtype.element_ty), mask=mask)
+    dg = d * u * s * (1 + g * (1 - s))
+    du = d * g * s
+    dg_block = dgu + t * dgu_stride + c
+    tl.store(dg_block, dg.to(dgu.dtype.element_ty), mask=mask)
+    du_block = dgu + t * dgu_stride + C + c
+    tl.store(du_block, du.to(dgu.dtype.element_ty), mask=mask)
 
 
 def swiglu_blocks(T, C):
     """1024 elements a program, over several rows where rows are short -> grid, block"""
-    columns = min(1024, bucket(C))
-    block = 1024 // columns, columns
-    return (triton.cdiv(T, block[0]), triton.cdiv(C, block[1])), block
+    block_c = min(1024, bucket(C))
+    block_t = 1024 // block_c
+    grid = triton.cdiv(T, block_t), triton.cdiv(C, block_c)
+    return grid, (block_t, block_c)
 
 
 def swiglu(gu):
     """gu (T, 2C) = [gate | up] -> h (T, C) = silu(gate) * up"""
     if not on_kernel(gu):
         return swiglu_ref(gu)
-    gu, T, C = side_by_side(gu), gu.shape[0], gu.shape[1] // 2
+    gu = side_by_side(gu)
+    T = len(gu)
+    C = gu.shape[1] // 2
     h = gu.new_empty(T, C)
     if T and C:
         grid, block = swiglu_blocks(T, C)
@@ -340,7 +444,9 @@ def swiglu_backward(dh, gu, out=None):
     """dh (T, C), gu (T, 2C) -> dgu (T, 2C). out may be gu itself, which the gradient then overwrites."""
     if not on_kernel(gu):
         return swiglu_backward_ref(dh, gu, out)
-    dh, gu, (T, C) = side_by_side(dh), side_by_side(gu), dh.shape
+    dh = side_by_side(dh)
+    gu = side_by_side(gu)
+    T, C = dh.shape
     if out is None:
         out = torch.empty_like(gu)
     if T and C:
@@ -359,29 +465,51 @@ def mlp_scores_ref(zg, zu, qg, qu):
     scores = zg.new_empty(qg.shape[1])
     block = max(16, 2 ** 18 // max(len(zg), 1))
     for qg, qu, s in zip(qg.split(block, 1), qu.split(block, 1), scores.split(block)):
-        h = F.silu(zg @ qg, inplace=True).mul_(zu @ qu)
+        g = zg @ qg
+        u = zu @ qu
+        h = F.silu(g, inplace=True).mul_(u)
         torch.sum(h.square_(), 0, out=s)
     return scores.float()
 
 
 @jit
-def mlp_scores_kernel(zg, zu, qg, qu, part, T, I, r, ROWS: tl.constexpr, R: tl.constexpr,
-                      PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_I: tl.constexpr):
+def mlp_scores_kernel(
+    zg, zu,  # (T, r)
+    qg, qu,  # (r, I)
+    part,  # (T / ROWS, I) float32
+    T, I, r,
+    ROWS: tl.constexpr,
+    R: tl.constexpr,  # the rank, padded to the 16 that tl.dot wants
+    PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_I: tl.constexpr,
+):
+    """A program sums ROWS rows of BLOCK_I channels."""
     i = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
-    j = tl.arange(0, R)  # the rank, padded to the 16 that tl.dot wants
+    j = tl.arange(0, R)
     first = tl.program_id(1) * ROWS
+
+    # Both factors of these channels, once.
     q_mask = (j < r)[:, None] & (i < I)[None, :]
-    a = tl.load(qg + j[:, None] * I + i[None, :], mask=q_mask, other=0.0)
-    b = tl.load(qu + j[:, None] * I + i[None, :], mask=q_mask, other=0.0)
+    q_gate_block = qg + j[:, None] * I + i[None, :]
+    q_gate = tl.load(q_gate_block, mask=q_mask, other=0.0)
+    q_up_block = qu + j[:, None] * I + i[None, :]
+    q_up = tl.load(q_up_block, mask=q_mask, other=0.0)
+
+    # The sum over the rows, BLOCK_T at a time; rows past T give 0.
     acc = tl.zeros((BLOCK_I,), tl.float32)
     for block in range(0, ROWS, BLOCK_T):
         t = first + block + tl.arange(0, BLOCK_T)
-        at, z_mask = t[:, None] * r + j[None, :], (t < T)[:, None] & (j < r)[None, :]  # rows past T give 0
-        g = tl.dot(tl.load(zg + at, mask=z_mask, other=0.0), a, input_precision=PRECISION)
-        u = tl.dot(tl.load(zu + at, mask=z_mask, other=0.0), b, input_precision=PRECISION)
+        z_block = t[:, None] * r + j[None, :]
+        z_mask = (t < T)[:, None] & (j < r)[None, :]
+        z_gate = tl.load(zg + z_block, mask=z_mask, other=0.0)
+        g = tl.dot(z_gate, q_gate, input_precision=PRECISION)
+        z_up = tl.load(zu + z_block, mask=z_mask, other=0.0)
+        u = tl.dot(z_up, q_up, input_precision=PRECISION)
         h = g * tl.sigmoid(g) * u
         acc += tl.sum(h * h, 0)
-    tl.store(part + tl.program_id(1) * I + i, acc, mask=i < I)
+
+    part_block = part + tl.program_id(1) * I + i
+    tl.store(part_block, acc, mask=i < I)
 
 
 def mlp_scores(zg, zu, qg, qu):
@@ -392,10 +520,14 @@ def mlp_scores(zg, zu, qg, qu):
     T, r = zg.shape
     I = qg.shape[1]
     rows = 512
-    zg, zu, qg, qu = (t.contiguous() for t in (zg, zu, qg, qu))
     part = zg.new_empty(triton.cdiv(T, rows), I, dtype=torch.float32)
     grid = (triton.cdiv(I, 64), len(part))
-    mlp_scores_kernel[grid](zg, zu, qg, qu, part, T, I, r, rows, bucket(r), precision(zg), 64, 64)
+    mlp_scores_kernel[grid](
+        zg.contiguous(), zu.contiguous(),
+        qg.contiguous(), qu.contiguous(),
+        part,
+        T, I, r,
+        ROWS=rows, R=bucket(r), PRECISION=precision(zg), BLOCK_T=64, BLOCK_I=64)
     return part.sum(0)
 
 
@@ -404,13 +536,18 @@ def mlp_scores(zg, zu, qg, qu):
 # (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin), x1 and x2 a head's halves; the other heads are copied.
 
 def halves(x, n_rot, hd):
-    return x[:, :n_rot * hd].unflatten(1, (n_rot, 2, hd // 2)).unbind(2)  # two views (T, n_rot, hd/2)
+    """x (T, N) -> two views (T, n_rot, hd/2): the halves of its first n_rot heads."""
+    heads = x[:, :n_rot * hd].unflatten(1, (n_rot, 2, hd // 2))
+    return heads.unbind(2)
 
 
 def rope_scatter_ref(qkv, cos, sin, rows, n_rot, hd, grid_rows):
-    n, cos, sin = n_rot * hd, cos[:, None].to(qkv.dtype), sin[:, None].to(qkv.dtype)
+    n = n_rot * hd
+    cos = cos[:, None].to(qkv.dtype)  # (T, 1, hd/2): the same for all heads
+    sin = sin[:, None].to(qkv.dtype)
     rotated = qkv.new_empty(len(qkv), n)
-    (x1, x2), (y1, y2) = halves(qkv, n_rot, hd), halves(rotated, n_rot, hd)
+    x1, x2 = halves(qkv, n_rot, hd)
+    y1, y2 = halves(rotated, n_rot, hd)
     torch.mul(x1, cos, out=y1).addcmul_(x2, sin, value=-1)
     torch.mul(x2, cos, out=y2).addcmul_(x1, sin)
     grid = qkv.new_zeros(grid_rows, qkv.shape[1])
@@ -422,7 +559,8 @@ def rope_scatter_ref(qkv, cos, sin, rows, n_rot, hd, grid_rows):
 def rope_gather_backward_ref(dgrid, cos, sin, rows, n_rot, hd):
     dqkv = dgrid.index_select(0, rows)
     d1, d2 = halves(dqkv, n_rot, hd)
-    cos, sin = cos[:, None].to(dqkv.dtype), sin[:, None].to(dqkv.dtype)
+    cos = cos[:, None].to(dqkv.dtype)
+    sin = sin[:, None].to(dqkv.dtype)
     d1_sin = d1 * sin
     d1.mul_(cos).addcmul_(d2, sin)
     d2.mul_(cos).sub_(d1_sin)
@@ -430,10 +568,18 @@ def rope_gather_backward_ref(dgrid, cos, sin, rows, n_rot, hd):
 
 
 @jit
-def rope_kernel(src, dst, cos, sin, rows,
-                n_rot, n_heads, src_stride, dst_stride,
-                HALF: tl.constexpr, SCATTER: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr):
-    """dst[rows[t]] = rotate(src[t]), or, transposed, dst[t] = rotate back(src[rows[t]])."""
+def rope_kernel(
+    src, dst,  # one (T, N), the other (grid_rows, N)
+    cos, sin,  # (T, HALF)
+    rows,  # (T,)
+    n_rot, n_heads,
+    src_stride, dst_stride,
+    HALF: tl.constexpr,  # hd / 2
+    SCATTER: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
+):
+    """dst[rows[t]] = rotate(src[t]), or, transposed, dst[t] = rotate back(src[rows[t]]). A program moves BLOCK_H
+    heads of one t."""
     t = tl.program_id(0).to(tl.int64)
     row = tl.load(rows + t)
     h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -441,28 +587,42 @@ def rope_kernel(src, dst, cos, sin, rows,
     c = tl.load(cos + t * HALF + d, mask=d < HALF).to(tl.float32)[None, :]
     s = tl.load(sin + t * HALF + d, mask=d < HALF).to(tl.float32)[None, :]
     if SCATTER:
-        src_row, dst_row = t, row
+        src_row = t
+        dst_row = row
     else:
-        src_row, dst_row, s = row, t, -s
-    at = h[:, None] * (2 * HALF) + d[None, :]
+        src_row = row
+        dst_row = t
+        s = -s
+
+    # Both halves of each head.
+    first_half = h[:, None] * (2 * HALF) + d[None, :]
     mask = (h < n_heads)[:, None] & (d < HALF)[None, :]
-    x1 = tl.load(src + src_row * src_stride + at, mask=mask).to(tl.float32)
-    x2 = tl.load(src + src_row * src_stride + at + HALF, mask=mask).to(tl.float32)
+    src_block = src + src_row * src_stride + first_half
+    x1 = tl.load(src_block, mask=mask).to(tl.float32)
+    x2 = tl.load(src_block + HALF, mask=mask).to(tl.float32)
+
     rotate = (h < n_rot)[:, None]
     y1 = tl.where(rotate, x1 * c - x2 * s, x1).to(dst.dtype.element_ty)
     y2 = tl.where(rotate, x2 * c + x1 * s, x2).to(dst.dtype.element_ty)
-    tl.store(dst + dst_row * dst_stride + at, y1, mask=mask)
-    tl.store(dst + dst_row * dst_stride + at + HALF, y2, mask=mask)
+    dst_block = dst + dst_row * dst_stride + first_half
+    tl.store(dst_block, y1, mask=mask)
+    tl.store(dst_block + HALF, y2, mask=mask)
 
 
 def rope_triton(src, dst, cos, sin, rows, n_rot, hd, scatter):
-    src, cos, sin = side_by_side(src), cos.contiguous(), sin.contiguous()
+    src = side_by_side(src)
     n_heads = src.shape[1] // hd
     block = 8  # heads of a program
-    if len(rows):
-        rope_kernel[(len(rows), triton.cdiv(n_heads, block))](
-            src, dst, cos, sin, rows, n_rot, n_heads, src.stride(0), dst.stride(0), hd // 2, scatter, block,
-            bucket(hd // 2))
+    if len(rows) == 0:
+        return dst
+    grid = (len(rows), triton.cdiv(n_heads, block))
+    rope_kernel[grid](
+        src, dst,
+        cos.contiguous(), sin.contiguous(),
+        rows,
+        n_rot, n_heads,
+        src.stride(0), dst.stride(0),
+        HALF=hd // 2, SCATTER=scatter, BLOCK_H=block, BLOCK_D=bucket(hd // 2))
     return dst
 
 
