@@ -45,16 +45,85 @@ head of its group (keep_attention).
     T, n rows    D model width    H query heads    K key/value heads    G = H / K    hd head dim
     I MLP width    r SVD rank
 """
-from contextlib import contextmanager
-
 import torch
 
 import kernels
 from config import UserError
-from lib import cache, dist
+from lib import dist
+from lib.factors import factors
 from sparse import Keep, KeepAttention, KeepMLP
 
 KINDS = ("svd", "measured", "energy", "oracle", "random", "worst")
+
+
+# ---- scores ------------------------------------------------------------------------------------------------
+
+def finite(t):
+    """t with 0 for what is not finite: one bad batch must not decide for all that follow."""
+    return t.nan_to_num(0.0, 0.0, 0.0)
+
+
+def energy(y):
+    """Sum over rows of y^2: y (n, N) -> (N,) in fp32 (fp64 for fp64)."""
+    norm = torch.linalg.vector_norm(y, dim=0, dtype=torch.promote_types(y.dtype, torch.float32))
+    return finite(norm.square())
+
+
+def svd_attention(x, P, Q, ranks):
+    """x (n, D), P (D, sum of ranks), Q: one (r, N) of q, of k and of v, with a bias (r + 1, N) -> energies
+    (Nq + 2 Nkv,)."""
+    z = (x @ P).float()  # (n, sum of ranks)
+    energies = []
+    for zi, q in zip(z.split(ranks, 1), Q):
+        if len(q) > zi.shape[1]:  # the bias
+            zi = with_ones(zi)
+        gram = zi.T @ zi  # M (r, r)
+        energies.append((gram @ q).mul_(q).sum(0))  # q_j.T M q_j for all j
+    return torch.cat(energies).clamp_(min=0)  # rounding can take a vanishing energy below 0, where sqrt is NaN
+
+
+def with_ones(x):
+    """x (n, D) -> (n, D+1): a last column of ones, for a bias."""
+    return torch.cat([x, x.new_ones(len(x), 1)], 1)
+
+
+def svd_mlp(x, P, Q):
+    """x (n, D), P (D, 2 r), Q: (r, I) of gate and of up -> energies (I,)."""
+    z_gate, z_up = (x @ P).chunk(2, 1)  # (n, r) each
+    return kernels.mlp_scores(z_gate, z_up, *Q)
+
+
+def attention_scores(attn, energies):
+    """Energies of q, k, v (Nq + 2 Nkv,) -> scores: one a rotary pair (h, p) of a key/value head, numbered
+    h * hd/2 + p, then one a value channel: (Nkv / 2 + Nkv,).
+
+    A pair's is |k_(h,p)| * mean over the group's query heads g of |q_(g,p)|, norms over rows and both halves: what
+    it adds to the logits. A half-kept pair would lose its cross terms q_d k_(d+hd/2). A value channel's is its
+    energy."""
+    H, K, hd = attn.n_heads, attn.n_kv_heads, attn.head_dim
+    q, k, v = energies.split([H * hd, K * hd, K * hd])
+    q_norm = q.view(K, H // K, 2, hd // 2).sum(2).sqrt().mean(1)  # (K, hd/2)
+    k_norm = k.view(K, 2, hd // 2).sum(1).sqrt()  # (K, hd/2)
+    return torch.cat([(q_norm * k_norm).flatten(), v])
+
+
+def taylor_mlp(h, dh):
+    """h and its gradient dh (n, I) -> scores (I,): the sum over rows of |h dL/dh|."""
+    return finite((h * dh).abs().sum(0))
+
+
+def taylor_attention(attn, y, dy):
+    """y, dy (n, Nq + 2 Nkv): q, k, v before RoPE and their gradients -> scores as of attention_scores. Of a pair the
+    sum of y dy over both halves, which does not depend on the rotation, then its size; summed over rows and query
+    heads."""
+    H, K, hd = attn.n_heads, attn.n_kv_heads, attn.head_dim
+    high = torch.promote_types(y.dtype, torch.float32)
+    felt = y.to(high) * dy.to(high)
+    q, k, v = felt.split([H * hd, K * hd, K * hd], 1)
+    q_pairs = q.view(len(y), K, H // K, 2, hd // 2).sum(3)  # (n, K, G, hd/2)
+    k_pairs = k.view(len(y), K, 2, hd // 2).sum(2)  # (n, K, hd/2)
+    pairs = q_pairs.abs().sum((0, 2)) + k_pairs.abs().sum(0)  # (K, hd/2)
+    return finite(torch.cat([pairs.flatten(), v.abs().sum(0)]))
 
 
 # ---- scores -> kept channels -------------------------------------------------------------------------------
@@ -75,7 +144,10 @@ def top(scores, c):
 def keep_mlp(mlp, channels, copy=False):
     """channels (C,) -> KeepMLP; with copy, with contiguous copies of the kept rows of the weights."""
     gate_and_up = torch.cat([channels, channels + len(mlp.down)])  # (2C,) rows of gate and of up
-    return KeepMLP(channels, keep_rows(mlp.gate_up, gate_and_up, copy), keep_rows(mlp.down, channels, copy))
+    return KeepMLP(
+        channels,
+        gate_up=keep_rows(mlp.gate_up, gate_and_up, copy),
+        down=keep_rows(mlp.down, channels, copy))
 
 
 def keep_attention(attn, k_channels, v_channels, copy=False):
@@ -86,106 +158,48 @@ def keep_attention(attn, k_channels, v_channels, copy=False):
     q_channels = every_head(k_channels, H // K, hd)  # (G C,)
     o_rows = every_head(v_channels, H // K, hd)  # (G C,)
     qkv_rows = torch.cat([q_channels, H * hd + k_channels, (H + K) * hd + v_channels])
-    return KeepAttention((q_channels, k_channels, v_channels), keep_rows(attn.qkv, qkv_rows, copy),
-                         keep_rows(attn.o, o_rows, copy))
+    return KeepAttention(
+        (q_channels, k_channels, v_channels),
+        qkv=keep_rows(attn.qkv, qkv_rows, copy),
+        o=keep_rows(attn.o, o_rows, copy))
 
 
 def every_head(idx, G, hd):
     """Channels (C,) numbered over key/value heads -> the same channels of all G query heads of each head's
     group, sorted (G C,)."""
-    h, d = idx // hd, idx % hd
+    h = idx // hd
+    d = idx % hd
     query_heads = h[:, None] * G + torch.arange(G, device=idx.device)  # (C, G)
     return (query_heads * hd + d[:, None]).flatten().sort().values
 
 
 def keep_rows(w, idx, copy):
+    """Rows idx of w (N, D) -> Keep."""
     if copy:
         return Keep(idx, w.detach().index_select(0, idx))
     return Keep(idx)
 
 
-def attention_scores(attn, energies):
-    """Energies of q, k, v (Nq + 2 Nkv,) -> scores: one a rotary pair (h, p) of a key/value head, numbered
-    h * hd/2 + p, then one a value channel: (Nkv / 2 + Nkv,).
-
-    A pair's is |k_(h,p)| * mean over the group's query heads g of |q_(g,p)|, norms over rows and both halves: what
-    it adds to the logits. A half-kept pair would lose its cross terms q_d k_(d+hd/2). A value channel's is its
-    energy."""
-    H, K, hd = attn.n_heads, attn.n_kv_heads, attn.head_dim
-    q, k, v = energies.split([H * hd, K * hd, K * hd])
-    q_norm = q.view(K, H // K, 2, hd // 2).sum(2).sqrt().mean(1)  # (K, hd/2)
-    k_norm = k.view(K, 2, hd // 2).sum(1).sqrt()  # (K, hd/2)
-    return torch.cat([(q_norm * k_norm).flatten(), v])
-
-
 def top_attention(attn, scores, c):
     """scores as above -> (channels of k, channels of v), (c,) each, sorted: the c/2 best pairs over all heads, and the
     c best value channels."""
-    n_pairs, half = attn.n_kv_heads * attn.head_dim // 2, attn.head_dim // 2
+    half = attn.head_dim // 2
+    n_pairs = attn.n_kv_heads * half
     pairs = top(scores[:n_pairs], c // 2)  # (c/2,)
     first = pairs // half * attn.head_dim + pairs % half  # channel (h, p); its partner is (h, p + hd/2)
-    return torch.cat([first, first + half]).sort().values, top(scores[n_pairs:], c)
+    k_channels = torch.cat([first, first + half]).sort().values
+    v_channels = top(scores[n_pairs:], c)
+    return k_channels, v_channels
 
 
-# ---- energies, true ones and the SVD's ---------------------------------------------------------------------
+# ---- the map of what is dropped ----------------------------------------------------------------------------
 
-def energy(y):
-    """Sum over rows of y^2: y (n, N) -> (N,) in fp32 (fp64 for fp64). What is not finite counts as nothing: one bad
-    batch must not decide for all that follow."""
-    norm = torch.linalg.vector_norm(y, dim=0, dtype=torch.promote_types(y.dtype, torch.float32))
-    return norm.square_().nan_to_num_(0.0, 0.0, 0.0)
-
-
-def svd_attention(x, P, Q, ranks):
-    """x (n, D), P (D, sum of ranks), Q: one (r, N) of q, of k and of v, with a bias (r + 1, N) -> energies
-    (Nq + 2 Nkv,)."""
-    z = (x @ P).float()  # (n, sum of ranks)
-    energies = []
-    for zi, q in zip(z.split(ranks, 1), Q):
-        if len(q) > zi.shape[1]:  # the bias
-            zi = torch.cat([zi, zi.new_ones(len(zi), 1)], 1)
-        gram = zi.T @ zi  # M (r, r)
-        energies.append((gram @ q).mul_(q).sum(0))  # q_j.T M q_j for all j
-    return torch.cat(energies).clamp_(min=0)  # rounding can take a vanishing energy below 0, where sqrt is NaN
-
-
-def svd_mlp(x, P, Q):
-    """x (n, D), P (D, 2 r), Q: (r, I) of gate and of up -> energies (I,)."""
-    z_gate, z_up = (x @ P).chunk(2, 1)  # (n, r) each
-    return kernels.mlp_scores(z_gate, z_up, *Q)
-
-
-def factorize(w, rank):
-    """w (N, D) -> P (D, r), Q (r, N) fp32 with w.T ~= P Q, the best approximation of that rank to within 1e-3
-    of its error.
-
-    Randomized subspace iteration (Halko, Martinsson, Tropp 2011) on a block of r + 24 vectors: 18 thin
-    products with w instead of an eigendecomposition of a 4096 x 4096 matrix, for 5 weights of each of 32
-    blocks. Deterministic: the start block is seeded."""
-    w = w.float()
-    k = min(rank + 24, *w.shape)
-    g = torch.Generator().manual_seed(0)
-    y = w @ torch.randn(w.shape[1], k, generator=g).to(w.device)  # (N, k)
-    for _ in range(8):
-        y = w @ torch.linalg.qr(w.T @ torch.linalg.qr(y).Q).Q
-    y = torch.linalg.qr(y).Q  # (N, k), orthonormal
-    u, s, vh = torch.linalg.svd(y.T @ w, full_matrices=False)  # of (k, D)
-    r = min(rank, k)
-    return vh[:r].T.contiguous(), ((y @ u[:, :r]) * s[:r]).T.contiguous()
-
-
-# ---- what dense steps measure ------------------------------------------------------------------------------
-
-def taylor_attention(attn, y, dy):
-    """y, dy (n, Nq + 2 Nkv): q, k, v before RoPE and their gradients -> scores as of attention_scores. Of a pair the sum
-    of y dy over both halves, which does not depend on the rotation, then its size; summed over rows and query heads."""
-    H, K, hd = attn.n_heads, attn.n_kv_heads, attn.head_dim
-    high = torch.promote_types(y.dtype, torch.float32)
-    felt = y.to(high) * dy.to(high)
-    q, k, v = felt.split([H * hd, K * hd, K * hd], 1)
-    q_pairs = q.view(len(y), K, H // K, 2, hd // 2).sum(3).abs().sum((0, 2))  # (K, hd/2)
-    k_pairs = k.view(len(y), K, 2, hd // 2).sum(2).abs().sum(0)  # (K, hd/2)
-    return torch.cat([(q_pairs + k_pairs).flatten(), v.abs().sum(0)])
+def map_sums(x, h, dh):
+    """x (n, D), h and its gradient dh (n, I), fp32 -> what fit_map needs of these rows, with weights w = |dL/dh| / |h|:
+    (D+1, n) = (w [x 1]).T, [x 1] (n, D+1) and h (n, I). A row that is not finite has no weight and no value."""
+    w = finite((dh.square().sum(1) / h.square().sum(1)).sqrt())  # (n,)
+    x1 = finite(with_ones(x))
+    return (x1 * w[:, None]).T, x1, finite(h)
 
 
 def fit_map(xx, xh, down, kept, rank, ridge=.1):
@@ -193,15 +207,18 @@ def fit_map(xx, xh, down, kept, rank, ridge=.1):
     down (I, D), kept (C,) channels -> U (D, r), V (r, D), b (D,) in fp64. ridge: l over the mean of the diagonal."""
     xr = xh.index_fill(1, kept, 0).double() @ down.double()  # (D+1, D): sum of w [x 1].T R
     xx = xx.double()
-    total = xx[-1, -1]
-    mean_x, mean_r = xx[-1, :-1] / total, xr[-1] / total  # (D,) each
+    total = xx[-1, -1]  # the sum of w
+    mean_x = xx[-1, :-1] / total  # (D,)
+    mean_r = xr[-1] / total  # (D,)
     xx = xx[:-1, :-1] - total * torch.outer(mean_x, mean_x)  # Xc.T Xc
     xr = xr[:-1] - total * torch.outer(mean_x, mean_r)  # Xc.T Rc
     xx.diagonal().add_(ridge * xx.diagonal().mean())
     W = torch.cholesky_solve(xr, torch.linalg.cholesky(xx))  # (D, D)
     leading = torch.linalg.eigh(W.T @ xr).eigenvectors[:, -rank:]  # (D, r)
-    U, V = W @ leading, leading.T
-    return U, V.contiguous(), mean_r - mean_x @ U @ V
+    U = W @ leading
+    V = leading.T.contiguous()
+    b = mean_r - mean_x @ U @ V
+    return U, V, b
 
 
 # ---- a part's predictor ------------------------------------------------------------------------------------
@@ -210,8 +227,13 @@ class Predictor:
     """What attach() hangs on an attention or an MLP with a ratio above 0. model.py calls select(x) on the sparse rows
     of a forward; sparse.py, in the backward of a dense step that measures, see_mlp or see_attention."""
 
-    def __init__(self, part, ratio, kind, map_rank, rng):
-        self.part, self.ratio, self.kind, self.map_rank, self.rng = part, ratio, kind, map_rank, rng
+    def __init__(self, block, part, ratio, kind, map_rank, rng):
+        self.block = block  # which FSDP makes whole
+        self.part = part
+        self.ratio = ratio
+        self.kind = kind
+        self.map_rank = map_rank
+        self.rng = rng
         self.is_mlp = hasattr(part, "down")
         if self.is_mlp:
             self.n_channels = self.n_scores = len(part.down)  # I
@@ -220,7 +242,7 @@ class Predictor:
             self.n_scores = self.n_channels // 2 + self.n_channels  # rotary pairs, values
         self.c = 0  # how many channels a forward keeps now; 0: dense
         self.sharded = part.sharded()
-        self.P = self.Q = self.ranks = None  # of svd: load_factors()
+        self.P = self.Q = self.ranks = None  # of svd: set_factors()
         self.sums = self.new_sums()  # {name: tensor}, until free(); None where nothing is measured
         self.fixed = None  # what fix() chose: KeepMLP or KeepAttention
         self.seen = None  # watch() puts a list here: select() appends what it is given and what it keeps
@@ -230,6 +252,7 @@ class Predictor:
         return self.kind in ("measured", "energy")
 
     def new_sums(self):
+        """Zeros for what a dense step adds up."""
         if not self.measures():
             return None
         w = self.part.fused()
@@ -266,18 +289,13 @@ class Predictor:
             self.sums["scores"] += energy(h)
             return
         high = self.sums["scores"].dtype
-        h, dh = h.to(high), dh.to(high)
-        score = (h * dh).abs().sum(0)  # (I,)
-        self.sums["scores"] += score.nan_to_num_(0.0, 0.0, 0.0)
+        h = h.to(high)
+        dh = dh.to(high)
+        self.sums["scores"] += taylor_mlp(h, dh)
         if "xx" in self.sums:
-            weight = (dh.square().sum(1) / h.square().sum(1)).sqrt()  # (n,): |dL/dh| / |h|
-            weight = weight.nan_to_num_(0.0, 0.0, 0.0)[:, None]
-            x = x.to(high).nan_to_num_(0.0, 0.0, 0.0)  # a row that is not finite has no weight and no value
-            h = h.nan_to_num(0.0, 0.0, 0.0)
-            x1 = torch.cat([x, x.new_ones(len(x), 1)], 1)  # (n, D+1)
-            xw = (x1 * weight).T  # (D+1, n)
-            self.sums["xx"].addmm_(xw, x1)
-            self.sums["xh"].addmm_(xw, h)
+            weighted, x1, h = map_sums(x.to(high), h, dh)
+            self.sums["xx"].addmm_(weighted, x1)
+            self.sums["xh"].addmm_(weighted, h)
 
     def see_attention(self, y, dy):
         """q, k, v side by side and their gradients, (n, Nq + 2 Nkv), of a dense step's context rows."""
@@ -285,10 +303,9 @@ class Predictor:
             return
         self.sums["rows"] += len(y)
         if self.kind == "energy":
-            score = energy(y)
+            self.sums["scores"] += energy(y)
         else:
-            score = taylor_attention(self.part, y, dy)
-        self.sums["scores"] += score.nan_to_num_(0.0, 0.0, 0.0)
+            self.sums["scores"] += taylor_attention(self.part, y, dy)
 
     @torch.no_grad()
     def fix(self):
@@ -316,7 +333,24 @@ class Predictor:
         self.fixed = keep_mlp(self.part, *channels, copy)
         if fitted is not None:
             like = self.part.fused()
-            self.fixed = self.fixed._replace(map=tuple(t.to(like.device, like.dtype) for t in fitted))
+            fitted = tuple(t.to(like.device, like.dtype) for t in fitted)
+            self.fixed = self.fixed._replace(map=fitted)
+
+    def set_factors(self, pairs):
+        """svd. pairs: (P, Q) of each of the part's weights, q, k, v or gate, up. Puts all P side by side, so that the
+        estimate is one thin product."""
+        like = self.part.fused()
+        Ps = [P for P, _ in pairs]
+        self.P = torch.cat(Ps, 1).to(like.device, like.dtype)  # (D, sum of r)
+        self.ranks = [P.shape[1] for P in Ps]  # r each, less where the projection is narrower
+        self.Q = [Q.to(like.device) for _, Q in pairs]  # (r, N) each, fp32
+        if self.is_mlp:
+            self.Q = [Q.to(like.dtype).contiguous() for Q in self.Q]  # (r, I) each
+        elif self.part.qkv_bias is not None:
+            with dist.whole(self.block):
+                bias = self.part.qkv_bias.detach().float().clone()  # (N,)
+            biases = bias.split([Q.shape[1] for Q in self.Q])
+            self.Q = [torch.cat([Q, b[None]]) for Q, b in zip(self.Q, biases)]
 
     # ---- selecting
 
@@ -406,10 +440,20 @@ def attach(model, mlp_sparsity, attn_sparsity, rank=8, kind="svd", map_rank=64, 
         for part, ratio in ((block.attn, attn[i]), (block.mlp, mlp[i])):
             part.predictor = None
             if ratio > 0 and i < n - 1:
-                part.predictor = Predictor(part, ratio, kind, map_rank, model.selection_rng)
-    if kind == "svd":
-        load_factors(model, rank)
+                part.predictor = Predictor(block, part, ratio, kind, map_rank, model.selection_rng)
+    if kind == "svd" and predictors(model):
+        made = factors(lambda: predicted_weights(model), rank)
+        for name, p in predictors(model):
+            p.set_factors(made[name])
     model.set_sparsity(1.0)
+
+
+def predicted_weights(model):
+    """Yields (part's name, number within the part, w (N, D)) of all weights that the SVD stands for."""
+    for name, p in predictors(model):
+        with dist.whole(p.block):
+            for i, w in enumerate(p.part.predicted_weights()):
+                yield name, i, w
 
 
 def ratio_list(ratios, n, name):
@@ -425,9 +469,13 @@ def ratio_list(ratios, n, name):
 
 def predictors(model):
     """[(name, Predictor)] of all parts that have one, in the order of the blocks: ("0.attn", ...), ("0.mlp", ...)."""
-    parts = [(f"{i}.{kind}", getattr(b, kind))
-             for i, b in enumerate(model.blocks) for kind in ("attn", "mlp")]
-    return [(name, part.predictor) for name, part in parts if part.predictor is not None]
+    found = []
+    for i, block in enumerate(model.blocks):
+        for kind in ("attn", "mlp"):
+            p = getattr(block, kind).predictor
+            if p is not None:
+                found.append((f"{i}.{kind}", p))
+    return found
 
 
 def set_ratios(model, ratios):
@@ -446,8 +494,12 @@ def measuring(model):
 
 def measure_flops(model, n):
     """FLOPs that a dense step spends on the maps' sums, for n context rows."""
-    shapes = [p.sums["xh"].shape for _, p in predictors(model) if p.sums and "xh" in p.sums]  # (D+1, I) each
-    return sum(2 * n * d * (d + i) for d, i in shapes)
+    flops = 0
+    for _, p in predictors(model):
+        if p.sums and "xh" in p.sums:
+            d, i = p.sums["xh"].shape  # D + 1, I
+            flops += 2 * n * d * (d + i)
+    return flops
 
 
 def rows_measured(model):
@@ -477,7 +529,7 @@ def fix(model):
     """The dense-to-sparse switch: adds up over ranks what was measured, so that all keep the same, chooses channels,
     fits maps, copies rows, and switches sparsity fully on."""
     model.set_sparsity(1)
-    for name, p in predictors(model):
+    for _, p in predictors(model):
         if not p.measures():
             continue
         for t in p.sums.values():
@@ -485,7 +537,7 @@ def fix(model):
         if not p.sums["rows"]:
             raise UserError(f"predictor={p.kind} has measured nothing yet: no dense step had a context token; "
                             "set mlp_sparsity = 0 and attn_sparsity = 0 for texts without prompts")
-        with whole(model, name):
+        with dist.whole(p.block):
             p.fix()
 
 
@@ -509,7 +561,7 @@ def watch(model, batch):
         out = {}
         for name, p in watched:
             if p.seen:
-                with whole(model, name):
+                with dist.whole(p.block):
                     out[name] = quality(p, *p.seen[-1])
         return out
     finally:
@@ -568,70 +620,9 @@ def load_state(model, tensors, first_rank=True):
         if channels:
             device = p.part.fused().device
             p.c = len(channels[0])
-            with whole(model, name):
+            with dist.whole(p.block):
                 p.set_fixed(*(c.to(device) for c in channels), fitted=fitted or None)
         if first_rank and p.sums is not None:
             for k, t in p.sums.items():
                 if f"sums.{k}" in own:
                     t.copy_(own[f"sums.{k}"])
-
-
-# ---- the SVD's factors -------------------------------------------------------------------------------------
-
-@contextmanager
-def whole(model, name):
-    """Inside, the weights of part `name` have all their rows, where FSDP has cut them up over ranks (which
-    all have to come here)."""
-    block = model.blocks[int(name.split(".")[0])]
-    if not hasattr(block, "unshard"):
-        yield
-        return
-    block.unshard()
-    try:
-        yield
-    finally:
-        block.reshard()
-
-
-def factors(model, rank):
-    """{name: tensor} of P and Q for all parts, from the cache when these very weights were factorized before.
-    The key has a checksum of all their bits, so a changed model never meets stale factors. Under FSDP all ranks
-    factorize together, or none does."""
-    key = [f"1 {rank}"]
-    for name, p in predictors(model):
-        with whole(model, name):
-            key += [f"{name} {tuple(w.shape)} {cache.checksum(w)}" for w in p.part.predicted_weights()]
-    file = cache.path(" ".join(key))
-    found = cache.load(file)
-    if dist.agree(bool(found)):
-        return found
-    made = {}
-    for name, p in predictors(model):
-        with whole(model, name):
-            for i, w in enumerate(p.part.predicted_weights()):
-                P, Q = factorize(w, rank)
-                made[f"{name}.P{i}"], made[f"{name}.Q{i}"] = P.cpu(), Q.cpu()
-    cache.save(file, made)
-    return made
-
-
-def load_factors(model, rank):
-    """Puts P of all weights of a part side by side, P (D, k r), so that the estimate is one thin product."""
-    if not predictors(model):
-        return
-    tensors = factors(model, rank)
-    for name, p in predictors(model):
-        like = p.part.fused()
-        n = len(p.part.predicted_weights())
-        P = [tensors[f"{name}.P{i}"] for i in range(n)]
-        Q = [tensors[f"{name}.Q{i}"].to(like.device) for i in range(n)]
-        p.P = torch.cat(P, 1).to(like.device, like.dtype)  # (D, sum of r)
-        p.ranks = [f.shape[1] for f in P]  # r each, less where the projection is narrower
-        if p.is_mlp:
-            p.Q = [q.to(like.dtype).contiguous() for q in Q]  # (r, I) each
-            continue
-        p.Q = Q  # (r, N) each, fp32
-        if p.part.qkv_bias is not None:
-            with whole(model, name):
-                bias = p.part.qkv_bias.detach().float().clone()  # (N,)
-            p.Q = [torch.cat([q, b[None]]) for q, b in zip(Q, bias.split([q.shape[1] for q in Q]))]

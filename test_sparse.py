@@ -19,8 +19,10 @@ import data
 import predictor
 from config import UserError
 from lib import dense as dense_ops
-from model import Chosen, LLaMA, ModelConfig, inverse_frequencies
+from lib import factors
+from lib.factors import factorize
 from lib.generate import at_once
+from model import Chosen, LLaMA, ModelConfig, inverse_frequencies
 
 SMALL = dict(model_type="llama", vocab_size=61, hidden_size=48, intermediate_size=80, num_hidden_layers=3,
              num_attention_heads=6, num_key_value_heads=2, head_dim=16, rms_norm_eps=1e-6, rope_theta=10000.0,
@@ -66,68 +68,91 @@ def masked_loss(m, batch, channels):
     """The loss of m on batch by the textbook: full matmuls, masks on the sparse rows, attention example by
     example; the map of the dropped MLP channels where there is one. channels: a list of (attn, mlp) kept channels a
     block, each None where dense."""
-    c, n, T = m.config, batch.n_sparse, len(batch.tokens)
-    H, K, hd = c.num_attention_heads, c.num_key_value_heads, c.head_dim
-    P = {k.split("layers.")[1]: v for k, v in m.lora_parameters().items()}
-    src = {k: (p[lo:lo + rows].T if tr else p[lo:lo + rows])
-           for k, (p, lo, rows, tr) in m.named_sources().items()}
+    masked = Masked(m, batch)
+    x = masked.weights["model.embed_tokens.weight"][batch.tokens]  # (T, D)
+    for i, (attn, mlp) in enumerate(channels):
+        x = x + masked.attention(i, masked.norm(x, f"model.layers.{i}.input_layernorm"), attn)
+        x = x + masked.mlp(i, masked.norm(x, f"model.layers.{i}.post_attention_layernorm"), mlp)
+    x = masked.norm(x, "model.norm")[batch.loss]
+    head = masked.weights.get("lm_head.weight", masked.weights["model.embed_tokens.weight"])
+    return (F.cross_entropy(x @ head.T, batch.targets, reduction="none") * batch.weights).sum()
 
-    def mask(idx, size):  # (T, size): 1 on dense rows and on kept channels of sparse rows
-        k = torch.ones(T, size, dtype=torch.float64)
+
+class Masked:
+    """What masked_loss is made of."""
+
+    def __init__(self, m, batch):
+        self.m, self.c, self.batch = m, m.config, batch
+        self.weights = {}  # by Hugging Face's names, (out, in)
+        for name, (p, lo, rows, transposed) in m.named_sources().items():
+            w = p[lo:lo + rows]
+            if transposed:
+                w = w.T
+            self.weights[name] = w
+        self.lora = {k.split("base_model.model.")[-1]: v for k, v in m.lora_parameters().items()}
+        angle = batch.positions[:, None].double() * inverse_frequencies(self.c)
+        self.cos = torch.cat([angle.cos()] * 2, 1)[:, None]  # (T, 1, hd)
+        self.sin = torch.cat([angle.sin()] * 2, 1)[:, None]
+
+    def mask(self, idx, size):
+        """(T, size): 1 on dense rows and on kept channels of sparse rows. idx None: all are kept."""
+        k = torch.ones(len(self.batch.tokens), size, dtype=torch.float64)
         if idx is not None:
-            k[:n] = 0
-            k[:n, idx] = 1
+            k[:self.batch.n_sparse] = 0
+            k[:self.batch.n_sparse, idx] = 1
         return k
 
-    def lora(x, i, name):
-        a, b = P.get(f"{i}.{name}.lora_A.weight"), P.get(f"{i}.{name}.lora_B.weight")
-        return 0 if a is None else m.lora_alpha / m.lora_r * (x @ a.T) @ b.T
+    def low_rank(self, x, name):
+        if name + ".lora_A.weight" not in self.lora:
+            return 0
+        A, B = self.lora[name + ".lora_A.weight"], self.lora[name + ".lora_B.weight"]
+        return self.m.lora_alpha / self.m.lora_r * (x @ A.T) @ B.T
 
-    def norm(x, w):
-        return x * (x.pow(2).mean(-1, keepdim=True) + c.rms_norm_eps).rsqrt() * w
+    def norm(self, x, name):
+        return x * (x.pow(2).mean(-1, keepdim=True) + self.c.rms_norm_eps).rsqrt() * self.weights[name + ".weight"]
 
-    freq = inverse_frequencies(c)
-    ang = batch.positions[:, None].double() * freq
-    cos, sin = torch.cat([ang.cos()] * 2, 1)[:, None], torch.cat([ang.sin()] * 2, 1)[:, None]
-
-    def rotate(x):  # (T, heads, hd)
+    def rotate(self, x):  # (T, heads, hd)
         x1, x2 = x.chunk(2, -1)
-        return x * cos + torch.cat([-x2, x1], -1) * sin
+        return x * self.cos + torch.cat([-x2, x1], -1) * self.sin
 
-    x = src["model.embed_tokens.weight"][batch.tokens]
-    for i, (ca, cm) in enumerate(channels):
-        at = f"model.layers.{i}."
-        h = norm(x, src[at + "input_layernorm.weight"])
+    def attention(self, i, x, kept):
+        """x (T, D), kept: channels of q, k and v, or None -> (T, D)"""
+        H, K, hd = self.c.num_attention_heads, self.c.num_key_value_heads, self.c.head_dim
+        at = f"model.layers.{i}.self_attn."
         qkv = []
-        for t, name in enumerate("qkv"):
-            w = src[at + f"self_attn.{name}_proj.weight"]
-            y = (h @ w.T) * mask(None if ca is None else ca[t], len(w)) + lora(h, i, f"self_attn.{name}_proj")
-            if c.qkv_bias:
-                y = y + src[at + f"self_attn.{name}_proj.bias"]
-            qkv.append(y.view(T, -1, hd))
-        q, k, v = rotate(qkv[0]), rotate(qkv[1]), qkv[2]
+        for t, letter in enumerate("qkv"):
+            name = at + letter + "_proj"
+            w = self.weights[name + ".weight"]
+            y = (x @ w.T) * self.mask(kept and kept[t], len(w)) + self.low_rank(x, name)
+            if self.c.qkv_bias:
+                y = y + self.weights[name + ".bias"]
+            qkv.append(y.view(len(x), -1, hd))
+        q, k, v = self.rotate(qkv[0]), self.rotate(qkv[1]), qkv[2]
         k, v = k.repeat_interleave(H // K, 1), v.repeat_interleave(H // K, 1)
-        a = torch.zeros(T, H, hd, dtype=torch.float64)
-        example = batch.rows // batch.shape[1]
+
+        example, position = self.batch.rows // self.batch.shape[1], self.batch.positions
+        seen = (example[:, None] == example[None]) & (position[:, None] >= position[None])
         s = torch.einsum("thd,shd->hts", q, k) / math.sqrt(hd)
-        seen = (example[:, None] == example[None]) & (batch.positions[:, None] >= batch.positions[None])
         a = torch.einsum("hts,shd->thd", s.masked_fill(~seen, -math.inf).softmax(-1), v).flatten(1)
-        o_idx = None if ca is None else torch.tensor(
-            sorted(int(h * hd + j % hd) for j in ca[2] for h in range(H) if h // (H // K) == j // hd))
-        x = (x + (a * mask(o_idx, H * hd)) @ src[at + "self_attn.o_proj.weight"].T
-             + lora(a, i, "self_attn.o_proj"))
-        h = norm(x, src[at + "post_attention_layernorm.weight"])
-        I = c.intermediate_size
-        g = h @ src[at + "mlp.gate_proj.weight"].T + lora(h, i, "mlp.gate_proj")
-        u = h @ src[at + "mlp.up_proj.weight"].T + lora(h, i, "mlp.up_proj")
-        act = g * torch.sigmoid(g) * u * mask(cm, I)
-        x = x + act @ src[at + "mlp.down_proj.weight"].T + lora(act, i, "mlp.down_proj")
-        if cm is not None and m.blocks[i].mlp.predictor.map is not None:
-            U, V, b = m.blocks[i].mlp.predictor.map
-            x = x + torch.cat([h[:n] @ (U @ V) + b, x.new_zeros(T - n, len(b))])
-    x = norm(x, src["model.norm.weight"])[batch.loss]
-    logits = x @ (src.get("lm_head.weight", src["model.embed_tokens.weight"])).T
-    return (F.cross_entropy(logits, batch.targets, reduction="none") * batch.weights).sum()
+
+        rows = None  # of o: a kept value channel of every query head that reads it
+        if kept is not None:
+            rows = [h * hd + int(j) % hd for j in kept[2] for h in range(H) if h // (H // K) == j // hd]
+        o = self.weights[at + "o_proj.weight"]
+        return (a * self.mask(rows, H * hd)) @ o.T + self.low_rank(a, at + "o_proj")
+
+    def mlp(self, i, x, kept):
+        """x (T, D), kept: channels, or None -> (T, D)"""
+        at = f"model.layers.{i}.mlp."
+        g = x @ self.weights[at + "gate_proj.weight"].T + self.low_rank(x, at + "gate_proj")
+        u = x @ self.weights[at + "up_proj.weight"].T + self.low_rank(x, at + "up_proj")
+        h = g * torch.sigmoid(g) * u * self.mask(kept, self.c.intermediate_size)
+        y = h @ self.weights[at + "down_proj.weight"].T + self.low_rank(h, at + "down_proj")
+        if kept is not None and self.m.blocks[i].mlp.predictor.map is not None:
+            U, V, b = self.m.blocks[i].mlp.predictor.map
+            n = self.batch.n_sparse
+            y = y + torch.cat([x[:n] @ (U @ V) + b, x.new_zeros(len(x) - n, len(b))])
+        return y
 
 
 def grads(loss, m):
@@ -337,7 +362,7 @@ def test_factors_are_as_good_as_a_full_svd(shape):
     for w in (torch.randn(*shape), torch.randn(shape[0], 20) @ torch.randn(20, shape[1])
               + .3 * torch.randn(*shape)):
         for rank in (1, 8, 16):
-            P, Q = predictor.factorize(w, rank)
+            P, Q = factorize(w, rank)
             u, s, vh = torch.linalg.svd(w.double())
             best = s[rank:].square().sum().sqrt()
             assert (w.T.double() - P.double() @ Q.double()).norm() <= best * 1.001
@@ -349,11 +374,11 @@ def test_gram_trick_is_the_energy_of_the_approximate_activation():
     attn, mlp = m.blocks[0].attn, m.blocks[0].mlp
     x = torch.randn(33, 48, dtype=torch.float64)
     y = (torch.cat([x @ P.double() @ Q.double()
-                    for P, Q in (predictor.factorize(w, 5) for w in attn.predicted_weights())], 1)
+                    for P, Q in (factorize(w, 5) for w in attn.predicted_weights())], 1)
          + attn.qkv_bias)
     assert torch.allclose(predictor.svd_attention(x, attn.predictor.P, attn.predictor.Q, attn.predictor.ranks).double(), y.square().sum(0), rtol=1e-3)
     g, u = (x @ P.double() @ Q.double()
-            for P, Q in (predictor.factorize(w, 5) for w in mlp.predicted_weights()))
+            for P, Q in (factorize(w, 5) for w in mlp.predicted_weights()))
     assert torch.allclose(predictor.svd_mlp(x, mlp.predictor.P, mlp.predictor.Q).double(), (F.silu(g) * u).square().sum(0), rtol=1e-3)
 
 
@@ -539,7 +564,7 @@ def test_cached_factors_never_serve_changed_weights(tmp_path, monkeypatch):
         file.write_bytes(b"half")
         raise SafetensorError("No space left on device")
 
-    monkeypatch.setattr(predictor.cache, "save_file", full)
+    monkeypatch.setattr(factors, "save_file", full)
     predictor.attach(build(dtype=torch.float32), .5, .5, rank=2)  # not kept, and no failure
     assert len(list(path.parent.iterdir())) == 2
 

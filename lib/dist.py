@@ -213,6 +213,20 @@ def fsdp(device):
     return shard
 
 
+@contextlib.contextmanager
+def whole(block):
+    """Inside, the weights of a block have all their rows, where FSDP has cut them up over ranks (which all have to
+    come here)."""
+    if not hasattr(block, "unshard"):
+        yield
+        return
+    block.unshard()
+    try:
+        yield
+    finally:
+        block.reshard()
+
+
 def even(micro, share, size, example):
     """Under FSDP all ranks have to run the same number of forward passes: those of the largest share, in
     micro-batches of this size. A rank with fewer gets some of weight 0, made of example(). Their rows are all

@@ -49,8 +49,8 @@ import predictor
 import train
 from config import UserError
 from lib import dist
-from lib.cache import checksum
 from lib.cli import run, split_options
+from lib.factors import checksum
 from lib.files import resolve, write_text
 from lib.flops import flops_by_part
 from tools.progress import Progress
