@@ -50,11 +50,13 @@ def load(name_or_path, split="train", allow_empty=False, skipped=None):
     and how many rows are bad. allow_empty: responses may be empty (text to pretrain on); in a test set if
     there is an answer. skipped: a list that gets what is wrong with bad rows, which are then left out."""
     path = locate(os.fspath(name_or_path), split)
-    examples, bad = [], []
+    examples = []
+    bad = []  # what is wrong, a sentence a row
     for where, row in read_rows(path, bad):
         try:
             example = parse(row, where)
-            if not example.response.strip() and not allow_empty and not (split == "test" and example.answer):
+            only_asked = split == "test" and example.answer
+            if not (example.response.strip() or allow_empty or only_asked):
                 raise UserError(f"{where}: the response is empty, so there is nothing to learn (with "
                                 "--prompt_weight=1 the prompt would be)")
             examples.append(example)
@@ -63,8 +65,10 @@ def load(name_or_path, split="train", allow_empty=False, skipped=None):
     if bad and skipped is None:
         raise UserError(f"{bad[0]} ({len(bad)} of {len(bad) + len(examples)} rows are bad; "
                         "--skip_bad_rows=True leaves them out)")
+    if not examples and bad:
+        raise UserError(f"{path} holds no examples but bad ones: {bad[0]}")
     if not examples:
-        raise UserError(f"{path} holds no examples" + (f" but bad ones: {bad[0]}" if bad else ""))
+        raise UserError(f"{path} holds no examples")
     if skipped is not None:
         seen = set(skipped)  # a file may be read for two splits
         skipped += [b for b in bad if b not in seen]
@@ -73,25 +77,39 @@ def load(name_or_path, split="train", allow_empty=False, skipped=None):
 
 def load_split(cfg, split):
     """[Example] of "train", "val" or "test" as a Config has it, however long they are."""
-    own, held_out = source(cfg, split), source(cfg, "val" if split == "train" else split) is None
-    examples = load(*(own or source(cfg, "train")), cfg.prompt_weight > 0)
+    other = split
+    if split == "train":
+        other = "val"
+    held_out = source(cfg, other) is None
+    dataset, part = source(cfg, split) or source(cfg, "train")
+    examples = load(dataset, part, cfg.prompt_weight > 0)
     if not held_out:
         return examples
-    parts = hold_out(examples, [True] * len(examples), cfg.val_fraction)
-    return [examples[i] for i in parts[split != "train"]]
+    train, rest = hold_out(examples, [True] * len(examples), cfg.val_fraction)
+    if split == "train":
+        return [examples[i] for i in train]
+    return [examples[i] for i in rest]
 
 
 def source(cfg, split):
     """(data set, its part) that a split is read from; None where it is held out of the training examples. A
     file brings no splits of its own, a folder of yours those whose files it has."""
+    if split == "train":
+        return cfg.dataset, split
     folder = not names_a_file(cfg.dataset)
-    lacks = os.path.isfile(os.path.join(cfg.dataset, "train.jsonl")) and not os.path.isfile(
-        os.path.join(cfg.dataset, split + ".jsonl"))
-    if split == "train" or folder and not lacks and not (split == "val" and cfg.val_dataset):
+    if folder and has(cfg.dataset, split) and not (split == "val" and cfg.val_dataset):
         return cfg.dataset, split
     if cfg.val_dataset:
         return cfg.val_dataset, split
-    return source(cfg, "val") if folder and split == "test" else None
+    if folder and split == "test":
+        return source(cfg, "val")
+    return None
+
+
+def has(folder, split):
+    """Whether a folder brings this split: one of yours where the file is there, one of data/ always."""
+    file = lambda split: os.path.isfile(os.path.join(folder, split + ".jsonl"))
+    return file(split) or not file("train")
 
 
 def hold_out(examples, fits, fraction):
@@ -99,18 +117,28 @@ def hold_out(examples, fits, fraction):
     drawn among the examples that fit; those that do not stay in train. Where nothing can be held out
     (fraction 0, a single question), all that fit are held out and trained on."""
     questions = list(map(question, examples))
-    keys = list(dict.fromkeys(q for q, fit in zip(questions, fits) if fit))
-    n = min(math.ceil(fraction * len(keys)), len(keys) - 1)
-    chosen = {keys[i] for i in random.Random(0).sample(range(len(keys)), max(n, 0))}
-    train = [i for i, q in enumerate(questions) if q not in chosen or not fits[i]]
-    return train, [i for i, q in enumerate(questions) if fits[i] and (n <= 0 or q in chosen)]
+    different = list(dict.fromkeys(q for q, fit in zip(questions, fits) if fit))
+    n = max(0, min(math.ceil(fraction * len(different)), len(different) - 1))
+    chosen = {different[i] for i in random.Random(0).sample(range(len(different)), n)}
+    train, held_out = [], []
+    for i, q in enumerate(questions):
+        if q not in chosen or not fits[i]:
+            train.append(i)
+        if fits[i] and (n == 0 or q in chosen):
+            held_out.append(i)
+    return train, held_out
 
 
 def question(e):
     """What makes an example another one: all but its answer, and white space; texts without a prompt are
     their own."""
-    same = (e.system or "", *(text for turn in e.history for text in turn), e.prompt)
-    return tuple(" ".join(text.split()) for text in (same if e.prompt.strip() else (*same, e.response)))
+    texts = [e.system or ""]
+    for turn in e.history:
+        texts += turn
+    texts.append(e.prompt)
+    if not e.prompt.strip():
+        texts.append(e.response)
+    return tuple(" ".join(text.split()) for text in texts)
 
 
 def names_a_file(dataset):
@@ -124,7 +152,9 @@ def locate(name, split):
         return name
     if os.path.isfile(os.path.join(name, split + ".jsonl")):
         return os.path.join(name, split + ".jsonl")
-    path = os.path.abspath(name) if name.endswith(".jsonl") else os.path.join(HERE, name, split + ".jsonl")
+    path = os.path.join(HERE, name, split + ".jsonl")
+    if name.endswith(".jsonl"):
+        path = os.path.abspath(name)
     folder = os.path.dirname(path)
     if os.path.dirname(folder) != HERE or not os.path.isfile(os.path.join(folder, "prepare.py")):
         known = [f for f in sorted(os.listdir(HERE)) if os.path.isfile(os.path.join(HERE, f, "prepare.py"))]
@@ -157,7 +187,8 @@ def read_rows(path, bad=None):
     try:
         with open(path, "rb") as f:
             raw = f.read()
-        raw = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
+        if raw.startswith(b"\x1f\x8b"):
+            raw = gzip.decompress(raw)
     except (OSError, EOFError, zlib.error) as e:
         raise UserError(f"cannot read {path} ({getattr(e, 'strerror', None) or e})") from e
     raw = raw.removeprefix(codecs.BOM_UTF8)
@@ -166,15 +197,17 @@ def read_rows(path, bad=None):
             yield f"{path}, item {n}", row
         return
     for n, line in enumerate(raw.split(b"\n"), 1):  # not splitlines(): U+2028 may stand inside a string
+        if not line.strip():
+            continue
+        where = f"{path}, line {n}"
         try:
-            row = parse_json(line, f"{path}, line {n}") if line.strip() else None
+            row = parse_json(line, where)
         except UserError as e:
             if bad is None:
                 raise
             bad.append(str(e))
             continue
-        if line.strip():
-            yield f"{path}, line {n}", row
+        yield where, row
 
 
 def parse_json(raw, where):
@@ -193,34 +226,59 @@ def parse(row, where):
         raise UserError(f'{where}: has to be an object with "prompt" and "response", not {short(row)}')
     nothing_lost(row, "", where)
     answer = row.get("answer")
-    if isinstance(answer, (int, float)) and not isinstance(answer, bool):
+    if answer is None:
+        answer = ""
+    elif isinstance(answer, (int, float)) and not isinstance(answer, bool):
         answer = str(answer)
-    answer = "" if answer is None else text_of(answer, "answer", where)
-    system = None if row.get("system") is None else field(row, "system", where)
+    answer = text_of(answer, "answer", where)
+    system, turns, weights = turns_of(row, where)
+    history = history_of(row, where)
+    weights = [1.0] * len(history) + weights
+    turns = history + turns
+    weight = weight_of(row, ("weight", "train"), "", where)
+    weights = tuple(weight * w for w in weights)
+    if set(weights) == {1.0}:
+        weights = ()
+    if answer and len(turns) == 1 and not turns[0][0].strip() and not system:
+        raise UserError(f'{where}: the prompt is empty, so there is nothing to "answer"')
+    *earlier, (prompt, response) = turns
+    return Example(prompt, response, answer, tuple(earlier), system, weights)
+
+
+def turns_of(row, where):
+    """-> (system or None, [(prompt, response)], [weight of each response]) of a row, whichever its form."""
+    system = None
+    if row.get("system") is not None:
+        system = field(row, "system", where)
     if "messages" in row:
         own, turns, weights = from_messages(row["messages"], where)
-        if None not in (own, system) and own != system:
+        if own is None:
+            own = system
+        if system is not None and system != own:
             raise UserError(f'{where}: the field "system" is another than messages[0]: remove one of them')
-        system = system if own is None else own
-    elif "instruction" in row:
-        prompt, more = field(row, "instruction", where), field(row, "input", where, "")
-        turns = [(prompt + ("\n\n" + more if more else ""), field(row, "output", where))]
-    elif "prompt" not in row and "response" not in row:
+        return own, turns, weights
+    if "instruction" in row:
+        prompt = field(row, "instruction", where)
+        more = field(row, "input", where, "")
+        if more:
+            prompt += "\n\n" + more
+        return system, [(prompt, field(row, "output", where))], [1.0]
+    if "prompt" not in row and "response" not in row:
         raise UserError(f'{where}: the field "prompt" is missing (and so are "messages" and "instruction")')
-    else:
-        turns = [(field(row, "prompt", where), field(row, "response", where))]
+    return system, [(field(row, "prompt", where), field(row, "response", where))], [1.0]
+
+
+def history_of(row, where):
+    """[(prompt, response)] of a row's earlier turns."""
     history = row.get("history") or []
     if not isinstance(history, list) or not all(isinstance(t, list) and len(t) == 2 for t in history):
         raise UserError(f'{where}: the field "history" has to be [[prompt, response]], not {short(history)}')
-    history = [tuple(text_of(t, f"history[{i}]", where) for t in turn) for i, turn in enumerate(history)]
-    not_empty(history, "history", where)
-    weight = weight_of(row, ("weight", "train"), "", where)
-    weights = [weight * w for w in [1.0] * len(history) + (weights if "messages" in row else [1.0])]
-    turns = history + turns
-    if answer and len(turns) == 1 and not turns[0][0].strip() and not system:
-        raise UserError(f'{where}: the prompt is empty, so there is nothing to "answer"')
-    weights = () if set(weights) == {1.0} else tuple(weights)
-    return Example(*turns[-1], answer, tuple(turns[:-1]), system, weights)
+    turns = []
+    for i, (prompt, response) in enumerate(history):
+        name = f"history[{i}]"
+        turns.append((text_of(prompt, name, where), text_of(response, name, where)))
+    not_empty(turns, "history", where)
+    return turns
 
 
 def from_messages(messages, where):
@@ -230,11 +288,12 @@ def from_messages(messages, where):
         raise UserError(f'{where}: the field "messages" has to be a list of {{"role", "content"}}, not '
                         f"{short(messages)}")
     texts, weights = [], []
-    first = int(messages[0].get("role") == "system")
-    for i, m in enumerate(messages):
+    roles = ["user", "assistant"] * len(messages)
+    if messages[0].get("role") == "system":
+        roles = ["system", *roles]
+    for i, (m, wanted) in enumerate(zip(messages, roles)):
         name = f"messages[{i}]."
         nothing_lost(m, name, where)
-        wanted = "system" if i < first else ("user", "assistant")[(i - first) % 2]
         texts.append(content_of(m.get("content"), name + "content", where))
         if m.get("role") != wanted:
             role = short(m.get("role"))
@@ -246,7 +305,9 @@ def from_messages(messages, where):
         elif weight:
             raise UserError(f"{where}: {name[:-1]} is to be learned, and only the assistant's messages are "
                             "(--prompt_weight counts for all others)")
-    system, texts = texts[0] if first else None, texts[first:]
+    system = None
+    if roles[0] == "system":
+        system, *texts = texts
     if not texts or len(texts) % 2:
         raise UserError(f'{where}: the field "messages" has to end with an answer of the assistant')
     turns = list(zip(texts[::2], texts[1::2]))
@@ -275,7 +336,9 @@ def weight_of(fields, keys, name, where, default=1.0):
         if not isinstance(value, (bool, int, float)) or not 0 <= value <= 1:
             raise UserError(f'{where}: the field "{name}{key}" has to be true, false or a number from 0 '
                             f"to 1, not {short(value)}")
-    return float(math.prod(value for _, value in given)) if given else default
+    if not given:
+        return default
+    return float(math.prod(value for _, value in given))
 
 
 def content_of(value, name, where):
@@ -300,7 +363,9 @@ def field(row, name, where, default=None):
     if name not in row and default is None:
         raise UserError(f'{where}: the field "{name}" is missing')
     value = row.get(name)
-    return text_of(default if value is None and default is not None else value, name, where)
+    if value is None and default is not None:
+        value = default
+    return text_of(value, name, where)
 
 
 def text_of(value, name, where):
@@ -312,5 +377,8 @@ def text_of(value, name, where):
 
 
 def short(value):
+    """For a message: value as JSON, its beginning where it is long."""
     text = json.dumps(value, ensure_ascii=True)
-    return text if len(text) < 60 else text[:56] + " ..."
+    if len(text) < 60:
+        return text
+    return text[:56] + " ..."
