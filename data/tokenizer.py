@@ -63,31 +63,42 @@ class Tokenizer:
         """encode: text -> [int]; spelling: {id: bytes}; eos: the checkpoint's end ids, best first. Of
         SentencePiece alone: drop_space: it puts a space before a text, so `decode` takes one off; go_on:
         encode without that space; legacy: it puts one after a special token too."""
-        self.encode, self.special, self.bos, self.odd = encode, special, bos, {}
-        self.template, self.system, self.eos = None, "", list(eos)
+        self.encode = encode
+        self.special = special
+        self.bos = bos
+        self.eos = list(eos)
+        self.odd = {}
+        self.template = None
+        self.system = ""
+        self.go_on = go_on or encode
+        self.legacy = legacy
+        self.drop_space = drop_space
         own = [re.escape(token) for token in special if not re.fullmatch(SPECIAL, token)]
         self.looks = re.compile("|".join([SPECIAL, *own]))
-        self.go_on, self.legacy = go_on or encode, legacy
         self.spelling = spelling | {i: text.encode() for text, i in special.items()}
-        self.drop_space = drop_space
         self.n_vocab = max(self.spelling) + 1
         # A base model may list a chat's end token that it has never seen (LLaMA-3-8B): there the checkpoint's
         # eos_token_id decides. It does not if it is an ordinary token, as config.json's default of 2 may be.
         chat = [special[token] for token in CHAT_ENDS if token in special]
         ends = [i for i in eos if i in special.values()]
         ends = [i for i in chat if i in ends] + ends or chat or list(eos)
-        self.eot, self.stop = (ends[0] if ends else None), {*ends, *chat}
+        self.eot = next(iter(ends), None)
+        self.stop = {*ends, *chat}
 
     def decode(self, ids, first=True, mark=False):
         """[int] -> str; first: they open a text. Broken UTF-8 becomes U+FFFD; ids without a token (padding)
         are skipped. A space that SentencePiece has put before a text is taken off. mark: what only looks like
         a special token is followed by "(as text)"."""
-        text, special, opens = "", set(self.special.values()), first
+        text = ""
+        opens = first
+        special = set(self.special.values())
         for is_special, run in groupby(ids, key=special.__contains__):
             part = b"".join(self.spelling.get(i, b"") for i in run).decode("utf-8", "replace")
-            part = part[1:] if self.drop_space and opens and part.startswith(" ") else part
-            for token in dict.fromkeys(self.lookalikes(part)) if mark and not is_special else ():
-                part = part.replace(token, token + "(as text)")
+            if self.drop_space and opens:
+                part = part.removeprefix(" ")
+            if mark and not is_special:
+                for token in dict.fromkeys(self.lookalikes(part)):
+                    part = part.replace(token, token + "(as text)")
             text += part
             opens = is_special and (opens or self.legacy)
         return text
@@ -101,22 +112,30 @@ class Tokenizer:
         What stands between two special tokens is encoded as one text. first: it opens the text, and does not
         follow an end of text. UserError: no such special token, or one with flags that are not followed
         here."""
-        ids, fills = [], iter(fills)
+        ids = []
+        fills = iter(fills)
         for part in re.split(r"(<\|\w+\|>)", template):
             if re.fullmatch(r"<\|\w+\|>", part):
-                if part not in self.special:
-                    raise UserError(f"this prompt_format needs the special token {part}, which the model's "
-                                    "tokenizer does not have: use --prompt_format=plain or alpaca")
-                if part in self.odd:
-                    raise UserError(f"this prompt_format needs the special token {part}, which has "
-                                    f"{self.odd[part]} = true in the model's tokenizer, and that is not "
-                                    "followed here: use --prompt_format=plain or alpaca")
-                ids.append(self.special[part])
+                ids.append(self.id_in_template(part))
             elif part:
                 head, *rest = part.split(HOLE)
-                encode = self.encode if self.legacy or first and not ids else self.go_on
-                ids += encode(head + "".join(next(fills) + text for text in rest))
+                text = head + "".join(next(fills) + more for more in rest)
+                if self.legacy or first and not ids:
+                    ids += self.encode(text)
+                else:
+                    ids += self.go_on(text)
         return ids
+
+    def id_in_template(self, token):
+        """The id of a special token that a template needs. UserError: see encode_template."""
+        if token not in self.special:
+            raise UserError(f"this prompt_format needs the special token {token}, which the model's "
+                            "tokenizer does not have: use --prompt_format=plain or alpaca")
+        if token in self.odd:
+            raise UserError(f"this prompt_format needs the special token {token}, which has "
+                            f"{self.odd[token]} = true in the model's tokenizer, and that is not "
+                            "followed here: use --prompt_format=plain or alpaca")
+        return self.special[token]
 
 
 class BPE:
@@ -124,19 +143,25 @@ class BPE:
 
     def __init__(self, state):
         """state: the parsed tokenizer.json. UserError: it asks for something that is not done here."""
-        model, vocab = state["model"], state["model"]["vocab"]
+        model = state["model"]
+        vocab = model["vocab"]
         self.nfc = has_nfc(state.get("normalizer"))
         self.pattern = regex.compile(piece_pattern(state.get("pre_tokenizer")))
-        alphabet, unknown = byte_alphabet(), vocab.get(model.get("unk_token"))
+        alphabet = byte_alphabet()
+        unknown = vocab.get(model.get("unk_token"))
         self.byte_ids = [vocab.get(char, unknown) for char in alphabet]  # None: this byte is dropped
         self.merges = {}  # (left, right) -> (rank, merged)
         for rank, pair in enumerate(model["merges"]):
-            left, right = pair.split(" ") if isinstance(pair, str) else pair
+            if isinstance(pair, str):
+                pair = pair.split(" ")
+            left, right = pair
             self.merges[vocab[left], vocab[right]] = rank, vocab[left + right]
         byte_of = {char: b for b, char in enumerate(alphabet)}
         words = {i: token for token, i in vocab.items() if byte_of.keys() >= set(token)}
         self.spelling = {i: bytes(byte_of[char] for char in token) for i, token in words.items()}
-        self.whole = {word: i for i, word in self.spelling.items()} if model.get("ignore_merges") else {}
+        self.whole = {}  # pieces that are tokens, whatever the merges say
+        if model.get("ignore_merges"):
+            self.whole = {word: i for i, word in self.spelling.items()}
         added = state.get("added_tokens") or []
         self.odd = odd_flags(added)
         self.special = {t["content"]: t["id"] for t in added if t["special"]}
@@ -145,18 +170,25 @@ class BPE:
             raise UserError(f"tokenizer.json has the added token {text!r} with {self.odd[text]} = true, and "
                             "that is not followed here: make it a special token, or take it out")
         self.spelling |= {i: text.encode() for text, i in self.plain.items()}
-        longest_first = sorted(self.plain, key=len, reverse=True)
-        self.cut = self.plain and regex.compile("(" + "|".join(map(regex.escape, longest_first)) + ")")
+        self.cut = None  # a pattern of the plain added tokens
+        if self.plain:
+            longest_first = sorted(self.plain, key=len, reverse=True)
+            self.cut = regex.compile("(" + "|".join(map(regex.escape, longest_first)) + ")")
         self.merge = functools.lru_cache(1 << 18)(self.merge)
 
     def encode(self, text):
         """Ordinary text -> [int]."""
+        parts = [text]
+        if self.cut:
+            parts = self.cut.split(text)
         ids = []
-        for part in self.cut.split(text) if self.cut else [text]:
+        for part in parts:
             if part in self.plain:
                 ids.append(self.plain[part])
                 continue
-            for piece in pieces(self.pattern, unicodedata.normalize("NFC", part) if self.nfc else part):
+            if self.nfc:
+                part = unicodedata.normalize("NFC", part)
+            for piece in pieces(self.pattern, part):
                 ids += self.merge(piece)
         return ids
 
@@ -166,8 +198,10 @@ class BPE:
         word = piece.encode("utf-8", "replace")
         if word in self.whole:
             return (self.whole[word],)
-        ids = [i for i in map(self.byte_ids.__getitem__, word) if i is not None]
-        left, right, heap = list(range(-1, len(ids) - 1)), list(range(1, len(ids) + 1)), []
+        ids = [self.byte_ids[b] for b in word if self.byte_ids[b] is not None]
+        left = list(range(-1, len(ids) - 1))  # the symbol before each; -1: none
+        right = list(range(1, len(ids) + 1))  # the one after; len(ids): none
+        heap = []
 
         def offer(i, j):  # neighbours i and j, if they merge
             pair = ids[i], ids[j]
@@ -181,7 +215,9 @@ class BPE:
             _, i, j, pair, merged = heapq.heappop(heap)
             if right[i] != j or (ids[i], ids[j]) != pair:  # one of the two was merged away meanwhile
                 continue
-            ids[i], ids[j], right[i] = merged, None, right[j]
+            ids[i] = merged
+            ids[j] = None
+            right[i] = right[j]
             if right[i] < len(ids):
                 left[right[i]] = i
                 offer(i, right[i])
@@ -193,7 +229,12 @@ class BPE:
 def odd_flags(added):
     """{text: flag} of those added tokens that swallow white space beside them, or count between words
     only."""
-    return {t["content"]: flag for t in added for flag in ("lstrip", "rstrip", "single_word") if t.get(flag)}
+    odd = {}
+    for token in added:
+        for flag in ("lstrip", "rstrip", "single_word"):
+            if token.get(flag):
+                odd[token["content"]] = flag
+    return odd
 
 
 def pieces(pattern, text):
@@ -208,10 +249,16 @@ def pieces(pattern, text):
         yield text[end:]
 
 
+def steps_of(part, name):
+    """A normalizer or pre_tokenizer of a tokenizer.json -> [step]: it is null, one step, or several under name."""
+    if not part:
+        return []
+    return part.get(name, [part])
+
+
 def has_nfc(normalizer):
     """Whether a tokenizer.json's normalizer is NFC (Qwen) or nothing. UserError: any other."""
-    steps = (normalizer or {}).get("normalizers", [normalizer] if normalizer else [])
-    kinds = [step["type"] for step in steps]
+    kinds = [step["type"] for step in steps_of(normalizer, "normalizers")]
     if set(kinds) - {"NFC"}:
         raise UserError(f"tokenizer.json has the normalizer {'+'.join(kinds)}, and only NFC is supported")
     return bool(kinds)
@@ -219,8 +266,9 @@ def has_nfc(normalizer):
 
 def piece_pattern(pre):
     """The one regex that does what a tokenizer.json's pre_tokenizer does. UserError: there is none."""
-    steps = (pre or {}).get("pretokenizers", [pre] if pre else [])
-    kinds, first, last = [step["type"] for step in steps], steps[0], steps[-1]
+    steps = steps_of(pre, "pretokenizers")
+    kinds = [step["type"] for step in steps]
+    first, last = steps[0], steps[-1]
     by_regex = last.get("use_regex", True)
     if last["type"] == "ByteLevel" and not last.get("add_prefix_space"):
         if kinds == ["ByteLevel"] and by_regex:
@@ -238,42 +286,58 @@ def load(dir_or_repo):
     """The Tokenizer of a local directory (which never touches the network) or of a hub repository "org/name".
     UserError: there is none, or it is damaged, or of a kind that could not be followed exactly."""
     path = find_files(dir_or_repo)
-    state, settings = read_json(path, "tokenizer.json"), read_json(path, "tokenizer_config.json")
-    eos, model = end_ids(path), os.path.join(path, "tokenizer.model")
+    settings = read_json(path, "tokenizer_config.json")
     try:
-        if "ByteLevel" in json.dumps(state.get("pre_tokenizer")):
-            tokenizer = from_json(state, settings, eos)
-        elif os.path.exists(model):
-            with open(model, "rb") as f:
-                raw = f.read()
-            is_text = re.match(rb"[A-Za-z0-9+/]+=* \d+\s", raw)
-            tokenizer = from_tiktoken(raw, eos) if is_text else from_sentencepiece(model, settings, eos)
-        elif state:
-            raise UserError(f"{path}/tokenizer.json is not a byte-level BPE, and the SentencePiece "
-                            "tokenizer.model that it was made from does not lie beside it")
-        else:
-            raise UserError(f"there is no tokenizer.json and no tokenizer.model in {path}")
+        tokenizer = read(path, settings, end_ids(path))
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, regex.error) as e:
         raise UserError(f"the tokenizer in {path} is damaged ({type(e).__name__}: {e})") from e
     tokenizer.template = template.load(path, {**read_json(path, "special_tokens_map.json"), **settings})
-    tokenizer.system = tokenizer.template.default_system() if tokenizer.template else ""
-    pad = settings.get("pad_token")
-    pad = tokenizer.special.get(pad.get("content") if isinstance(pad, dict) else pad)
+    if tokenizer.template:
+        tokenizer.system = tokenizer.template.default_system()
+    pad = tokenizer.special.get(text_of(settings.get("pad_token")))
     if pad == tokenizer.n_vocab - 1 and pad not in tokenizer.stop:
         tokenizer.n_vocab = pad  # nothing is padded here: LLaMA-2's with an added <pad> fit their embedding
     return tokenizer
 
 
+def read(path, settings, eos):
+    """The Tokenizer of a directory, of whichever kind. settings: tokenizer_config.json; eos: the end ids."""
+    state = read_json(path, "tokenizer.json")
+    if "ByteLevel" in json.dumps(state.get("pre_tokenizer")):
+        return from_json(state, settings, eos)
+    model = os.path.join(path, "tokenizer.model")
+    if os.path.exists(model):
+        with open(model, "rb") as f:
+            raw = f.read()
+        if re.match(rb"[A-Za-z0-9+/]+=* \d+\s", raw):
+            return from_tiktoken(raw, eos)
+        return from_sentencepiece(model, settings, eos)
+    if state:
+        raise UserError(f"{path}/tokenizer.json is not a byte-level BPE, and the SentencePiece "
+                        "tokenizer.model that it was made from does not lie beside it")
+    raise UserError(f"there is no tokenizer.json and no tokenizer.model in {path}")
+
+
+def text_of(token):
+    """A special token's text, as settings have it: the text itself, or an object that holds it, or None."""
+    if isinstance(token, dict):
+        return token.get("content")
+    return token
+
+
 def from_json(state, settings, eos):
     """Tokenizer of a byte-level tokenizer.json (parsed)."""
-    bpe, post = BPE(state), state.get("post_processor") or {}
-    text = lambda token: token["content"] if isinstance(token, dict) else token
-    bos = text(settings.get("bos_token")) if settings.get("add_bos_token") else None
+    bpe = BPE(state)
+    bos = None
+    if settings.get("add_bos_token"):
+        bos = text_of(settings.get("bos_token"))
+    post = state.get("post_processor") or {}
     for step in post.get("processors", [post]):
         if step.get("type") == "TemplateProcessing" and "SpecialToken" in step["single"][0]:
             bos = step["single"][0]["SpecialToken"]["id"]
-    end = bpe.special.get(text(settings.get("eos_token")))
-    eos = eos or ([] if end is None else [end])
+    end = bpe.special.get(text_of(settings.get("eos_token")))
+    if not eos and end is not None:
+        eos = [end]
     tokenizer = Tokenizer(bpe.encode, bpe.spelling, bpe.special, bpe.special.get(bos), eos)
     tokenizer.odd = bpe.odd
     return tokenizer
@@ -303,23 +367,32 @@ def from_sentencepiece(model, settings, eos):
     try:
         with open(model, "rb") as f:
             raw = f.read()
-        # protobuf merges what is appended: normalizer_spec.add_dummy_prefix = false
-        sp, bare = (sentencepiece.SentencePieceProcessor(model_proto=raw + more)
-                    for more in (b"", b"\x1a\2\x18\0"))
+        sp = sentencepiece.SentencePieceProcessor(model_proto=raw)
+        # without the space; protobuf merges what is appended: normalizer_spec.add_dummy_prefix = false
+        bare = sentencepiece.SentencePieceProcessor(model_proto=raw + b"\x1a\2\x18\0")
     except (RuntimeError, OSError) as e:
         raise UserError(f"{model} is neither a SentencePiece model nor a list of tiktoken ranks") from e
-    spaced = settings.get("add_prefix_space") is not False
     special, spelling = {}, {}
     for i in range(sp.get_piece_size()):
         piece = sp.id_to_piece(i)
         if sp.is_control(i) or sp.is_unknown(i):
             special[piece] = i
-        else:  # "<0x0A>" is a byte
-            spelling[i] = bytes.fromhex(piece[3:5]) if sp.is_byte(i) else piece.replace("▁", " ").encode()
+        elif sp.is_byte(i):  # "<0x0A>"
+            spelling[i] = bytes.fromhex(piece[3:5])
+        else:
+            spelling[i] = piece.replace("▁", " ").encode()
     added = settings.get("added_tokens_decoder", {})
-    special |= {token["content"]: int(i) for i, token in added.items() if int(i) not in spelling}
-    bos = sp.bos_id() if settings.get("add_bos_token", True) and sp.bos_id() >= 0 else None
-    tokenizer = Tokenizer(sp.encode if spaced else bare.encode, spelling, special, bos, eos or [sp.eos_id()],
+    for i, token in added.items():
+        if int(i) not in spelling:
+            special[token["content"]] = int(i)
+    bos = None
+    if settings.get("add_bos_token", True) and sp.bos_id() >= 0:
+        bos = sp.bos_id()
+    encode = bare.encode
+    spaced = settings.get("add_prefix_space") is not False
+    if spaced:
+        encode = sp.encode
+    tokenizer = Tokenizer(encode, spelling, special, bos, eos or [sp.eos_id()],
                           drop_space=spaced, go_on=bare.encode, legacy=bool(settings.get("legacy")))
     tokenizer.odd = odd_flags(added.values())
     return tokenizer
@@ -358,15 +431,19 @@ def end_ids(path):
     found = []
     for name in ("generation_config.json", "config.json"):
         ids = read_json(path, name).get("eos_token_id")
-        found += ids if isinstance(ids, list) else [ids]
+        if not isinstance(ids, list):
+            ids = [ids]
+        found += ids
     return list(dict.fromkeys(i for i in found if isinstance(i, int)))
 
 
 def byte_alphabet():
     """The printable character that stands for each byte in Hugging Face's vocabularies: [str] * 256."""
     shown = [*range(33, 127), *range(161, 173), *range(174, 256)]  # these stand for themselves
-    hidden = [b for b in range(256) if b not in shown]  # the others become chr(256), chr(257), ...
-    return [chr(b) if b in shown else chr(256 + hidden.index(b)) for b in range(256)]
+    hidden = [b for b in range(256) if b not in shown]
+    alphabet = {b: chr(b) for b in shown}
+    alphabet |= {b: chr(256 + i) for i, b in enumerate(hidden)}  # the others become chr(256), chr(257), ...
+    return [alphabet[b] for b in range(256)]
 
 
 def save_bpe(path, merges, pattern, special_tokens):
