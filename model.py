@@ -137,8 +137,8 @@ class Attention(Part):
         if target == "v":
             return y
         w = {"q": self.q_norm, "k": self.k_norm}[target]
-        heads = y.view(len(y), -1, self.head_dim)  # (T, heads, hd)
-        return F.rms_norm(heads, (self.head_dim,), w, self.eps).flatten(1)
+        heads = y.reshape(-1, self.head_dim)  # (T heads, hd)
+        return dense.rms_norm(heads, w, self.eps).view_as(y)
 
     def output(self, x, keep=None, n=0):
         """x (T, Nq) -> (T, D)."""
@@ -242,7 +242,7 @@ class Block(nn.Module):
         self.eps = c.rms_norm_eps
 
     def norm(self, x, w):
-        return F.rms_norm(x, w.shape, w, self.eps)
+        return dense.rms_norm(x, w, self.eps)
 
     def part_of(self, target):
         """The attention or the MLP, whichever has this LoRA target."""
@@ -513,7 +513,7 @@ class LLaMA(nn.Module):
                 x = checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = block(*args)
-        return F.rms_norm(x, self.final_norm.shape, self.final_norm, self.config.rms_norm_eps)
+        return dense.rms_norm(x, self.final_norm, self.config.rms_norm_eps)
 
     def loss(self, batch, x=None, first=0, measure=False):
         """batch (data.Batch, on the model's device) -> the weighted sum of the loss over its loss rows, a
@@ -554,7 +554,7 @@ class LLaMA(nn.Module):
         x = F.embedding(tokens, self.embed)
         for block, kv in zip(self.blocks, cache.blocks):
             x = block.decode(x, rope, kv)
-        return F.rms_norm(x, self.final_norm.shape, self.final_norm, self.config.rms_norm_eps)
+        return dense.rms_norm(x, self.final_norm, self.config.rms_norm_eps)
 
     # ---- counting
 
