@@ -10,7 +10,7 @@ x W.T + b for an attention channel of q, k or v, of h = silu(g) u for an MLP cha
               loss feels of it: the sum over context rows of |h dL/dh|, first-order Taylor (Molchanov et al. 2016,
               arXiv 1611.06440). Then the channels are fixed, their rows of W are copied out once, and what the
               dropped ones would have added is replaced by a low-rank map of the input (below).
-    svd       the paper's: W.T ~= P Q with P (D, r), Q (r, N), computed once from the weights, without data.
+    svd       the paper's: W.T ~= P Q with P (D, r), Q (r, N), computed once from the weights (lib/factors.py).
               Attention never builds (n, N): with Z = x P and M = Z.T Z (r, r), energy_j = q_j.T M q_j: the
               exact energy of the approximate activation, for 2 n D r + 2 n r^2 operations. A bias is one more
               column of ones in Z, one more row of Q. The MLP needs silu per token: sum over rows of
@@ -69,6 +69,11 @@ def energy(y):
     return finite(norm.square())
 
 
+def with_ones(x):
+    """x (n, D) -> (n, D+1): a last column of ones, for a bias."""
+    return torch.cat([x, x.new_ones(len(x), 1)], 1)
+
+
 def svd_attention(x, P, Q, ranks):
     """x (n, D), P (D, sum of ranks), Q: one (r, N) of q, of k and of v, with a bias (r + 1, N) -> energies
     (Nq + 2 Nkv,)."""
@@ -80,11 +85,6 @@ def svd_attention(x, P, Q, ranks):
         gram = zi.T @ zi  # M (r, r)
         energies.append((gram @ q).mul_(q).sum(0))  # q_j.T M q_j for all j
     return torch.cat(energies).clamp_(min=0)  # rounding can take a vanishing energy below 0, where sqrt is NaN
-
-
-def with_ones(x):
-    """x (n, D) -> (n, D+1): a last column of ones, for a bias."""
-    return torch.cat([x, x.new_ones(len(x), 1)], 1)
 
 
 def svd_mlp(x, P, Q):

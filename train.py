@@ -285,9 +285,23 @@ def prepare(cfg, device, stop):
     info = dict(step=0, max_steps=max_steps, sparse=False, evaluated=0, skipped=0, seconds=0.0, tokens=0, flops=0,
                 dense_flops=0, before=None, best=None, first_loss=None, finished=False)
     prints = {"model": state.fingerprint(folder, model.config), "dataset": state.digest(tokenized["train"])}
-    return Run(cfg, device, Path(cfg.out_dir), folder, tokenizer, examples, tokenized,
-               lambda step: epoch(step // per_epoch)[step % per_epoch], model, optimizer, flat, grad, max_steps, info,
-               prints, stop)
+    return Run(
+        cfg=cfg,
+        device=device,
+        out=Path(cfg.out_dir),
+        folder=folder,
+        tokenizer=tokenizer,
+        examples=examples,
+        tokenized=tokenized,
+        order=lambda step: epoch(step // per_epoch)[step % per_epoch],
+        model=model,
+        optimizer=optimizer,
+        flat=flat,
+        grad=grad,
+        max_steps=max_steps,
+        info=info,
+        prints=prints,
+        stop=stop)
 
 
 def load_data(cfg, tokenizer):
@@ -616,8 +630,9 @@ def main(cfg, command="python train.py"):
     out_dir/result.json, a dict; None where a signal stopped the run or it was finished before. command: how
     to start this run again, for the message that says so."""
     device = dist.setup(cfg)
-    lock = state.claim(cfg.out_dir, cfg.resume) if dist.rank() == 0 else None
-    run = None
+    lock = run = None
+    if dist.rank() == 0:
+        lock = state.claim(cfg.out_dir, cfg.resume)
     try:
         run = prepare(cfg, device, Signals())
         say_plan(run)
@@ -654,12 +669,13 @@ def main(cfg, command="python train.py"):
 def cli(argv):
     """The command line. What goes wrong is one sentence, stderr's last line, and exit code 1."""
     tolerant_output()
-    cfg, debug = None, "--debug=True" in argv or "--debug=true" in argv
+    cfg = None
+    debug = "--debug=True" in argv or "--debug=true" in argv
     try:
         cfg = config.load(argv)
         debug = cfg.debug
-        main(cfg, shlex.join([*dist.launcher().split(), "train.py"]
-                             + [a for a in argv if not a.startswith("--resume=")]))
+        others = [a for a in argv if not a.startswith("--resume=")]
+        main(cfg, shlex.join([*dist.launcher().split(), "train.py", *others]))
         return dist.leave()
     except BrokenPipeError:
         os._exit(1)  # whoever read what we print has gone, as `| head` does

@@ -259,12 +259,3 @@ def write_safetensors(path, tensors, metadata=None):
     with open(tmp, "rb+") as f:
         os.fsync(f.fileno())
     os.replace(tmp, path)
-
-
-def write_section(path, name, text):
-    """Puts text between <!-- name --> and <!-- /name --> in a file. UserError: it has no such place."""
-    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-    old = Path(path).read_text(encoding="utf-8") if Path(path).exists() else ""
-    if begin not in old or end not in old:
-        raise UserError(f"{path} has no place for the numbers: write {begin} and {end} where they belong")
-    write_text(path, old[:old.index(begin)] + f"{begin}\n{text}" + old[old.index(end):])

@@ -14,12 +14,10 @@ import json
 import os
 import shutil
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import safetensors.torch
-import torch
 
 from config import Config, UserError
 from lib.files import add_samples, write_text
