@@ -1,7 +1,9 @@
 """Tests of tools/bench*.py and of the FLOP counter that its ratios rest on. Tiny shapes, one thread."""
 import json
 import random
+import shutil
 import traceback
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -107,7 +109,7 @@ def test_memory_is_counted_without_memory():
 # ---- the bench -------------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name, billions", [("llama3-8b", 8.030), ("llama3.2-1b", 1.236), ("llama2-7b", 6.738), ("qwen2.5-7b", 7.616),
-                                            ("smollm2-135m", .1345)])
+                                            ("smollm2-135m", .1345), ("qwen2.5-0.5b", .4940)])
 def test_architectures_have_the_published_sizes(name, billions):
     cfg = config.Config(model="somewhere/" + {"llama3-8b": "Meta-Llama-3-8B-Instruct"}.get(name, name))
     found, raw = bench.architecture(cfg, "")
@@ -150,16 +152,17 @@ def test_hf_and_ours_do_the_same_work(tiny_run, kind, tied):
     pytest.importorskip("peft")
     cfg, raw = config.load(tiny_run[:4]), {**TINY, "model_type": kind, "tie_word_embeddings": tied}
     shared, tokens = bench.Shared(cfg, raw), batch()
-    rows, padded = bench.make_rows(shared, raw, 40, tokens)
+    rows = bench.make_rows(shared, raw, 40, tokens)
     sparse = [f"+ {part}, {how}" for part in ("MLP", "attention") for how in ("svd", "measured", "measured + map")]
-    assert [r.name for r in rows] == ["HF + PEFT", "dense LoRA", *sparse] and padded.name == "HF + PEFT, padded to 40"
-    for r in (rows[0], padded):
+    assert [r.name for r in rows] == ["HF + PEFT", "HF + PEFT, padded to 40", "dense LoRA", *sparse]
+    hf, padded, dense = rows[:3]
+    for r in (hf, padded):
         b = r.batch(tokens)
         ours = data.collate(tokens)
-        rows[1].select()
+        dense.select()
         loss = shared.model.loss(ours).item() / ours.weights.sum().item()
         assert r.hf.model(**b).loss.item() == pytest.approx(loss, rel=1e-5)
-        assert r.flops(b) == counted(lambda: r.hf.model(**b, use_cache=False).loss.backward())
+        assert shared.model.flops(r.counted(b))[1] == counted(lambda: r.hf.model(**b, use_cache=False).loss.backward())
     before = [p.clone() for p in shared.model.parameters()]
     padded.step(padded.batch(tokens))
     assert all(torch.equal(a, b) for a, b in zip(before, shared.model.parameters()))
@@ -168,7 +171,7 @@ def test_hf_and_ours_do_the_same_work(tiny_run, kind, tied):
 def test_the_map_is_all_that_its_row_adds(tiny_run):
     """The rows with and without it keep the same channels, and each row counts its own map and copies."""
     shared = bench.Shared(config.load(tiny_run[:4]), TINY)
-    rows = {r.name: r for r in bench.make_rows(shared, TINY, 40, batch())[0]}
+    rows = {r.name: r for r in bench.make_rows(shared, TINY, 40, batch())}
     without, with_map = (rows[f"+ attention, measured{x}"] for x in ("", " + map"))
     for a, b in zip(without.own.values(), with_map.own.values()):
         if a is not None:
@@ -205,14 +208,115 @@ def test_one_run(tiny_run, tmp_path, capsys):
     assert flops == sorted(flops) and len(set(flops)) == 4
     assert rows["+ MLP, svd"]["peak_gib"] < rows["dense LoRA"]["peak_gib"]
     assert rows["+ MLP, svd"]["predictor_ms"] > 0
+    assert all(0 < r["of_roofline"] for r in rows.values())
     text = capsys.readouterr().out
-    assert "share" in text and "+ MLP, svd: choosing channels takes" in text
+    assert "share" in text and "of the roofline" in text and "- GEMM: " in text and "+ MLP, svd: choosing channels takes" in text
     file = tmp_path / "bench.md"
     with pytest.raises(UserError, match="no measurement"):
         bench_report.write(tmp_path / "nothing", file)
     (tmp_path / "tiny.json").unlink()
     bench_report.write(tmp_path, file)
     assert "+ attention, svd" in file.read_text() and "unmeasured" in file.read_text()
+
+
+def test_some_rows_of_another_model(tiny_run, monkeypatch):
+    """Only the rows that --rows names are built; ratios may be given by block; --compile adds its row."""
+    monkeypatch.setattr(bench, "hugging_face", lambda *args: "not installed (peft)")
+    shared = bench.Shared(config.load(tiny_run[:4] + ['--mlp_sparsity={"1": .75}', "--attn_sparsity=0"]), TINY)
+    names = lambda words, **kw: [r.name for r in bench.make_rows(shared, TINY, 40, batch(), words, **kw)]
+    assert names(["dense", "map"]) == ["dense LoRA", "+ MLP, measured + map"]
+    assert [p and p.c for p in (b.mlp.predictor for b in shared.model.blocks)] == [None, 32, None]  # in steps of 32
+    hf = ["HF + PEFT", "HF + PEFT, padded to 40"]
+    assert names(["HF"]) == hf and names(["HF"], compile=True) == [*hf, "HF + PEFT, torch.compile"]
+    with pytest.raises(UserError, match="--rows=nothing is in no row's name: there are HF .* PEFT; .*; dense LoRA;"):
+        names(["nothing"])
+
+
+def test_a_bug_of_ours_is_no_missing_row(tiny_run, tmp_path, monkeypatch):
+    """What fails in others' code is said in its row; the first line of it."""
+    def fails(*args):
+        raise RuntimeError("no compiler\nand a long trace")
+
+    pytest.importorskip("peft")
+    run = tiny_run + ["--steps=1", "--real=False", "--compile=True", "--rows=HF,dense"]
+    monkeypatch.setattr(bench.HuggingFace, "step", fails)
+    bench.main(run)
+    out = json.loads((tmp_path / "out.json").read_text())
+    assert out["full"]["missing"] == {"HF + PEFT": "no compiler", "HF + PEFT, torch.compile": "no compiler"}
+    monkeypatch.setattr(bench.Ours, "step", fails)
+    with pytest.raises(RuntimeError, match="no compiler"):
+        bench.main(run)
+
+
+def test_without_a_compiler_the_row_says_so(tiny_run, monkeypatch, tmp_path):
+    pytest.importorskip("peft")
+    inductor = pytest.importorskip("torch._inductor.config")
+    monkeypatch.setattr(inductor.cpp, "cxx", (None, "no-such-compiler"))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    torch._dynamo.reset()
+    bench.main(tiny_run + ["--steps=1", "--real=False", "--compile=True", "--rows=compile"])
+    out = json.loads((tmp_path / "out.json").read_text())["full"]
+    assert out["rows"] == [] and "No working C++ compiler" in out["missing"]["HF + PEFT, torch.compile"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+def test_compiled_is_the_same_step(tiny_run):
+    """Same loss and the same update of the shared adapter; a minute or two of compiling."""
+    pytest.importorskip("peft")
+    torch._dynamo.reset()
+    shared, tokens = bench.Shared(config.load(tiny_run[:4]), TINY), batch()
+    plain, padded, compiled = bench.make_rows(shared, TINY, 40, tokens, ["HF"], compile=True)
+    b = compiled.batch(tokens)
+    assert b["input_ids"].shape == (3, 40) and compiled.hf is plain.hf
+    grads = []
+    for model in (plain.hf.model, plain.hf.compiled):
+        loss = model(**b, use_cache=False).loss
+        grads.append([loss.detach(), *torch.autograd.grad(loss, plain.hf.params)])
+    for eager, other in zip(*grads):
+        torch.testing.assert_close(eager, other, rtol=1e-4, atol=1e-6)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    before = [p.clone() for p in plain.hf.params]
+    compiled.step(b)
+    assert not all(torch.equal(p, q) for p, q in zip(before, plain.hf.params))
+
+
+def test_traffic_counts_what_is_kept():
+    """One block of three is sparse and the last reads its loss rows only: by hand, in fp32."""
+    m, b = tiny(), data.collate(batch())
+    m.add_lora(4, 8, "o")
+    T, T_loss, D, I = len(b.tokens), 31, 64, 96
+    block = lambda t, channels: 22 * t * D + 8 * (t * 64 + T * 32) + 8 * channels
+    dense = 2 * block(T, T * I) + block(T_loss, T_loss * I) + 5 * T_loss * 97
+    rest = 7 * 3 * 4 * 128  # AdamW
+    assert bench_measure.traffic(m, b) == 4 * (dense + rest)
+    predictor.attach(m, [0, .75, 0], 0.0)
+    assert bench_measure.traffic(m, b) == 4 * (dense + rest - 8 * b.n_sparse * (96 - 32))
+
+
+def test_roofline_and_ratios_by_hand(monkeypatch):
+    """The machine does 1e6 FLOP/s and moves 1e5 bytes/s, as it says; the rounds' loads differ threefold."""
+    class Row:
+        ours, shared = True, SimpleNamespace(model=None, device=torch.device("cpu"))
+        select, step = (lambda *args: None,) * 2
+
+        def __init__(self, name):
+            self.name = name
+
+        def batch(self, tokenized):
+            return tokenized
+
+    stats = {"dense LoRA": (6000, 200), "+ MLP, measured": (3000, 100)}  # FLOPs, bytes
+    times = iter([10., 5., 6., 30., 20., 12.])  # the first row changes from round to round
+    monkeypatch.setattr(bench_measure, "warm_up", lambda row, _: dict(
+        row=row.name, flops=stats[row.name][0], traffic=stats[row.name][1], tokens=10, peak_gib=1., times_ms=[]))
+    monkeypatch.setattr(bench_measure, "machine_rates", lambda model: (1e6, 1e5))
+    monkeypatch.setattr(bench_measure, "milliseconds", lambda *args: next(times))
+    out = bench_measure.measure(Row.shared, [Row(name) for name in stats], [0], 3)
+    dense, sparse = bench_report.with_ratios(out)
+    assert dense["times_ms"] == [10, 30, 20] and sparse["times_ms"] == [5, 6, 12]
+    assert dense["of_roofline"] == pytest.approx((6 + 2) / 20) and sparse["of_roofline"] == pytest.approx((3 + 1) / 6)
+    assert sparse["over_dense"] == 2 and sparse["flop_ratio"] == 2 and sparse["share"] == 1  # of 2, 5 and 1.67
 
 
 def test_what_the_map_costs_is_the_median_of_the_rounds():
@@ -254,7 +358,7 @@ def test_no_step_waits_for_the_gpu(tiny_run):
     """(Of the waits of torch.distributed and of Triton's tuning torch does not know.)"""
     cfg = config.load(tiny_run[:4] + ["--device=cuda", "--dtype=bfloat16"])
     shared = bench.Shared(cfg, TINY)
-    for r in bench.make_rows(shared, TINY, 40, batch())[0]:
+    for r in bench.make_rows(shared, TINY, 40, batch()):
         if not r.ours:
             continue
         r.select()

@@ -3,14 +3,18 @@ weights, no download.
 
     python -m tools.bench config/bench_cpu.py                                   a laptop, about 10 minutes
     python -m tools.bench config/math.py --shape=8x512/128 --arch=llama3-8b     one H100 or H200
+    python -m tools.bench config/bench_cpu.py --arch=qwen2.5-0.5b --dtype=bfloat16 --shape=4x512/3 \
+        --mlp_sparsity='{"1-22": .97}' --rows=HF,dense,map                      another model, some rows
     python -m tools.bench --report              writes results/bench.md from all of results/bench/*.json
 
     --shape=BxS/N     B examples of S tokens, the last N scored; else batch_size, max_seq_len, a quarter of it
     --arch=NAME       config/models/NAME.json instead of the config's model
     --steps=20        timed steps of each row
+    --rows=WORD,WORD  only the rows in whose names one of these words is
+    --compile=True    HF + PEFT under torch.compile too, which takes minutes to compile
     --kernels=False   without the table of single products, which only a GPU has
     --real=False      without the rows on GSM8K's lengths
-    --out=FILE        results/bench/<device>-<model>-<shape>.json
+    --out=FILE        results/bench/<device>-<model>-<shape>-<dtype>.json
     --option=value    everything else is train.py's: --recompute=True, --threads=1, --map_rank=32 ...
 
 Rows, one step of each in turn, round by round:
@@ -18,6 +22,7 @@ Rows, one step of each in turn, round by round:
     HF + PEFT                transformers + peft: sdpa, the batch padded to its longest text (or to S). The
                              same weights (views of ours), r, targets and AdamW (fused); adapters in the
                              model's dtype and no autocast: as fast as it goes.
+    HF + PEFT, torch.compile the same, compiled for one shape: always padded to S
     dense LoRA               ours: no padding, rows that nothing reads any more are skipped. The baseline of
                              every claim about sparsity.
     + MLP, svd               ours, sparse: channels chosen in every step, as published
@@ -48,7 +53,8 @@ from model import TARGETS, LLaMA, ModelConfig
 from tools import bench_measure, bench_report
 
 ROOT = Path(config.ROOT)
-OWN = dict(shape="", arch="", steps=20, kernels=True, real=True, report=False, out="")
+OWN = dict(shape="", arch="", steps=20, rows="", compile=False, kernels=True, real=True, report=False,
+           out="")
 
 # GSM8K's training set under the Alpaca template in LLaMA-3 tokens: prompt+answer of 96 of its 7,473 examples,
 # evenly spaced in order of length. Mean prompt 83, answer 101 (of all: 82, 101).
@@ -161,8 +167,9 @@ class Ours:
         train.forward_backward(s.model, s.grad, [batch])
         return train.update(s.optimizer, s.grad, s.cfg.learning_rate, s.cfg.grad_clip)[0]
 
-    def flops(self, batch):
-        return self.shared.model.flops(batch)[1]
+    def counted(self, batch):
+        """The batch as our counters read it."""
+        return batch
 
     def resident(self):
         """Tensors that lie there between steps. Copies of kept rows, maps and SVD factors are this row's, not
@@ -177,11 +184,11 @@ class Ours:
 
 class HuggingFace:
     """transformers + peft on the same weights. length: pad to this, 0: to the longest text. hf: what
-    hugging_face() returned."""
+    hugging_face() returned. compiled: its steps run under torch.compile."""
     ours = False
 
-    def __init__(self, name, shared, hf, length=0):
-        self.name, self.shared, self.hf, self.length = name, shared, hf, length
+    def __init__(self, name, shared, hf, length=0, compiled=False):
+        self.name, self.shared, self.hf, self.length, self.compiled = name, shared, hf, length, compiled
 
     def select(self):
         if isinstance(self.hf, str):
@@ -192,20 +199,22 @@ class HuggingFace:
         return padded(tokenized, self.length or max(len(t.tokens) for t in tokenized), self.shared.device)
 
     def step(self, batch):
-        loss = self.hf.model(**batch, use_cache=False).loss
+        model = self.hf.model
+        if self.compiled:
+            model = self.hf.compiled
+        loss = model(**batch, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.hf.params, self.shared.cfg.grad_clip or float("inf"))
         self.hf.optimizer.step()
         self.hf.optimizer.zero_grad()
         return loss.detach()
 
-    def flops(self, batch):
-        """The grid as our counter would see it if every row of it were real and read by the loss, with a
+    def counted(self, batch):
+        """The grid as our counters would see it if every row of it were real and read by the loss, with a
         fused attention (no lengths). Its cost is HF's (tested)."""
         B, S = batch["input_ids"].shape
         every = range(B * S)
-        grid = SimpleNamespace(tokens=every, loss=slice(0, B * S), shape=(B, S), lengths=None, n_sparse=0)
-        return self.shared.model.flops(grid)[0]
+        return SimpleNamespace(tokens=every, loss=slice(0, B * S), shape=(B, S), lengths=None, n_sparse=0)
 
     def resident(self):
         return [*self.hf.model.parameters(), *moments(self.hf.optimizer)]
@@ -255,25 +264,39 @@ def hugging_face(shared, raw):
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     params = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params, lr=cfg.learning_rate, weight_decay=cfg.weight_decay, fused=True)
-    return SimpleNamespace(model=model, params=params, optimizer=optimizer)
+    compiled = torch.compile(model, dynamic=False)  # on the same weights; nothing happens before its first step
+    return SimpleNamespace(model=model, compiled=compiled, params=params, optimizer=optimizer)
 
 
-def make_rows(shared, raw, length, tokenized):
-    """(rows for both kinds of batches, the row for real lengths that pads to `length`). tokenized: the
-    examples that `measured` measures on."""
+def make_rows(shared, raw, length, tokenized, words=("",), compile=False):
+    """The rows in whose names one of `words` is. length: what the padded ones pad to. tokenized: the examples
+    that `measured` measures on. compile: with the compiled row. UserError: no row has such a name."""
     cfg, L = shared.cfg, len(shared.model.blocks)
     mlp = config.ratios(cfg.mlp_sparsity, L, "mlp_sparsity")
     attn = config.ratios(cfg.attn_sparsity, L, "attn_sparsity")
     zero, hf = [0.0] * L, hugging_face(shared, raw)
-    rows = [HuggingFace("HF + PEFT", shared, hf), Ours("dense LoRA", shared, zero, zero)]
-    see = [rows[1].batch(tokenized)]
+    see = [data.collate(tokenized, cfg.split, 0, cfg.dense_first).to(shared.device)]
+    rows, names = [], []
+
+    def add(kind, name, *args):
+        names.append(name)
+        if any(word in name for word in words):
+            rows.append(kind(name, shared, *args))
+
+    add(HuggingFace, "HF + PEFT", hf)
+    add(HuggingFace, f"HF + PEFT, padded to {length}", hf, length)
+    if compile:
+        add(HuggingFace, "HF + PEFT, torch.compile", hf, length, True)
+    add(Ours, "dense LoRA", zero, zero)
     for part, on, attn in (("+ MLP", any(mlp), zero), ("+ attention", any(attn), attn)):
         if on:
-            rows.append(Ours(f"{part}, svd", shared, mlp, attn))
-            rows.append(Ours(f"{part}, measured", shared, mlp, attn, "measured", 0, see))
+            add(Ours, f"{part}, svd", mlp, attn)
+            add(Ours, f"{part}, measured", mlp, attn, "measured", 0, see)
         if on and any(mlp) and cfg.map_rank:
-            rows.append(Ours(f"{part}, measured + map", shared, mlp, attn, "measured", cfg.map_rank, see))
-    return rows, HuggingFace(f"HF + PEFT, padded to {length}", shared, hf, length)
+            add(Ours, f"{part}, measured + map", mlp, attn, "measured", cfg.map_rank, see)
+    if not rows:
+        raise UserError(f"--rows={','.join(words)} is in no row's name: there are {'; '.join(names)}")
+    return rows
 
 
 # ---- one run -----------------------------------------------------------------------------------------------
@@ -293,20 +316,21 @@ def main(argv):
     vocab = shared.model.config.vocab_size
     full = make_batches(shape, vocab, 2, real=False)
     real = make_batches(shape, vocab, own.steps, real=True)
-    rows, padded_row = make_rows(shared, raw, shape[1], full[0])
+    rows = make_rows(shared, raw, shape[1], full[0], own.rows.split(","), own.compile)
     out = dict(command="python -m tools.bench " + " ".join(argv), shape="{}x{}/{}".format(*shape), arch=name,
                dtype=cfg.dtype, lora=f"r {cfg.lora_r} on {cfg.lora_targets}", mlp_sparsity=cfg.mlp_sparsity,
                attn_sparsity=cfg.attn_sparsity, map_rank=cfg.map_rank, recompute=cfg.recompute,
                steps=own.steps, **bench_measure.machine(shared.device), load_before=load_before)
     print(f"{name} {out['shape']} on {out['device']}, {out['threads']} threads, load {load_before}")
-    out["full"] = bench_measure.measure(rows, full, own.steps)
+    unpadded = [r for r in rows if "padded" not in r.name]  # full length has nothing to pad
+    out["full"] = bench_measure.measure(shared, unpadded, full, own.steps)
     if own.real:
-        out["real"] = bench_measure.measure([rows[0], padded_row, *rows[1:]], real, own.steps)
+        out["real"] = bench_measure.measure(shared, rows, real, own.steps)
     if own.kernels and shared.device.type == "cuda":
         out["products"] = bench_measure.product_times(shared.model)
     out["load_after"] = load()
     slug = re.sub(r"[^a-z0-9]+", "-", out["device"].lower()).strip("-")
-    file = f"{slug}-{name}-{shape[0]}x{shape[1]}-{shape[2]}{'-recompute' * cfg.recompute}.json"
+    file = f"{slug}-{name}-{shape[0]}x{shape[1]}-{shape[2]}-{cfg.dtype}{'-recompute' * cfg.recompute}.json"
     path = Path(own.out or ROOT / "results" / "bench" / file)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(out) + "\n")

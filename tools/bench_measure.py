@@ -1,5 +1,5 @@
 """What tools.bench reads off the machine: milliseconds of a step and of single products, peak memory, the
-rate of a matmul, chip and versions.
+rates of a matmul and of a copy, chip and versions.
 
 A row here is a bench.Ours or a bench.HuggingFace.
 """
@@ -18,7 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 import config
 import kernels
 import predictor
-from config import UserError
+from lib.flops import at_work
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler says when it starts and stops
 
@@ -43,31 +43,36 @@ def milliseconds(f, device, queued=False):
 
 # ---- rows side by side -------------------------------------------------------------------------------------
 
-def measure(rows, batches, steps):
+def measure(shared, rows, batches, steps):
     """One step of each row in turn, the first row another one every round, so that a load that comes and goes
-    hits all alike -> {"rows": [dict], "missing": {row that cannot run: why}, "gemm_flops": the machine's
-    FLOP/s, median between the rounds}."""
-    shared, done, missing, rates = rows[0].shared, {}, {}, []
+    hits all alike -> {"rows": [dict], "missing": {row that cannot run: why}, "gemm_flops", "copy_bytes": the
+    machine's rates a second, medians between the rounds}."""
+    done, missing, rates = {}, {}, []
     for r in rows:
         try:
             done[r] = warm_up(r, batches)
-        except UserError as e:
-            missing[r.name] = str(e)
         except torch.OutOfMemoryError:
             missing[r.name] = "out of memory"
             torch.cuda.empty_cache()
+        except Exception as e:  # of others' code, or of torch.compile; an error of ours is a bug
+            if r.ours:
+                raise
+            missing[r.name] = (str(e) or repr(e)).splitlines()[0]
     rows = list(done)
-    gemm_rate(shared.model)  # warms up
+    machine_rates(shared.model)  # warms up
     for i in range(steps):
         for j in range(len(rows)):
             r = rows[(i + j) % len(rows)]
             r.select()
             batch = r.batch(batches[i % len(batches)])
             done[r]["times_ms"].append(milliseconds(lambda: r.step(batch), shared.device))
-        rates.append(gemm_rate(shared.model))
+        rates.append(machine_rates(shared.model))
         last = ", ".join(f"{r.name} {done[r]['times_ms'][-1]:.0f}" for r in rows)
         print(f"  round {i + 1}/{steps}: {last}", flush=True)
-    return dict(rows=list(done.values()), missing=missing, gemm_flops=median(rates))
+    gemm, copy = map(median, zip(*rates))
+    for out in done.values():
+        out["roofline_ms"] = 1e3 * (out["flops"] / gemm + out["traffic"] / copy)
+    return dict(rows=list(done.values()), missing=missing, gemm_flops=gemm, copy_bytes=copy)
 
 
 def warm_up(row, batches):
@@ -78,8 +83,10 @@ def warm_up(row, batches):
         some = batches  # kernels are tuned for every bucket of lengths
     losses = [row.step(row.batch(t)).item() for t in some]
     print(f"  {row.name}: warm, loss {losses[0]:.4f}", flush=True)
-    first = row.batch(batches[0])
-    out = dict(row=row.name, loss=losses[0], flops=mean(row.flops(row.batch(t)) for t in batches),
+    first, model = row.batch(batches[0]), row.shared.model
+    counted = [row.counted(row.batch(t)) for t in batches]
+    out = dict(row=row.name, loss=losses[0], flops=mean(model.flops(b)[1] for b in counted),
+               traffic=mean(traffic(model, b) for b in counted),
                tokens=mean(sum(len(x.tokens) - 1 for x in t) for t in batches),
                peak_gib=peak_bytes(row, first) / 2 ** 30, times_ms=[])
     if row.ours:
@@ -117,13 +124,41 @@ def peak_bytes(row, batch):
     return before + most
 
 
-def gemm_rate(model):
-    """FLOP/s of the MLP's matmul over 2048 rows, now: MFU is relative to it, not to a data sheet."""
+# ---- the roofline ------------------------------------------------------------------------------------------
+
+def machine_rates(model):
+    """(FLOP/s of the MLP's matmul over 2048 rows in the model's dtype, bytes/s of a copy), now: what a step
+    could reach under this load, not a data sheet's numbers."""
     w = torch.ones_like(model.blocks[0].mlp.down)  # (I, D)
     x = w.new_ones(2048, w.shape[1])
-    n = 20 if w.is_cuda else 1
-    ms = milliseconds(lambda: [x @ w.T for _ in range(n)], w.device, queued=True) / n
-    return 2 * len(x) * w.numel() / ms * 1e3
+    n, size = 1, 2 ** 26
+    if w.is_cuda:
+        n, size = 20, 2 ** 30
+    a = torch.empty(size, dtype=torch.uint8, device=w.device)
+    b = a.clone()
+    gemm = milliseconds(lambda: [x @ w.T for _ in range(n)], w.device, queued=True) / n
+    copy = milliseconds(lambda: [b.copy_(a) for _ in range(n)], w.device, queued=True) / n
+    return 2 * len(x) * w.numel() / gemm * 1e3, 2 * size / copy * 1e3
+
+
+def traffic(model, batch):
+    """Bytes that a step moves outside its matmuls and attention, each operand of each elementwise pass once.
+    In each block, a row: two norms (2 D forward, 3 D backward), two residual adds (3 D, 3 D); RoPE, the way
+    into the grid and back (8 Nq, 8 Nkv); SwiGLU (3 C, 5 C). Then the loss (5 V), and AdamW (7 fp32 numbers
+    for each of LoRA's)."""
+    c = model.config
+    T, T_loss, numbers = len(batch.tokens), batch.loss.stop - batch.loss.start, 0
+    for i, b in enumerate(model.blocks):
+        n, t = batch.n_sparse, T
+        if i == len(model.blocks) - 1:
+            n, t = 0, T_loss
+        channels, p = t * c.intermediate_size, at_work(b.mlp, True, n)
+        if p is not None:
+            channels -= n * (c.intermediate_size - p.c)
+        numbers += 22 * t * c.hidden_size + 8 * channels
+        numbers += 8 * c.head_dim * (t * c.num_attention_heads + T * c.num_key_value_heads)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return model.embed.element_size() * (numbers + 5 * T_loss * c.vocab_size) + 28 * trained
 
 
 # ---- single products with picked rows ----------------------------------------------------------------------

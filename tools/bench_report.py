@@ -9,7 +9,7 @@ from config import UserError
 from lib.files import read_json, write_text
 
 ROOT = Path(config.ROOT)
-RAW = ("row", "times_ms", "flops", "tokens", "peak_gib", "predictor_ms")  # older files hold more
+RAW = ("row", "times_ms", "flops", "roofline_ms", "tokens", "peak_gib", "predictor_ms")  # older files hold more
 GROUPS = dict(full="full length", real="GSM8K's lengths")
 TOP = """# Bench
 
@@ -17,12 +17,14 @@ Written by `python -m tools.bench --report` from the JSON files of [bench](bench
 with machine, versions and load; the rows: `python -m tools.bench -h`. 4x512/128: 4 examples of 512 tokens,
 the last 128 of each scored. All rows of a table run in turn, one step of each in every round.
 
-- *over* a row: its median time / this row's. *By sums*: the same of all rounds' time, which on real lengths,
-  where each round is another batch, is what a run takes.
+- *over* a row: its time / this row's in the same round, the median of all rounds. *By sums*: of all rounds'
+  time together, which on real lengths, where each round is another batch, is what a run takes.
 - *FLOP ratio*: what the speed-up would be if time followed FLOPs. Counted is what is computed (HF's
   attention: the whole square). *Share that arrives*: how much of it was measured; 100 % is a perfect
   implementation.
-- *MFU*: relative to a dense matmul that is timed between the rounds, under the same load.
+- *MFU*: relative to the GEMM that is timed between the rounds, under the same load: the MLP's over 2048 rows.
+- *of the roofline*: the least that the step could take / what it takes. The least: its FLOPs at the rate of
+  that GEMM, and then the operands of its elementwise passes, each once, at the bandwidth of a copy in memory.
 - *peak GiB*: weights, adapter, optimizer state, copies of kept rows, maps; and what a step allocates at most
   beyond them.
 """
@@ -43,12 +45,16 @@ def with_ratios(group):
         low, ms, high = np.quantile(r["steps"], (.25, .5, .75))
         r.update(total_ms=ms, low_ms=low, high_ms=high, tokens_s=r["tokens"] / ms * 1e3,
                  mfu=r["flops"] / ms * 1e3 / group["gemm_flops"])
+        if "roofline_ms" in r:
+            r["of_roofline"] = r["roofline_ms"] / ms
         if dense:
-            r.update(over_dense=np.median(dense["steps"]) / ms, flop_ratio=dense["flops"] / r["flops"])
+            r["over_dense"] = np.median(dense["steps"] / r["steps"])
+            r["flop_ratio"] = dense["flops"] / r["flops"]
         if dense and not r["row"].startswith("HF"):
             r["share"] = r["over_dense"] / r["flop_ratio"]
         if hf:
-            r.update(over_hf=np.median(hf["steps"]) / ms, over_hf_sums=hf["steps"].sum() / r["steps"].sum())
+            r["over_hf"] = np.median(hf["steps"] / r["steps"])
+            r["over_hf_sums"] = hf["steps"].sum() / r["steps"].sum()
         without = by_name.get(r["row"].removesuffix(" + map"), r)
         if without is not r:  # round by round: both meet the same load, so that a per cent shows
             r["map_time"] = np.quantile(r["steps"] / without["steps"], (.25, .5, .75))
@@ -75,7 +81,7 @@ STEPS = {"ms a step (quartiles)": "{total_ms:,.0f} ({low_ms:,.0f}-{high_ms:,.0f}
          "over dense LoRA": "{over_dense:.2f}x", "FLOP ratio": "{flop_ratio:.2f}x",
          "share that arrives": "{share:.0%}", "over HF + PEFT": "{over_hf:.2f}x",
          "by sums": "{over_hf_sums:.2f}x", "tokens/s": "{tokens_s:,.0f}", "MFU": "{mfu:.0%}",
-         "peak GiB": "{peak_gib:.2f}"}
+         "of the roofline": "{of_roofline:.0%}", "peak GiB": "{peak_gib:.2f}"}
 PRODUCTS = {"product": "{product}", "ratio": "{ratio}", "rows": "{T}", "C": "{C}", "ours, ms": "{ours:.3f}",
             "copied before": "{copied:.3f}", "index_select + library": "{library:.3f}",
             "dense": "{dense:.3f}", "share that arrives": "{share:.0%}"}
@@ -108,7 +114,8 @@ def section(out):
     for key, name in GROUPS.items():
         if key in out:
             rows = with_ratios(out[key])
-            lines += [*table(name, "row", STEPS, rows, out[key].get("missing", {})), "", *notes(rows), ""]
+            lines += [*table(name, "row", STEPS, rows, out[key].get("missing", {})), ""]
+            lines += [f"- GEMM: {out[key]['gemm_flops'] / 1e12:.3f} TFLOP/s", *notes(rows), ""]
     if "products" in out:
         rows = [dict(r, share=r["dense"] / r["ours"] * r["C"] / r["N"]) for r in out["products"]]
         lines += [*table("weight", "weight", PRODUCTS, rows, {}), ""]
