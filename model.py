@@ -1,6 +1,6 @@
 """LLaMA, written out: weights from a Hugging Face directory or hub id, LoRA, generation with a KV cache,
 adapters in PEFT's format. (How files are read, what a cache holds and how FLOPs are counted:
-lib/architecture.py, checkpoint.py, generate.py, flops.py.)
+lib/architecture.py, files.py, generate.py, flops.py.)
 
     block:  x += attention(norm(x));  x += mlp(norm(x))
             norm: RMSNorm; attention: RoPE, grouped queries; mlp: SwiGLU
@@ -38,8 +38,7 @@ import sparse
 from config import UserError
 from lib import dense
 from lib.architecture import ModelConfig
-from lib.files import (load_weights, read_adapter, resolve, weight_files, write_safetensors,
-                              write_text)
+from lib.files import load_weights, read_adapter, resolve, weight_files, write_safetensors, write_text
 from lib.flops import flops_by_part
 from lib.generate import generate
 
@@ -157,7 +156,7 @@ class Attention(Part):
         H, K, n = self.n_heads, self.n_kv_heads, batch.n_sparse
         every = slice(0, len(x))
         wanted = every
-        if last:  # nothing reads the other rows' queries; of 512 tokens with 3 scored they would be 1.6 % of a sparse step
+        if last:  # nothing reads the other rows' queries: with 3 of 512 tokens scored, 1.6 % of a sparse step
             wanted = batch.loss
             q, = self.grid(self.project(x[wanted], "q"), batch, rope, wanted, (H,), H)
             k, v = self.grid(self.project(x, "kv"), batch, rope, every, (K, K), K)
