@@ -265,7 +265,7 @@ def hugging_face(shared, raw):
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     params = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params, lr=cfg.learning_rate, weight_decay=cfg.weight_decay, fused=True)
-    compiled = torch.compile(model, dynamic=False)  # on the same weights; nothing happens before its first step
+    compiled = torch.compile(model, dynamic=False)  # the same weights; it compiles in its first step
     return SimpleNamespace(model=model, compiled=compiled, params=params, optimizer=optimizer)
 
 
