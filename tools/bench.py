@@ -36,6 +36,7 @@ import json
 import os
 import random
 import re
+import shlex
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -264,7 +265,7 @@ def hugging_face(shared, raw):
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     params = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params, lr=cfg.learning_rate, weight_decay=cfg.weight_decay, fused=True)
-    compiled = torch.compile(model, dynamic=False)  # on the same weights; nothing happens before its first step
+    compiled = torch.compile(model, dynamic=False)  # the same weights; it compiles in its first step
     return SimpleNamespace(model=model, compiled=compiled, params=params, optimizer=optimizer)
 
 
@@ -317,7 +318,7 @@ def main(argv):
     full = make_batches(shape, vocab, 2, real=False)
     real = make_batches(shape, vocab, own.steps, real=True)
     rows = make_rows(shared, raw, shape[1], full[0], own.rows.split(","), own.compile)
-    out = dict(command="python -m tools.bench " + " ".join(argv), shape="{}x{}/{}".format(*shape), arch=name,
+    out = dict(command="python -m tools.bench " + shlex.join(argv), shape="{}x{}/{}".format(*shape), arch=name,
                dtype=cfg.dtype, lora=f"r {cfg.lora_r} on {cfg.lora_targets}", mlp_sparsity=cfg.mlp_sparsity,
                attn_sparsity=cfg.attn_sparsity, map_rank=cfg.map_rank, recompute=cfg.recompute,
                steps=own.steps, **bench_measure.machine(shared.device), load_before=load_before)

@@ -9,7 +9,7 @@ from config import UserError
 from lib.files import read_json, write_text
 
 ROOT = Path(config.ROOT)
-RAW = ("row", "times_ms", "flops", "roofline_ms", "tokens", "peak_gib", "predictor_ms")  # older files hold more
+RAW = ("row", "times_ms", "flops", "roofline_ms", "tokens", "peak_gib", "predictor_ms")  # old files: more
 GROUPS = dict(full="full length", real="GSM8K's lengths")
 TOP = """# Bench
 
