@@ -358,7 +358,7 @@ class Predictor:
         """Sparsity ratio * scale from now on; 0 is dense. Channels that were measured are chosen anew where their
         number changes."""
         self.c = 0
-        if scale > 0:
+        if scale > 0 and self.ratio > 0:
             self.c = count(self.n_channels, self.ratio * scale)
         if self.c and self.fixed is not None and self.c != self.n_kept():
             if self.sums is None:
