@@ -153,7 +153,7 @@ def test_hf_and_ours_do_the_same_work(tiny_run, kind, tied):
     pytest.importorskip("peft")
     cfg, raw = config.load(tiny_run[:4]), {**TINY, "model_type": kind, "tie_word_embeddings": tied}
     shared, tokens = bench.Shared(cfg, raw), batch()
-    rows = bench.make_rows(shared, raw, 40, tokens)
+    rows = bench.make_rows(shared, 40, tokens)
     sparse = [f"+ {part}, {how}" for part in ("MLP", "attention") for how in ("svd", "measured", "measured + map")]
     assert [r.name for r in rows] == ["HF + PEFT", "HF + PEFT, padded to 40", "dense LoRA", *sparse]
     hf, padded, dense = rows[:3]
@@ -172,7 +172,7 @@ def test_hf_and_ours_do_the_same_work(tiny_run, kind, tied):
 def test_the_map_is_all_that_its_row_adds(tiny_run):
     """The rows with and without it keep the same channels, and each row counts its own map and copies."""
     shared = bench.Shared(config.load(tiny_run[:4]), TINY)
-    rows = {r.name: r for r in bench.make_rows(shared, TINY, 40, batch())}
+    rows = {r.name: r for r in bench.make_rows(shared, 40, batch())}
     without, with_map = (rows[f"+ attention, measured{x}"] for x in ("", " + map"))
     for a, b in zip(without.own.values(), with_map.own.values()):
         if a is not None:
@@ -224,7 +224,7 @@ def test_some_rows_of_another_model(tiny_run, monkeypatch):
     """Only the rows that --rows names are built; ratios may be given by block; --compile adds its row."""
     monkeypatch.setattr(bench, "hugging_face", lambda *args: "not installed (peft)")
     shared = bench.Shared(config.load(tiny_run[:4] + ['--mlp_sparsity={"1": .75}', "--attn_sparsity=0"]), TINY)
-    names = lambda words, **kw: [r.name for r in bench.make_rows(shared, TINY, 40, batch(), words, **kw)]
+    names = lambda words, **kw: [r.name for r in bench.make_rows(shared, 40, batch(), words, **kw)]
     assert names(["dense", "map"]) == ["dense LoRA", "+ MLP, measured + map"]
     assert [p and p.c for p in (b.mlp.predictor for b in shared.model.blocks)] == [None, 32, None]  # in steps of 32
     hf = ["HF + PEFT", "HF + PEFT, padded to 40"]
@@ -267,7 +267,7 @@ def test_compiled_is_the_same_step(tiny_run):
     pytest.importorskip("peft")
     torch._dynamo.reset()
     shared, tokens = bench.Shared(config.load(tiny_run[:4]), TINY), batch()
-    plain, padded, compiled = bench.make_rows(shared, TINY, 40, tokens, ["HF"], compile=True)
+    plain, padded, compiled = bench.make_rows(shared, 40, tokens, ["HF"], compile=True)
     b = compiled.batch(tokens)
     assert b["input_ids"].shape == (3, 40) and compiled.hf is plain.hf
     grads = []
@@ -359,7 +359,7 @@ def test_no_step_waits_for_the_gpu(tiny_run):
     """(Of the waits of torch.distributed and of Triton's tuning torch does not know.)"""
     cfg = config.load(tiny_run[:4] + ["--device=cuda", "--dtype=bfloat16"])
     shared = bench.Shared(cfg, TINY)
-    for r in bench.make_rows(shared, TINY, 40, batch()):
+    for r in bench.make_rows(shared, 40, batch()):
         if not r.ours:
             continue
         r.select()

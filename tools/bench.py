@@ -32,6 +32,7 @@ Rows, one step of each in turn, round by round:
 
 The columns: tools/bench_report.py. A row that cannot run says why. Nothing is filled in.
 """
+import functools
 import json
 import os
 import random
@@ -129,7 +130,7 @@ class Shared:
     def __init__(self, cfg, raw):
         if cfg.lora_r == 0:
             raise UserError("lora_r = 0 trains all weights, and the benchmark is about LoRA: give a rank")
-        self.cfg, self.device = cfg, dist.setup(cfg)
+        self.cfg, self.raw, self.device = cfg, raw, dist.setup(cfg)
         if cfg.threads:
             torch.set_num_threads(cfg.threads)
         torch.manual_seed(cfg.seed)
@@ -139,6 +140,11 @@ class Shared:
         cfg.learning_rate = 1e-5  # the tokens are random: there is nothing to learn
         flat, self.grad, matrices = train.flatten([p for p in self.model.parameters() if p.requires_grad])
         self.optimizer = train.make_optimizer(cfg, flat, self.grad, matrices)
+
+    @functools.cached_property
+    def hf(self):
+        """What hugging_face() returns, made where a row wants it."""
+        return hugging_face(self, self.raw)
 
 
 class Ours:
@@ -184,12 +190,12 @@ class Ours:
 
 
 class HuggingFace:
-    """transformers + peft on the same weights. length: pad to this, 0: to the longest text. hf: what
-    hugging_face() returned. compiled: its steps run under torch.compile."""
+    """transformers + peft on the same weights. length: pad to this, 0: to the longest text. compiled: its steps run
+    under torch.compile."""
     ours = False
 
-    def __init__(self, name, shared, hf, length=0, compiled=False):
-        self.name, self.shared, self.hf, self.length, self.compiled = name, shared, hf, length, compiled
+    def __init__(self, name, shared, length=0, compiled=False):
+        self.name, self.shared, self.hf, self.length, self.compiled = name, shared, shared.hf, length, compiled
 
     def select(self):
         if isinstance(self.hf, str):
@@ -269,13 +275,13 @@ def hugging_face(shared, raw):
     return SimpleNamespace(model=model, compiled=compiled, params=params, optimizer=optimizer)
 
 
-def make_rows(shared, raw, length, tokenized, words=("",), compile=False):
+def make_rows(shared, length, tokenized, words=("",), compile=False):
     """The rows in whose names one of `words` is. length: what the padded ones pad to. tokenized: the examples
     that `measured` measures on. compile: with the compiled row. UserError: no row has such a name."""
     cfg, L = shared.cfg, len(shared.model.blocks)
     mlp = config.ratios(cfg.mlp_sparsity, L, "mlp_sparsity")
     attn = config.ratios(cfg.attn_sparsity, L, "attn_sparsity")
-    zero, hf = [0.0] * L, hugging_face(shared, raw)
+    zero = [0.0] * L
     see = [data.collate(tokenized, cfg.split, 0, cfg.dense_first).to(shared.device)]
     rows, names = [], []
 
@@ -284,10 +290,10 @@ def make_rows(shared, raw, length, tokenized, words=("",), compile=False):
         if any(word in name for word in words):
             rows.append(kind(name, shared, *args))
 
-    add(HuggingFace, "HF + PEFT", hf)
-    add(HuggingFace, f"HF + PEFT, padded to {length}", hf, length)
+    add(HuggingFace, "HF + PEFT")
+    add(HuggingFace, f"HF + PEFT, padded to {length}", length)
     if compile:
-        add(HuggingFace, "HF + PEFT, torch.compile", hf, length, True)
+        add(HuggingFace, "HF + PEFT, torch.compile", length, True)
     add(Ours, "dense LoRA", zero, zero)
     for part, on, attn in (("+ MLP", any(mlp), zero), ("+ attention", any(attn), attn)):
         if on:
@@ -317,7 +323,7 @@ def main(argv):
     vocab = shared.model.config.vocab_size
     full = make_batches(shape, vocab, 2, real=False)
     real = make_batches(shape, vocab, own.steps, real=True)
-    rows = make_rows(shared, raw, shape[1], full[0], own.rows.split(","), own.compile)
+    rows = make_rows(shared, shape[1], full[0], own.rows.split(","), own.compile)
     out = dict(command="python -m tools.bench " + shlex.join(argv), shape="{}x{}/{}".format(*shape), arch=name,
                dtype=cfg.dtype, lora=f"r {cfg.lora_r} on {cfg.lora_targets}", mlp_sparsity=cfg.mlp_sparsity,
                attn_sparsity=cfg.attn_sparsity, map_rank=cfg.map_rank, recompute=cfg.recompute,
