@@ -51,9 +51,15 @@ def load(path, settings):
             source = f.read()
     if isinstance(source, list):  # several, by name
         source = next((t.get("template") for t in source if t.get("name") == "default"), None)
-    names = {key: value.get("content") if isinstance(value, dict) else value
-             for key, value in settings.items() if key.endswith("_token")}
+    names = {key: token_text(value) for key, value in settings.items() if key.endswith("_token")}
     return Template(source, {k: v for k, v in names.items() if isinstance(v, str)}) if source else None
+
+
+def token_text(token):
+    """A special token's text, as settings have it: the text itself, or an object that holds it, or None."""
+    if isinstance(token, dict):
+        return token.get("content")
+    return token
 
 
 def compile_template(source):

@@ -294,7 +294,7 @@ def load(dir_or_repo):
     tokenizer.template = template.load(path, {**read_json(path, "special_tokens_map.json"), **settings})
     if tokenizer.template:
         tokenizer.system = tokenizer.template.default_system()
-    pad = tokenizer.special.get(text_of(settings.get("pad_token")))
+    pad = tokenizer.special.get(template.token_text(settings.get("pad_token")))
     if pad == tokenizer.n_vocab - 1 and pad not in tokenizer.stop:
         tokenizer.n_vocab = pad  # nothing is padded here: LLaMA-2's with an added <pad> fit their embedding
     return tokenizer
@@ -318,24 +318,17 @@ def read(path, settings, eos):
     raise UserError(f"there is no tokenizer.json and no tokenizer.model in {path}")
 
 
-def text_of(token):
-    """A special token's text, as settings have it: the text itself, or an object that holds it, or None."""
-    if isinstance(token, dict):
-        return token.get("content")
-    return token
-
-
 def from_json(state, settings, eos):
     """Tokenizer of a byte-level tokenizer.json (parsed)."""
     bpe = BPE(state)
     bos = None
     if settings.get("add_bos_token"):
-        bos = text_of(settings.get("bos_token"))
+        bos = template.token_text(settings.get("bos_token"))
     post = state.get("post_processor") or {}
     for step in post.get("processors", [post]):
         if step.get("type") == "TemplateProcessing" and "SpecialToken" in step["single"][0]:
             bos = step["single"][0]["SpecialToken"]["id"]
-    end = bpe.special.get(text_of(settings.get("eos_token")))
+    end = bpe.special.get(template.token_text(settings.get("eos_token")))
     if not eos and end is not None:
         eos = [end]
     tokenizer = Tokenizer(bpe.encode, bpe.spelling, bpe.special, bpe.special.get(bos), eos)
