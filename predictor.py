@@ -484,7 +484,7 @@ def set_ratios(model, ratios):
     parts one by one."""
     for name, p in predictors(model):
         p.ratio = ratios.get(name, 0.0)
-        p.set_scale(float(p.ratio > 0))
+        p.set_scale(1.0)
 
 
 def measuring(model):

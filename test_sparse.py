@@ -533,6 +533,19 @@ def test_a_saved_choice_is_the_same_choice(kind):
         again.set_sparsity(.2)
 
 
+def test_a_part_of_ratio_0_is_dense():
+    """Also where its channels were fixed and what was measured is gone."""
+    m, batch = build(), batch_of()
+    predictor.attach(m, .6, 0, kind="measured", map_rank=4)
+    predictor.measure(m, [batch])
+    predictor.free(m)
+    predictor.set_ratios(m, {})
+    m.set_sparsity(1)
+    sparse = m.loss(batch)
+    m.set_sparsity(0)
+    assert torch.equal(sparse, m.loss(batch))
+
+
 def test_a_rank_above_a_projection_width_is_exact():
     """Then the estimate is the oracle (of a model without LoRA), though q's rank and k's differ."""
     m, batch = build(dtype=torch.float32, targets=""), batch_of(((30, 5), (20, 9)))
