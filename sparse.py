@@ -31,9 +31,9 @@ weights get no gradient; with lora_r = 0 the weights themselves are trained, and
 the same place.
 
 Cost of one sparse row against a dense one: C / N of the multiplications and of the weight bytes, in the
-forward and for dx (a frozen weight has no dW); LoRA and the map are thin products beside it. All products are
-kernels.gather_matmul_nt (x W[idx].T) and gather_matmul_nn (x W[idx]); Triton on a GPU, index_select and a library
-matmul on a CPU.
+forward and for dx (a frozen weight has no dW); LoRA and the map are thin products beside it. Channels that are
+chosen anew in each forward go through kernels.gather_matmul_nt (x W[idx].T) and gather_matmul_nn (x W[idx]): Triton on
+a GPU, index_select and a library matmul on a CPU. Of channels that stay the rows were copied out once: plain matmuls.
 """
 from typing import NamedTuple, Optional
 
