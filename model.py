@@ -99,8 +99,6 @@ class Part(nn.Module):
 
 
 class Attention(Part):
-    inputs = "qkv"  # the targets that read this part's input
-
     def __init__(self, c, **kw):
         super().__init__()
         self.n_heads, self.n_kv_heads, self.head_dim = c.num_attention_heads, c.num_key_value_heads, c.head_dim
@@ -181,8 +179,8 @@ class Attention(Part):
         return self.output(a.reshape(B, H * hd))
 
     def activations(self, x):
-        """The true q, k, v of x (n, D), LoRA and bias included: (n, Nq + 2 Nkv)."""
-        return self.project(x, "qkv")
+        """The true q, k, v of x (n, D), with bias, less LoRA, which no row drops: (n, Nq + 2 Nkv)."""
+        return F.linear(x, self.qkv, self.qkv_bias)
 
     def fused(self):
         return self.qkv
@@ -200,8 +198,6 @@ def attend(q, k, v, lengths):
 
 
 class MLP(Part):
-    inputs = ("gate", "up")
-
     def __init__(self, c, **kw):
         super().__init__()
         D, I = c.hidden_size, c.intermediate_size
@@ -217,7 +213,7 @@ class MLP(Part):
     def activations(self, x):
         """The true h = silu(g) u of x (n, D), LoRA included: (n, I)."""
         gu = x @ self.gate_up.T  # (n, 2I)
-        sparse.lora_forward(x, gu, sparse.halves(gu), self.lora_of(self.inputs), self.lora_scale)
+        sparse.lora_forward(x, gu, sparse.halves(gu), self.lora_of(("gate", "up")), self.lora_scale)
         return kernels.swiglu(gu)
 
     def fused(self):

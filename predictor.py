@@ -24,15 +24,15 @@ matter. So a sparse row computes, with k the kept channels and d the dropped one
 
     y = h[k] Wd[k] + (x U) V + b        U (D, r), V (r, D), b (D,): frozen; backward  dx += (dy V.T) U.T
 
-fitted by ridge least squares to what is dropped, R = h[d] Wd[d], over the context rows of the dense steps (He et al.
+fitted by ridge least squares to what is dropped, E = h[d] Wd[d], over the context rows of the dense steps (He et al.
 2017, arXiv 1707.06168; the bias as in FLAP, arXiv 2312.11983). Row t has the weight w_t = |dL/dh_t| / |h_t|: an error
 counts by what the loss feels of it, and no few loud rows decide (SmolLM2, MLP .9, r = 64: cosine of the gradient .879;
-rows of equal weight .861). With Xc, Rc the rows less their weighted means, times the root of w_t:
+rows of equal weight .861). With Xc, Ec the rows less their weighted means, times the root of w_t:
 
-    W = (Xc.T Xc + l I)^-1 Xc.T Rc    V: the r leading eigenvectors of W.T Xc.T Rc    U = W V.T
-    b = mean R - mean X U V
+    L = (Xc.T Xc + l I)^-1 Xc.T Ec    V: the r leading eigenvectors of L.T Xc.T Ec    U = L V.T
+    b = mean E - mean X U V
 
-Xc.T Rc of any set of channels follows from one sum, X.T H (D, I), for R = H[:, d] Wd[d]: so scores and sums are taken
+Xc.T Ec of any set of channels follows from one sum, X.T H (D, I), for E = H[:, d] Wd[d]: so scores and sums are taken
 in the same dense steps, and the channels are chosen after. Memory until then: D (D + I) numbers in fp32 a layer.
 
 Sinks: the first tokens of each text have MLP outputs of up to 100,000 times the others'. data.collate makes them dense
@@ -113,7 +113,7 @@ def taylor_mlp(h, dh):
 
 
 def taylor_attention(attn, y, dy):
-    """y, dy (n, Nq + 2 Nkv): q, k, v before RoPE and their gradients -> scores as of attention_scores. Of a pair the
+    """y (n, Nq + 2 Nkv): q, k, v before RoPE, less bias and LoRA; dy: the gradients -> scores as of attention_scores. Of a pair the
     sum of y dy over both halves, which does not depend on the rotation, then its size; summed over rows and query
     heads."""
     H, K, hd = attn.n_heads, attn.n_kv_heads, attn.head_dim
@@ -205,19 +205,19 @@ def map_sums(x, h, dh):
 def fit_map(xx, xh, down, kept, rank, ridge=.1):
     """The map of the head of this file. xx (D+1, D+1) = sum of w [x 1].T [x 1], xh (D+1, I) = sum of w [x 1].T h,
     down (I, D), kept (C,) channels -> U (D, r), V (r, D), b (D,) in fp64. ridge: l over the mean of the diagonal."""
-    xr = xh.index_fill(1, kept, 0).double() @ down.double()  # (D+1, D): sum of w [x 1].T R
+    xe = xh.index_fill(1, kept, 0).double() @ down.double()  # (D+1, D): sum of w [x 1].T E
     xx = xx.double()
     total = xx[-1, -1]  # the sum of w
     mean_x = xx[-1, :-1] / total  # (D,)
-    mean_r = xr[-1] / total  # (D,)
+    mean_e = xe[-1] / total  # (D,)
     xx = xx[:-1, :-1] - total * torch.outer(mean_x, mean_x)  # Xc.T Xc
-    xr = xr[:-1] - total * torch.outer(mean_x, mean_r)  # Xc.T Rc
+    xe = xe[:-1] - total * torch.outer(mean_x, mean_e)  # Xc.T Ec
     xx.diagonal().add_(ridge * xx.diagonal().mean())
-    W = torch.cholesky_solve(xr, torch.linalg.cholesky(xx))  # (D, D)
-    leading = torch.linalg.eigh(W.T @ xr).eigenvectors[:, -rank:]  # (D, r)
-    U = W @ leading
+    L = torch.cholesky_solve(xe, torch.linalg.cholesky(xx))  # (D, D)
+    leading = torch.linalg.eigh(L.T @ xe).eigenvectors[:, -rank:]  # (D, r)
+    U = L @ leading
     V = leading.T.contiguous()
-    b = mean_r - mean_x @ U @ V
+    b = mean_e - mean_x @ U @ V
     return U, V, b
 
 
@@ -298,14 +298,16 @@ class Predictor:
             self.sums["xh"].addmm_(weighted, h)
 
     def see_attention(self, y, dy):
-        """q, k, v side by side and their gradients, (n, Nq + 2 Nkv), of a dense step's context rows."""
+        """What a dense step's context rows would lose of q, k, v, side by side, and the gradients: (n, Nq + 2 Nkv)."""
         if self.sums is None:
             return
         self.sums["rows"] += len(y)
-        if self.kind == "energy":
-            self.sums["scores"] += energy(y)
-        else:
+        if self.kind == "measured":
             self.sums["scores"] += taylor_attention(self.part, y, dy)
+            return
+        if self.part.qkv_bias is not None:
+            y = y + self.part.qkv_bias  # as the oracle has it
+        self.sums["scores"] += energy(y)
 
     @torch.no_grad()
     def fix(self):
@@ -408,7 +410,10 @@ class Predictor:
         """Of one estimate from n sparse rows."""
         N, D = self.part.fused().shape
         if self.kind in ("oracle", "worst"):
-            return 2 * n * D * N + sum(2 * n * p.numel() for p in self.part.lora_of(self.part.inputs))
+            lora = 0
+            if self.is_mlp:
+                lora = sum(p.numel() for p in self.part.lora_of(("gate", "up")))
+            return 2 * n * (D * N + lora)
         if self.kind != "svd":
             return 0
         thin = 2 * n * D * self.P.shape[1]
@@ -471,10 +476,10 @@ def predictors(model):
     """[(name, Predictor)] of all parts that have one, in the order of the blocks: ("0.attn", ...), ("0.mlp", ...)."""
     found = []
     for i, block in enumerate(model.blocks):
-        for kind in ("attn", "mlp"):
-            p = getattr(block, kind).predictor
+        for part in ("attn", "mlp"):
+            p = getattr(block, part).predictor
             if p is not None:
-                found.append((f"{i}.{kind}", p))
+                found.append((f"{i}.{part}", p))
     return found
 
 

@@ -17,7 +17,7 @@ rows of W:
     MLP      Wg, Wu (I, D) in one tensor, Wd (I, D)  dense: idx = all
                           g = x Wg[idx].T    u = x Wu[idx].T    h = silu(g) u    y = h Wd[idx]
              where the dropped channels have a map (predictor.py), frozen and of low rank  y += (x U) V + b
-    LoRA     y += s (x A.T) B.T, s = alpha / R; on q, k, v, o for all channels, in the MLP for the kept ones
+    LoRA     y += s (x A.T) B.T, s = alpha / R (rslora: alpha / sqrt R); on q, k, v, o for all channels, in the MLP for the kept ones
              (B_g[idx], B_u[idx], A_d[:, idx]): a sparse row adds to the gradient of what it computed, and to no other
 
 and the backward is the exact gradient of that forward:
@@ -72,8 +72,9 @@ class KeepMLP(NamedTuple):
 
 def kept_nt(x, w, keep, out=None, bias=None):
     """x (T, D), w (N, D) -> x w[idx].T (+ bias[idx]): compact (T, C), or written into columns idx of out (T, N).
-    keep None: all rows, (T, N)."""
+    keep None: all rows, x w.T (T, N), which nobody needs with an out or a bias."""
     if keep is None:
+        assert out is None and bias is None
         return kernels.matmul_nt(x, w)
     if keep.copy is None:
         return kernels.gather_matmul_nt(x, w, keep.idx, out, bias)
@@ -157,10 +158,13 @@ class ProjectOut(Function):
             torch.mm(x[cut:], w.T, out=y[cut:])
         else:
             torch.addmm(bias, x[cut:], w.T, out=y[cut:])
-        z = lora_forward(x, y, spans, lora, s)
+        # A predictor scores what a sparse row would lose: x W.T without bias and LoRA, which it never drops.
         watched = None
         if watcher is not None:
-            watched = y[:n].clone()  # y itself is not kept: RoPE goes on with a rotated copy of it
+            watched = y[:n].clone()  # (n, N)
+            if bias is not None:
+                watched -= bias
+        z = lora_forward(x, y, spans, lora, s)
         ctx.save_for_backward(x, w, z, watched, *lora)
         ctx.keep, ctx.cut, ctx.s, ctx.spans, ctx.watcher = keep, cut, s, spans, watcher
         return y

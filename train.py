@@ -110,8 +110,8 @@ def loop(run):
 
 
 def forward_backward(model, grad, micro, measure=False):
-    """Adds the gradient of these micro-batches to grad (n + 2,), and their loss and weights to its last two
-    places. measure: the predictors see which channels matter."""
+    """Adds the gradient of these micro-batches to grad (n + 2,), and their loss and the sum of its weights to its last
+    two places. measure: the predictors see which channels matter."""
     for b in micro:
         loss = model.loss(b, measure=measure)  # a weighted sum: update() divides by the sum of weights
         loss.backward()
@@ -209,22 +209,22 @@ def start_sparse(run):
 
 def measure_enough(run):
     """Extra dense passes, without an update, until the predictors have seen enough rows; 64 at most. Returns how many
-    rows they have seen, over all ranks. The passes count in the run's seconds and FLOPs."""
+    rows they have seen, over all ranks. The passes count in the run's seconds and FLOPs, and are not made again by
+    a run that goes on from a state saved between them."""
     model, info = run.model, run.info
     wanted = ROWS * model.config.hidden_size
-    start = time.perf_counter()
-    for extra in range(64):
+    while True:
         rows, = dist.add(predictor.rows_measured(model))
-        if rows >= wanted:
-            break
+        if rows >= wanted or info["extra"] == 64:
+            return rows
         run.stop.check()
-        idx = run.order(info["step"] + extra)
+        start = time.perf_counter()
+        idx = run.order(info["step"] + info["extra"])
         micro = dist.micro_batches(run.tokenized["train"], idx, run.cfg, run.device)
         predictor.measure_more(model, micro)
         info["flops"] += count(model, micro, measure=True)["flops"]
-    if extra:
         info["seconds"] += time.perf_counter() - start
-    return dist.add(predictor.rows_measured(model))[0]
+        info["extra"] += 1
 
 
 @torch.no_grad()
@@ -245,10 +245,10 @@ def selection(run):
     sparse = model.loss(batch).item() / total
     seen = predictor.watch(model, batch)
     model.selection_rng.set_state(rng)
-    for kind in ("attn", "mlp"):
-        shares = [f"{name.split('.')[0]}:{v['held']:.2f}" for name, v in seen.items() if name.endswith(kind)]
+    for part in ("attn", "mlp"):
+        shares = [f"{name.split('.')[0]}:{v['held']:.2f}" for name, v in seen.items() if name.endswith(part)]
         if shares:
-            say(f"  true energy held by the kept {kind} channels, by block: " + " ".join(shares))
+            say(f"  true energy held by the kept {part} channels, by block: " + " ".join(shares))
     mlps = [v for v in seen.values() if "residual" in v]
     if mlps:
         missing = sum(v["residual"] for v in mlps) / len(mlps)
@@ -257,8 +257,8 @@ def selection(run):
             f"({without_map:.2f} without the map)")
     for name, v in seen.items():
         if v.get("loudest", 0) > 1000:
-            say(f"  {name}: one context row's output has {v['loudest']:,.0f} times the median energy, as attention sinks "
-                f"do: a larger dense_first (now {cfg.dense_first}) may keep such rows out")
+            say(f"  {name}: one context row's output has {v['loudest']:,.0f} times the median energy, as attention "
+                f"sinks do: a larger dense_first (now {cfg.dense_first}) may keep such rows out")
     say(f"  its loss: {dense:.4f} dense, {sparse:.4f} sparse ({sparse - dense:+.4f})")
     return dict(held={name: v["held"] for name, v in seen.items()}, dense_loss=dense, sparse_loss=sparse)
 
@@ -282,8 +282,8 @@ def prepare(cfg, device, stop):
     epoch = lru_cache(1)(lambda n: data.batches(lengths, cfg.batch_size, cfg.seed, n, cfg.length_window))
     per_epoch = len(epoch(0))
     max_steps = cfg.max_steps or math.ceil(cfg.epochs * per_epoch)
-    info = dict(step=0, max_steps=max_steps, sparse=False, evaluated=0, skipped=0, seconds=0.0, tokens=0, flops=0,
-                dense_flops=0, before=None, best=None, first_loss=None, finished=False)
+    info = dict(step=0, extra=0, max_steps=max_steps, sparse=False, evaluated=0, skipped=0, seconds=0.0, tokens=0,
+                flops=0, dense_flops=0, before=None, best=None, first_loss=None, finished=False)
     prints = {"model": state.fingerprint(folder, model.config), "dataset": state.digest(tokenized["train"])}
     return Run(
         cfg=cfg,
@@ -322,7 +322,8 @@ def load_data(cfg, tokenizer):
         trained = ()
         if split != "train":
             trained = examples["train"]
-        say(f"{split:5s} " + data.statistics(examples[split], tokenized[split], cfg.prompt_weight, cfg.train_on, trained))
+        numbers = data.statistics(examples[split], tokenized[split], cfg.prompt_weight, cfg.train_on, trained)
+        say(f"{split:5s} {numbers}")
     if skipped:
         say(f"skipped {len(skipped)} bad rows, the first: {skipped[0]}")
     say("first example, [[scored]]: " + repr(data.marked(tokenized["train"][0], tokenizer)))
@@ -449,8 +450,8 @@ def resume(run):
     run.info.update({k: info[k] for k in run.info if k in info})
     run.max_steps = run.info["max_steps"]
     if run.cfg.max_steps > run.max_steps:
-        raise UserError(f"max_steps = {run.max_steps} there, {run.cfg.max_steps} here: the schedules of this run end there; "
-                        "go on from its adapter with --init_adapter and another --out_dir")
+        raise UserError(f"max_steps = {run.max_steps} there, {run.cfg.max_steps} here: the schedules of this run end "
+                        "there; go on from its adapter with --init_adapter and another --out_dir")
     for name, t in {"flat": run.flat, **optimizer_tensors(run.optimizer)}.items():
         if name not in tensors or tensors[name].shape != t.shape:
             raise UserError(f"the state in {run.out} is of a model of other sizes or other trained parts: "
@@ -609,8 +610,8 @@ def say_result(run, r):
     say(f"{what(run.cfg):14s}{run.out}")
     first, last, nothing = run.info["first_loss"], run.log.last_loss, math.log(run.model.config.vocab_size)
     if last is not None and not (last <= first or last < .95 * nothing):  # so written, nan counts too
-        say(f"warning: the loss went from {first:.2f} to {last:.2f}, and a model that knows nothing has {nothing:.2f}: the run "
-            f"diverged; lower learning_rate ({run.cfg.learning_rate})")
+        say(f"warning: the loss went from {first:.2f} to {last:.2f}, and a model that knows nothing has {nothing:.2f}: "
+            f"the run diverged; lower learning_rate ({run.cfg.learning_rate})")
     if run.cfg.lora_r:
         for sentence in checks.stops(run.tokenizer, run.cfg.prompt_format):
             say(f"note: {sentence}")

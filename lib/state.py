@@ -166,7 +166,8 @@ def read(folder):
 
 def differences(there, here):
     """Of a state and of a run that wants to go on from it -> ["seed = 1 there, 2 here", ...]: what should be
-    equal and is not. An option that the state lacks has its default there; one that is no option any more says nothing."""
+    equal and is not. An option that the state lacks has its default there; one that is no option any more says
+    nothing."""
     old, new = {**vars(Config()), **there["config"]}, json.loads(json.dumps(here["config"]))
     odd = [f"{k} = {old[k]!r} there, {v!r} here" for k, v in new.items() if k not in FREE and old[k] != v]
     return odd + [f"{k} = {old[k]!r} there, {new[k]!r} here, with other contents"

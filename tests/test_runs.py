@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import predictor
 import train
 from config import UserError
 from model import LLaMA
@@ -127,13 +128,13 @@ def test_whatever_goes_wrong_in_an_evaluation_the_steps_are_saved(home, tmp_path
 
 
 def test_a_hang_up_saves_unless_it_is_ignored():
-    before = signal.getsignal(signal.SIGHUP)
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored
     try:
         with Signals() as stop:
             os.kill(os.getpid(), signal.SIGHUP)
             with pytest.raises(train.Interrupted):
                 stop.check()
-        assert stop.name() == "SIGHUP" and signal.getsignal(signal.SIGHUP) == before
+        assert stop.name() == "SIGHUP" and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         with Signals() as stop:
             os.kill(os.getpid(), signal.SIGHUP)
@@ -149,6 +150,26 @@ def test_extra_passes_measure_what_the_warm_up_did_not(home, tmp_path, capsys):
     assert rows >= 4 * 32
     one_pass = sum(m["flops"] for m in metrics(tmp_path / "a") if "flops" in m)
     assert result["flops"] > one_pass and result["dense_flops"] == sum(m["dense_flops"] for m in metrics(tmp_path / "a") if "flops" in m)
+
+
+def test_stopped_between_extra_passes(home, tmp_path, monkeypatch):
+    """The passes that were made before the stop are not made again."""
+    changes = dict(sparse_start=0.0, micro_batch_size=5, batch_size=1, max_steps=3)
+    train.main(options(home, out_dir=tmp_path / "a", **changes))
+    assert newest(tmp_path / "a")[1]["extra"] > 2
+    real = predictor.measure_more
+
+    def stopped(*args):
+        real(*args)
+        term()
+
+    with monkeypatch.context() as m:
+        m.setattr(predictor, "measure_more", stopped)
+        for _ in range(2):
+            assert train.main(options(home, out_dir=tmp_path / "b", resume=True, **changes)) is None
+    assert newest(tmp_path / "b")[1]["extra"] == 2
+    train.main(options(home, out_dir=tmp_path / "b", resume=True, **changes))
+    same_run(tmp_path / "a", tmp_path / "b")
 
 
 def copy_half(half, tmp_path):
