@@ -113,9 +113,9 @@ def taylor_mlp(h, dh):
 
 
 def taylor_attention(attn, y, dy):
-    """y (n, Nq + 2 Nkv): q, k, v before RoPE, less bias and LoRA; dy: the gradients -> scores as of attention_scores. Of a pair the
-    sum of y dy over both halves, which does not depend on the rotation, then its size; summed over rows and query
-    heads."""
+    """y (n, Nq + 2 Nkv): q, k, v before RoPE, less bias and LoRA; dy: the gradients -> scores as of
+    attention_scores. Of a pair the sum of y dy over both halves, which does not depend on the rotation, then its
+    size; summed over rows and query heads."""
     H, K, hd = attn.n_heads, attn.n_kv_heads, attn.head_dim
     high = torch.promote_types(y.dtype, torch.float32)
     felt = y.to(high) * dy.to(high)

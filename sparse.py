@@ -17,8 +17,9 @@ rows of W:
     MLP      Wg, Wu (I, D) in one tensor, Wd (I, D)  dense: idx = all
                           g = x Wg[idx].T    u = x Wu[idx].T    h = silu(g) u    y = h Wd[idx]
              where the dropped channels have a map (predictor.py), frozen and of low rank  y += (x U) V + b
-    LoRA     y += s (x A.T) B.T, s = alpha / R (rslora: alpha / sqrt R); on q, k, v, o for all channels, in the MLP for the kept ones
-             (B_g[idx], B_u[idx], A_d[:, idx]): a sparse row adds to the gradient of what it computed, and to no other
+    LoRA     y += s (x A.T) B.T, s = alpha / R (rslora: alpha / sqrt R); on q, k, v, o for all channels, in the MLP
+             for the kept ones (B_g[idx], B_u[idx], A_d[:, idx]): a sparse row adds to the gradient of what it
+             computed, and to no other
 
 and the backward is the exact gradient of that forward:
 

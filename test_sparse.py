@@ -452,8 +452,9 @@ def test_an_mlp_channel_scores_what_the_loss_feels():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_attention_channel_scores_what_the_loss_feels(kind):
-    """Of x W.T, which a sparse row drops, without bias and LoRA, which it keeps, by autograd: of a value channel the sum
-    over context rows of |y dL/dy|, of a rotary pair the same of its two halves' sum, over the group's query heads too."""
+    """Of x W.T, which a sparse row drops, without bias and LoRA, which it keeps, by autograd: of a value channel the
+    sum over context rows of |y dL/dy|, of a rotary pair the same of its two halves' sum, over the group's query
+    heads too."""
     m, batch = build(**KINDS[kind]), batch_of()
     predictor.attach(m, .6, .5, kind="measured")
     predictor.measure_more(m, [batch])

@@ -188,7 +188,8 @@ def small_card():
              "a step of 8 x 512 tokens with recompute, dense": step,
              "(the same step, sparse)": step_bytes(sparse, 8, True), "CUDA context and gaps": RESERVE,
              "all, dense": frozen + lora + step + RESERVE,
-             "besides, until the switch: what `measured` sums for the maps of blocks 1 to 30": 30 * map_sums(MODELS["8B"])}
+             "besides, until the switch: what `measured` sums for the maps of blocks 1 to 30":
+                 30 * map_sums(MODELS["8B"])}
     return [f"| {what} | {n / 1e9:.2f} GB |" for what, n in parts.items()]
 
 

@@ -118,13 +118,15 @@ def grouped(store):
 
 def markdown(store):
     """Of each model and range of blocks a table: a row a predictor, a column a ratio."""
-    lines = ["# What a selection is worth before training", "", "Written by results/selection.py, which says how. Each cell: "
-             "rise of the loss / cosine of the gradient with the dense model's / FLOPs of a step over dense LoRA's.", ""]
+    lines = ["# What a selection is worth before training", "",
+             "Written by results/selection.py, which says how. Each cell: rise of the loss / cosine of the gradient "
+             "with the dense model's / FLOPs of a step over dense LoRA's.", ""]
     for (name, blocks), rows in grouped(store).items():
         ratios = sorted({r for row in rows.values() for r in row})
         one = next(iter(next(iter(rows.values())).values()))
-        lines += [f"## {name}, MLPs of blocks {blocks}", "", f"Dense loss {one['dense']:.3f}; {one['context']:.0%} of the "
-                  f"tokens are sparse; channels and maps from {one['rows']:,} context rows.", "",
+        lines += [f"## {name}, MLPs of blocks {blocks}", "",
+                  f"Dense loss {one['dense']:.3f}; {one['context']:.0%} of the tokens are sparse; channels and maps "
+                  f"from {one['rows']:,} context rows.", "",
                   "| | " + " | ".join(f"{r:g}" for r in ratios) + " |", "|---" * (len(ratios) + 1) + "|"]
         for kind, row in rows.items():
             cells = []

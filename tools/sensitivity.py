@@ -23,9 +23,9 @@ rises by so much, and its gradient turns by so much, on the very same batch. The
     choice             the hulls' edges in order of their slope (change per saved FLOP), taken until the
                        budget is met, the last one in part
 
-By the loss a fall counts like a rise, batch by batch: before fine-tuning, breaking a block may lower the loss (block 0's
-attention of the embedded base, -.16), and yet the part is not free; and where batches disagree the mean of
-their rises may be near 0 by chance (SmolLM2 at a budget of .9, two batches to choose on: chosen by the mean
+By the loss a fall counts like a rise, batch by batch: before fine-tuning, breaking a block may lower the loss
+(block 0's attention of the embedded base, -.16), and yet the part is not free; and where batches disagree the mean
+of their rises may be near 0 by chance (SmolLM2 at a budget of .9, two batches to choose on: chosen by the mean
 rise, the pattern costs .136 on others, by the mean |rise| .007).
 
 If changes add up, this choice is the best. They do not quite (errors of one block meet those of another),
