@@ -104,15 +104,16 @@ class Gather(Function):
 class CausalAttention(Function):
     """softmax(q k.T / sqrt(hd), no later position) v on the grid. q (B, H, S, hd), k and v (B, K, S, hd),
     lengths: B host integers -> (B, H, S, hd), zero behind an example's end. For the CPU, whose fused
-    attention works through the grid's padding too: here an example's own rows only, 64 queries at a time
-    against the keys up to them. Forward and backward of 4 examples in 16/4 heads of 64, one core: of 512
-    tokens each 107 ms instead of 157, of 95 to 300 tokens 21 instead of 56; 32 examples of 79: 50 and 50. Where q is
-    half the forward is torch's, an example at a time (4 of 512 tokens, 14/2 heads, AMX: 16 ms, in blocks 35); its
-    backward is not (88 ms against 79), and half products in these blocks gain little or are less exact (the log).
+    attention works through the grid's padding too: here an example's own rows only, BLOCK queries at a time
+    against the keys up to them.
 
-        P = softmax(q k.T)    o = P v        (q already scaled; P is made again in the backward)
-        dv = P.T do    dP = do v.T    dS = P (dP - rowsum(P dP))    dq = dS k / sqrt(hd)    dk = dS.T q"""
-    BLOCK = 64  # queries; of 128: a quarter slower
+        P = softmax(q k.T / sqrt(hd))    o = P v        (P is made again in the backward)
+        dv = P.T do    dP = do v.T    dS = P (dP - rowsum(P dP))    dq = dS k / sqrt(hd)    dk = dS.T q / sqrt(hd)
+
+    Where q is half the forward is torch's, an example at a time (4 of 512 tokens, 14/2 heads, AMX: 16 ms, in blocks
+    35), and of the backward's products only the scores are in fp32: in bf16 a score of 10 is off by .02. The three
+    gradients together are off by .0033 against fp64, torch's by .0063 (the log has the times)."""
+    BLOCK = 128  # queries
 
     @staticmethod
     def ranges(lengths):
@@ -129,22 +130,21 @@ class CausalAttention(Function):
     @staticmethod
     def blocks(q, k, v, lengths):
         """Yields for each block of m queries: its index into (B, h, S, hd) and that of its keys, m, its
-        queries (K, G m, hd) for G query heads in each of K groups, scaled, and the keys and values that they
-        see, (K, j, hd); fp32 where q is half."""
-        high = torch.promote_types(q.dtype, torch.float32)
+        queries (K, G m, hd) for G query heads in each of K groups, and the keys and values that they see,
+        (K, j, hd)."""
         for b, i, j in CausalAttention.ranges(lengths):
             rows, seen = (b, slice(None), slice(i, j)), (b, slice(None), slice(0, j))
-            qs, ks, vs = (t.to(high) for t in (q[rows], k[seen], v[seen]))
-            yield rows, seen, j - i, (qs * q.shape[3] ** -.5).reshape(k.shape[1], -1, q.shape[3]), ks, vs
+            yield rows, seen, j - i, q[rows].reshape(k.shape[1], -1, q.shape[3]), k[seen], v[seen]
 
     @staticmethod
-    def scores(q, k, m):
-        """q (K, G m, hd), the last m positions of k (K, j, hd) -> (K, G m, j), -inf where the key is later
-        than the query."""
-        s = torch.bmm(q, k.transpose(1, 2))
+    def weights(q, k, m):
+        """q (K, G m, hd), the last m positions of k (K, j, hd) -> the softmax of their scores, (K, G m, j), 0 where
+        the key is later than the query; fp32 where q is half."""
+        high = torch.promote_types(q.dtype, torch.float32)
+        s = torch.bmm(q.to(high) * q.shape[2] ** -.5, k.to(high).transpose(1, 2))
         later = torch.ones(m, m, dtype=torch.bool, device=q.device).triu(1)
         s.unflatten(1, (-1, m))[..., -m:].masked_fill_(later, float("-inf"))
-        return s
+        return s.softmax(2)
 
     @staticmethod
     def forward(ctx, q, k, v, lengths):
@@ -156,7 +156,7 @@ class CausalAttention(Function):
                 out[rows] = F.scaled_dot_product_attention(q[rows], k[rows], v[rows], is_causal=True, enable_gqa=True)
         else:
             for rows, _, m, qs, ks, vs in CausalAttention.blocks(q, k, v, lengths):
-                out[rows] = torch.bmm(CausalAttention.scores(qs, ks, m).softmax(2), vs).view_as(out[rows])
+                out[rows] = torch.bmm(CausalAttention.weights(qs, ks, m), vs).view_as(out[rows])
         ctx.save_for_backward(q, k, v)
         ctx.lengths = lengths
         return out
@@ -164,16 +164,18 @@ class CausalAttention(Function):
     @staticmethod
     def backward(ctx, dout):
         q, k, v = ctx.saved_tensors
-        dq, dk, dv = (torch.zeros_like(t, dtype=torch.promote_types(q.dtype, torch.float32))
-                      for t in (q, k, v))
+        scale, high = q.shape[3] ** -.5, torch.promote_types(q.dtype, torch.float32)
+        dq = torch.zeros_like(q)
+        dk, dv = torch.zeros_like(k, dtype=high), torch.zeros_like(v, dtype=high)  # sums over the blocks
         for rows, seen, m, qs, ks, vs in CausalAttention.blocks(q, k, v, ctx.lengths):
-            do = dout[rows].to(qs.dtype).reshape_as(qs)
-            p = CausalAttention.scores(qs, ks, m).softmax(2)  # (K, G m, j)
-            dv[seen].baddbmm_(p.transpose(1, 2), do)
+            do = dout[rows].reshape_as(qs)
+            p = CausalAttention.weights(qs, ks, m).to(q.dtype)  # (K, G m, j)
+            # a product that is added: baddbmm_ takes a strided slice head by head, on two threads half as fast
+            dv[seen] += torch.bmm(p.transpose(1, 2), do)
             ds = torch._softmax_backward_data(torch.bmm(do, vs.transpose(1, 2)), p, 2, p.dtype)
-            dk[seen].baddbmm_(ds.transpose(1, 2), qs)
-            dq[rows] = torch.bmm(ds, ks).mul_(q.shape[3] ** -.5).view_as(dq[rows])
-        return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype), None
+            dk[seen] += torch.bmm(ds.transpose(1, 2), qs)
+            dq[rows] = torch.bmm(ds, ks).mul_(scale).view_as(dq[rows])
+        return dq, dk.mul_(scale).to(q.dtype), dv.to(q.dtype), None
 
 
 # ---- loss --------------------------------------------------------------------------------------------------
