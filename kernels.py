@@ -25,8 +25,12 @@ kernel (fp32 accumulation), all others the reference, which is the CPU path and 
 TRITON_INTERPRET=1 set before the import CPU tensors take the kernels too: so tests see them without a GPU.
 (The paper's code copies the picked rows and calls the library. Where rows are worth a copy for many steps, sparse.py
 keeps one and calls the library too; which of the two is faster on a GPU is unmeasured: tools.bench times both.)
+
+A weight may be packed in 4 bits (NF4, the next section). Then the two products unpack the picked rows in registers, and
+a product with the whole weight unpacks it before, into one buffer that all layers share.
 """
 import os
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -127,6 +131,7 @@ def matmul_nt(x, w):
     """x (T, D), w (N, D) -> x w.T (T, N), dense. On a CPU in fp32 2048 columns at a time: two threads of MKL
     make 8192 columns of 787 rows at 193 GFLOP/s, so at 202; 49,152 of 170 rows at 190 and 207. bf16 gains
     nothing."""
+    w = unpacked(w)
     if x.is_cuda or x.dtype != torch.float32 or len(w) <= 4096:
         return x @ w.T
     y = x.new_empty(len(x), len(w))  # (T, N)
@@ -136,10 +141,182 @@ def matmul_nt(x, w):
 
 
 # ------------------------------------------------------------------------------------------------------------
+# a frozen weight in 4 bits (NF4 of QLoRA, Dettmers et al. 2023, arXiv 2305.14314). How it is made: lib/nf4.py
+
+# What a code stands for: quantiles of a normal distribution, 0 among them, scaled to -1 .. 1.
+NF4_VALUES = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+              -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+              0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0)
+BLOCK = 64  # numbers of a row that share a scale
+SCALES = 256  # scales that share a scale of their own
+
+
+@cache
+def nf4_values(device):
+    """(16,) fp32."""
+    return torch.tensor(NF4_VALUES, device=device)
+
+
+@cache
+def nf4_pairs(device):
+    """(256,): the two values of a byte, its high half first. Both fp32 lie in one fp64, which index_select copies as
+    one number: 8192 x 1024 in 10 ms, one core; as pairs 16, as quadruples from a table of 65,536 13."""
+    values = nf4_values(device)
+    byte = torch.arange(256, device=device)
+    return torch.stack([values[byte >> 4], values[byte & 15]], 1).view(torch.float64).flatten()
+
+
+@cache
+def scale_values(device):
+    """(256,) fp32, sorted: bitsandbytes' signed dynamic map (Dettmers et al. 2022, arXiv 2110.02861). A sign, a power
+    of ten, and a fraction of as many bits as the exponent leaves: few for small numbers."""
+    values = [0.0, 1.0]
+    for exponent in range(-6, 1):
+        edges = torch.linspace(.1, 1, 2 ** (exponent + 6) + 1)
+        middles = 10 ** exponent * ((edges[:-1] + edges[1:]) / 2)
+        values += [*middles.tolist(), *(-middles).tolist()]
+    return torch.tensor(sorted(values), device=device)
+
+
+class NF4(torch.nn.Module):
+    """A weight (N, D) packed in 4 bits, D a multiple of 64: 4.13 bits a number, and 8 bytes a row.
+
+        number (n, d)    NF4_VALUES[code] * scale (n, d // 64), rounded once, from fp32 to dtype
+        code             of codes[n, d // 2] the high half for an even d, else the low one
+        scale (n, j)     scale_values[scale_codes[n, j]] * nested[(start[n] + j) // 256] + offset[n], fp32
+
+    The rows may be those of several tensors of a checkpoint, each quantized by itself: start says where in `nested` a
+    row begins, offset is its tensor's. So any row can be unpacked alone. Slices of rows are views."""
+
+    def __init__(self, codes, scale_codes, nested, start, offset, dtype):
+        super().__init__()
+        self.register_buffer("codes", codes)  # (N, D / 2) uint8
+        self.register_buffer("scale_codes", scale_codes)  # (N, D / 64) uint8
+        self.register_buffer("nested", nested)  # fp32, one for 256 scales
+        self.register_buffer("start", start)  # (N,) int32
+        self.register_buffer("offset", offset)  # (N,) fp32
+        self.dtype = dtype  # of what is unpacked
+
+    def __len__(self):
+        return len(self.codes)
+
+    def __getitem__(self, rows):
+        return NF4(self.codes[rows], self.scale_codes[rows], self.nested, self.start[rows], self.offset[rows], self.dtype)
+
+    @property
+    def shape(self):
+        return torch.Size((len(self.codes), 2 * self.codes.shape[1]))
+
+    @property
+    def device(self):
+        return self.codes.device
+
+    def scales(self, idx=None):
+        """Of rows idx (C,), or of all: (C, D / 64) fp32."""
+        codes, start, offset = self.scale_codes, self.start, self.offset
+        if idx is not None:
+            codes, start, offset = codes.index_select(0, idx), start.index_select(0, idx), offset.index_select(0, idx)
+        j = torch.arange(codes.shape[1], dtype=torch.int32, device=self.device)
+        group = (start[:, None] + j) // SCALES  # (C, D / 64)
+        values = scale_values(self.device).index_select(0, codes.flatten().int()).view(codes.shape)
+        nested = self.nested.index_select(0, group.flatten()).view(codes.shape)
+        return values.mul_(nested).add_(offset[:, None])
+
+    def unpack(self, idx=None, out=None):
+        """Rows idx (C,), or all -> (C, D) in dtype, into out where it is given."""
+        scales = self.scales(idx)
+        if out is None:
+            out = torch.empty(len(scales), self.shape[1], dtype=self.dtype, device=self.device)
+        if on_kernel(out):
+            return unpack_triton(self.codes, scales, idx, out)
+        codes = self.codes
+        if idx is not None:
+            codes = codes.index_select(0, idx)
+        return unpack_ref(codes, scales, out)
+
+
+def unpack_ref(codes, scales, out):
+    """codes (C, D / 2), scales (C, D / 64) fp32 -> out (C, D). Block by block, so that what lies between stays in the
+    cache: 8192 x 1024 in 11 ms, one core (in one block 13), where a product of 2048 rows takes 250 in fp32, 54 in bf16."""
+    pairs = nf4_pairs(codes.device)
+    for codes, scales, y in row_blocks(2 ** 15, codes, scales, out):
+        values = pairs.index_select(0, codes.flatten().int()).view(torch.float32)
+        torch.mul(values.view(*scales.shape, BLOCK), scales[:, :, None], out=y.view(*scales.shape, BLOCK))
+    return out
+
+
+buffers = {}  # (device, dtype) -> (n,): what unpacked() writes to
+
+
+def unpacked(w):
+    """w (N, D) as a product takes it: itself, or where it is packed a copy in 16 bits. All copies lie in one buffer, as
+    large as the largest weight: each is good until the next call."""
+    if not isinstance(w, NF4):
+        return w
+    n = w.shape.numel()
+    key = w.device, w.dtype
+    if key not in buffers or len(buffers[key]) < n:
+        buffers[key] = None  # so that old and new never lie there together
+        buffers[key] = torch.empty(n, dtype=w.dtype, device=w.device)
+    return w.unpack(out=buffers[key][:n].view(w.shape))
+
+
+def rows_of(w, idx):
+    """w (N, D), idx (C,) -> w[idx] (C, D), a copy, unpacked."""
+    if isinstance(w, NF4):
+        return w.unpack(idx)
+    return w.index_select(0, idx)
+
+
+@jit
+def unpack_kernel(
+    codes,  # (N, D / 2) uint8
+    scales,  # (C, D / 64)
+    idx,  # (C,), read only with PICKED
+    table,  # (16,)
+    y,  # (C, D)
+    C, D,
+    codes_stride,
+    PICKED: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_B: tl.constexpr,
+):
+    """A program unpacks BLOCK_B bytes of BLOCK_C rows."""
+    c = (tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)[:, None]
+    byte = tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)[None, :]
+    mask = (c < C) & (byte < D // 2)
+    row = c
+    if PICKED:
+        row = tl.load(idx + c, mask=c < C, other=0)
+    code = tl.load(codes + row * codes_stride + byte, mask=mask, other=0).to(tl.int32)
+    scale = tl.load(scales + c * (D // 64) + byte // 32, mask=mask, other=0.0)
+    high = tl.load(table + (code >> 4)) * scale
+    low = tl.load(table + (code & 15)) * scale
+    d = tl.program_id(1) * 2 * BLOCK_B + tl.arange(0, 2 * BLOCK_B)[None, :]
+    both = tl.interleave(high, low)  # (BLOCK_C, 2 BLOCK_B)
+    tl.store(y + c * D + d, both.to(y.dtype.element_ty), mask=(c < C) & (d < D))
+
+
+def unpack_triton(codes, scales, idx, out):
+    C, D = out.shape
+    any_pointer = scales  # where all rows are meant
+    if idx is not None:
+        any_pointer = idx
+    block = (8, 128)
+    grid = (triton.cdiv(C, block[0]), triton.cdiv(D // 2, block[1]))
+    if C:
+        unpack_kernel[grid](
+            codes, scales, any_pointer, nf4_values(out.device), out,
+            C, D,
+            codes.stride(0),
+            PICKED=idx is not None, BLOCK_C=block[0], BLOCK_B=block[1])
+    return out
+
+
+# ------------------------------------------------------------------------------------------------------------
 # y = x w[idx].T (+ bias[idx]), compact (T, C), or written to columns idx of out (T, N)
 
 def gather_matmul_nt_ref(x, w, idx, out=None, bias=None):
-    y = x @ w.index_select(0, idx).T  # (T, C)
+    y = x @ rows_of(w, idx).T  # (T, C)
     if bias is not None:
         y += bias.index_select(0, idx)
     if out is None:
@@ -241,8 +418,8 @@ def gather_matmul_nt(x, w, idx, out=None, bias=None):
 
 def gather_matmul_nn_ref(x, w, idx, out=None):
     if out is None:
-        return x @ w.index_select(0, idx)
-    return torch.mm(x, w.index_select(0, idx), out=out)
+        return x @ rows_of(w, idx)
+    return torch.mm(x, rows_of(w, idx), out=out)
 
 
 # w's address comes from another load (idx), and Triton's pipeliner spends half the stages on it: 7 stages

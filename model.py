@@ -20,7 +20,8 @@ Weights are stored as sparse.py wants them, sparse axis first, q/k/v fused and g
     mlp.gate_up (2 I, D)        mlp.down (I, D): transposed
 
 Memory of LLaMA-3-8B: 8.03 G weights of 2 bytes = 16.06 GB, streamed from the shards tensor by tensor to their
-place. LoRA of r = 32 on q, k, v, o: 27 M weights, 4 bytes each, and twice that for AdamW.
+place. In 4 bits (to_4_bits) the 6.98 G of the projections take 3.61 GB, and a buffer for the largest of them
+unpacked .23. LoRA of r = 32 on q, k, v, o: 27 M weights, 4 bytes each, and twice that for AdamW.
 """
 import json
 import math
@@ -36,7 +37,7 @@ import data
 import kernels
 import sparse
 from config import UserError
-from lib import dense
+from lib import dense, nf4
 from lib.architecture import ModelConfig
 from lib.files import load_weights, read_adapter, resolve, weight_files, write_safetensors, write_text
 from lib.flops import flops_by_part
@@ -74,8 +75,8 @@ class Part(nn.Module):
                 out += [self.lora[t + "/A"], self.lora[t + "/B"]]
             else:
                 n_in, n_out = self.shapes[t]
-                w = self.fused()
-                out += [w.new_empty(0, n_in), w.new_empty(n_out, 0)]
+                like = dict(dtype=self.fused().dtype, device=self.fused().device)
+                out += [torch.empty(0, n_in, **like), torch.empty(n_out, 0, **like)]
         return out
 
     def select(self, x, n):
@@ -93,6 +94,21 @@ class Part(nn.Module):
             return self.predictor
         return None
 
+    @torch.no_grad()
+    def to_4_bits(self):
+        """Packs the weights: quantized tensor by tensor of the checkpoint, or without storage on the meta device."""
+        for name, sizes in self.sizes.items():
+            w = getattr(self, name)
+            packed = nf4.empty(sizes, w.shape[1], w.dtype, w.device)
+            delattr(self, name)
+            setattr(self, name, packed)
+            if w.is_meta:
+                continue
+            first = 0
+            for rows in w.split(sizes):
+                nf4.put(packed, first, *nf4.quantize(rows))
+                first += len(rows)
+
     def sharded(self):
         """True where FSDP has cut the frozen weights up over ranks."""
         return any(hasattr(p, "full_tensor") for p in self.parameters(recurse=False))
@@ -106,6 +122,7 @@ class Attention(Part):
         D, Nq, Nkv = c.hidden_size, c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
         self.shapes = {"q": (D, Nq), "k": (D, Nkv), "v": (D, Nkv), "o": (Nq, D)}  # in, out
         self.spans = {"q": (0, Nq), "k": (Nq, Nq + Nkv), "v": (Nq + Nkv, Nq + 2 * Nkv)}  # rows of qkv
+        self.sizes = {"qkv": [Nq, Nkv, Nkv], "o": [Nq]}  # rows of the checkpoint's tensors in each weight
         self.qkv = weight(Nq + 2 * Nkv, D, **kw)
         self.o = weight(Nq, D, **kw)
         self.qkv_bias = self.q_norm = self.k_norm = None
@@ -180,13 +197,15 @@ class Attention(Part):
 
     def activations(self, x):
         """The true q, k, v of x (n, D), with bias, less LoRA, which no row drops: (n, Nq + 2 Nkv)."""
-        return F.linear(x, self.qkv, self.qkv_bias)
+        return F.linear(x, kernels.unpacked(self.qkv), self.qkv_bias)
 
     def fused(self):
         return self.qkv
 
     def predicted_weights(self):
-        return [self.qkv[lo:hi] for lo, hi in self.spans.values()]
+        """Yields q's, k's and v's (N, D), each good until the next."""
+        for lo, hi in self.spans.values():
+            yield kernels.unpacked(self.qkv[lo:hi])
 
 
 def attend(q, k, v, lengths):
@@ -202,6 +221,7 @@ class MLP(Part):
         super().__init__()
         D, I = c.hidden_size, c.intermediate_size
         self.shapes = {"gate": (D, I), "up": (D, I), "down": (I, D)}
+        self.sizes = {"gate_up": [I, I], "down": [I]}  # as in Attention
         self.gate_up = weight(2 * I, D, **kw)
         self.down = weight(I, D, **kw)
 
@@ -212,7 +232,7 @@ class MLP(Part):
 
     def activations(self, x):
         """The true h = silu(g) u of x (n, D), LoRA included: (n, I)."""
-        gu = x @ self.gate_up.T  # (n, 2I)
+        gu = kernels.matmul_nt(x, self.gate_up)  # (n, 2I)
         sparse.lora_forward(x, gu, sparse.halves(gu), self.lora_of(("gate", "up")), self.lora_scale)
         return kernels.swiglu(gu)
 
@@ -220,7 +240,10 @@ class MLP(Part):
         return self.gate_up
 
     def predicted_weights(self):
-        return list(self.gate_up.chunk(2))
+        """Yields gate's and up's (I, D), each good until the next."""
+        I = len(self.down)
+        for lo in (0, I):
+            yield kernels.unpacked(self.gate_up[lo:lo + I])
 
 
 class Chosen(dict):
@@ -314,10 +337,28 @@ class LLaMA(nn.Module):
     def device(self):
         return self.embed.device
 
+    def parts(self):
+        """Every block's attention and MLP."""
+        return [part for b in self.blocks for part in (b.attn, b.mlp)]
+
+    def packed(self):
+        """All weights in 4 bits: [NF4]."""
+        return [w for part in self.parts() for w in part.children() if isinstance(w, kernels.NF4)]
+
+    def to_4_bits(self):
+        """Packs all weights of q, k, v, o, gate, up and down in 4 bits (lib/nf4.py); embedding, head and norms stay.
+        UserError: rows that cannot be cut into blocks of 64."""
+        D = self.config.hidden_size  # the width of every stored row
+        if D % kernels.BLOCK:
+            raise UserError(f"base_bits = 4 packs rows of a multiple of {kernels.BLOCK} numbers, and those of "
+                            f"model.layers.0.self_attn.q_proj.weight (and of all others) have {D}: use base_bits = 16")
+        for part in self.parts():
+            part.to_4_bits()
+
     # ---- weights in and out
 
     def named_sources(self):
-        """{Hugging Face name: (parameter, first row, rows, transposed)}: where each tensor of a checkpoint
+        """{Hugging Face name: (parameter or NF4, first row, rows, transposed)}: where each tensor of a checkpoint
         lies in ours. The one table for reading and writing weights."""
         c = self.config
         D, I = c.hidden_size, c.intermediate_size
@@ -348,17 +389,23 @@ class LLaMA(nn.Module):
         return out
 
     @classmethod
-    def from_pretrained(cls, path, dtype=torch.float32, device="cpu", shard=None):
+    def from_pretrained(cls, path, dtype=torch.float32, device="cpu", shard=None, base_bits=16):
         """path: a directory or a hub id with config.json and safetensors. Tensors are streamed from the files
         straight to their place: never more than the model and one tensor. shard: called on the model while it
-        has no storage yet (FSDP). UserError: no such model, an architecture that is not written here, files
-        that are missing, damaged or do not fit config.json."""
+        has no storage yet (FSDP). base_bits: 4 packs the projections, each tensor as soon as it is read; a checkpoint
+        that bitsandbytes has packed needs it. UserError: no such model, an architecture that is not written here,
+        files that are missing, damaged or do not fit config.json, a width that 4 bits cannot have."""
         folder = resolve(path)
         config = ModelConfig.from_dir(folder)
+        if config.quantized and base_bits == 16:
+            raise UserError(f"{folder} is quantized to 4 bits: load it with base_bits = 4, or take the checkpoint that it was "
+                            "made from")
         files = weight_files(folder)
         model = cls(config, dtype, "meta")
         if shard is not None:
             shard(model)
+        if base_bits == 4:
+            model.to_4_bits()
         model.to_empty(device=device)
         if config.tie_word_embeddings:
             model.head = model.embed
@@ -366,17 +413,20 @@ class LLaMA(nn.Module):
         return model.eval()
 
     def save_pretrained(self, path, notes=None):
-        """Writes config.json and model.safetensors as transformers reads them, in the model's dtype, and
-        makes path if need be. notes: {str: str}, kept in the weights' file (data.notes)."""
+        """Writes config.json and model.safetensors as transformers reads them, in the model's dtype (weights in 4 bits
+        are unpacked), and makes path if need be. notes: {str: str}, kept in the weights' file (data.notes)."""
         Path(path).mkdir(parents=True, exist_ok=True)
         tensors = {}
         for name, (p, lo, rows, transposed) in self.named_sources().items():
-            t = p.detach()[lo:lo + rows]
+            t = p[lo:lo + rows]
+            if isinstance(t, kernels.NF4):
+                t = t.unpack()
             if transposed:
                 t = t.T
-            tensors[name] = t.contiguous().cpu()
+            tensors[name] = t.detach().contiguous().cpu()
         write_safetensors(Path(path) / "model.safetensors", tensors, {"format": "pt", **(notes or {})})
-        raw = {k: v for k, v in self.config.raw.items() if k != "dtype"}  # transformers 5's name for it
+        raw = {k: v for k, v in self.config.raw.items() if k not in ("dtype", "quantization_config")}
+        # transformers 5 calls it dtype
         raw["torch_dtype"] = str(self.dtype).removeprefix("torch.")
         write_text(Path(path) / "config.json", json.dumps(raw, indent=2) + "\n")
 

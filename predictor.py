@@ -174,9 +174,9 @@ def every_head(idx, G, hd):
 
 
 def keep_rows(w, idx, copy):
-    """Rows idx of w (N, D) -> Keep."""
+    """Rows idx of w (N, D) -> Keep. A copy is unpacked."""
     if copy:
-        return Keep(idx, w.detach().index_select(0, idx))
+        return Keep(idx, kernels.rows_of(w, idx))
     return Keep(idx)
 
 
@@ -321,7 +321,8 @@ class Predictor:
         channels = top(scores, self.c)
         fitted = None
         if self.map_rank and "xx" in self.sums:
-            fitted = fit_map(self.sums["xx"], self.sums["xh"], self.part.down, channels, self.map_rank)
+            down = kernels.unpacked(self.part.down)
+            fitted = fit_map(self.sums["xx"], self.sums["xh"], down, channels, self.map_rank)
         self.set_fixed(channels, fitted=fitted)
 
     def set_fixed(self, *channels, fitted=None):
@@ -583,8 +584,9 @@ def quality(p, x, kept):
         sizes = [heads * part.head_dim for heads in (part.n_heads, part.n_kv_heads, part.n_kv_heads)]
         shares = [e[i].sum() / e.sum() for e, i in zip(energies.split(sizes), kept.channels)]
         return {"held": float(torch.stack(shares).mean())}
-    dropped = true.index_fill(1, kept.channels, 0) @ part.down  # (n, D)
-    size = (true @ part.down).float().square().sum(1)  # (n,)
+    down = kernels.unpacked(part.down)  # (I, D)
+    dropped = true.index_fill(1, kept.channels, 0) @ down  # (n, D)
+    size = (true @ down).float().square().sum(1)  # (n,)
     missing = dropped
     if kept.map is not None:
         U, V, b = kept.map

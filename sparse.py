@@ -35,6 +35,9 @@ Cost of one sparse row against a dense one: C / N of the multiplications and of 
 forward and for dx (a frozen weight has no dW); LoRA and the map are thin products beside it. Channels that are
 chosen anew in each forward go through kernels.gather_matmul_nt (x W[idx].T) and gather_matmul_nn (x W[idx]): Triton on
 a GPU, index_select and a library matmul on a CPU. Of channels that stay the rows were copied out once: plain matmuls.
+
+A weight may be a kernels.NF4, packed in 4 bits: then the products unpack what they read, in the forward and again in
+the backward, and what autograd keeps is the packed weight.
 """
 from typing import NamedTuple, Optional
 
@@ -90,7 +93,7 @@ def kept_nt(x, w, keep, out=None, bias=None):
 def kept_nn(x, w, keep, out):
     """x (T, C), w (N, D) -> out (T, D) = x w[idx]. keep None: all rows, x (T, N)."""
     if keep is None:
-        return torch.mm(x, w, out=out)
+        return torch.mm(x, kernels.unpacked(w), out=out)
     if keep.copy is None:
         return kernels.gather_matmul_nn(x, w, keep.idx, out)
     return torch.mm(x, keep.copy, out=out)
@@ -155,10 +158,11 @@ class ProjectOut(Function):
         if cut:
             y[:cut] = 0 if bias is None else bias
             kept_nt(x[:cut], w, keep, y[:cut], bias)
+        whole = kernels.unpacked(w)
         if bias is None:
-            torch.mm(x[cut:], w.T, out=y[cut:])
+            torch.mm(x[cut:], whole.T, out=y[cut:])
         else:
-            torch.addmm(bias, x[cut:], w.T, out=y[cut:])
+            torch.addmm(bias, x[cut:], whole.T, out=y[cut:])
         # A predictor scores what a sparse row would lose: x W.T without bias and LoRA, which it never drops.
         watched = None
         if watcher is not None:
@@ -166,19 +170,19 @@ class ProjectOut(Function):
             if bias is not None:
                 watched -= bias
         z = lora_forward(x, y, spans, lora, s)
-        ctx.save_for_backward(x, w, z, watched, *lora)
-        ctx.keep, ctx.cut, ctx.s, ctx.spans, ctx.watcher = keep, cut, s, spans, watcher
+        ctx.save_for_backward(x, z, watched, *lora)
+        ctx.w, ctx.keep, ctx.cut, ctx.s, ctx.spans, ctx.watcher = w, keep, cut, s, spans, watcher
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        x, w, z, watched, *lora = ctx.saved_tensors
-        cut, dx, dw, dbias = ctx.cut, None, None, None
+        x, z, watched, *lora = ctx.saved_tensors
+        w, cut, dx, dw, dbias = ctx.w, ctx.cut, None, None, None
         if ctx.needs_input_grad[0]:
             dx = torch.empty_like(x)
             if cut:
                 kept_nn(kernels.columns(dy[:cut], ctx.keep.idx), w, ctx.keep, dx[:cut])  # dx = dy[:, idx] W[idx]
-            torch.mm(dy[cut:], w, out=dx[cut:])
+            torch.mm(dy[cut:], kernels.unpacked(w), out=dx[cut:])
         dlora = lora_backward(dy, x, z, dx, ctx.spans, lora, ctx.s)
         if ctx.needs_input_grad[1]:
             dw = weight_grad(dy, x)
@@ -198,22 +202,22 @@ class ProjectIn(Function):
         y = x.new_empty(len(x), w.shape[1])  # (T, D)
         if cut:
             kept_nn(kernels.columns(x[:cut], keep.idx), w, keep, y[:cut])  # y = x[:, idx] W[idx]
-        torch.mm(x[cut:], w, out=y[cut:])
+        torch.mm(x[cut:], kernels.unpacked(w), out=y[cut:])
         z = lora_forward(x, y, [(0, w.shape[1])], lora, s)
-        ctx.save_for_backward(x, w, z, *lora)
-        ctx.keep, ctx.cut, ctx.s = keep, cut, s
+        ctx.save_for_backward(x, z, *lora)
+        ctx.w, ctx.keep, ctx.cut, ctx.s = w, keep, cut, s
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        x, w, z, *lora = ctx.saved_tensors
-        cut, dx, dw = ctx.cut, None, None
+        x, z, *lora = ctx.saved_tensors
+        w, cut, dx, dw = ctx.w, ctx.cut, None, None
         if ctx.needs_input_grad[0]:
             dx = torch.empty_like(x)
             if cut:
                 dx[:cut] = 0
                 kept_nt(dy[:cut], w, ctx.keep, dx[:cut])  # dx[:, idx] = dy W[idx].T
-            torch.mm(dy[cut:], w.T, out=dx[cut:])
+            torch.mm(dy[cut:], kernels.unpacked(w).T, out=dx[cut:])
         dlora = lora_backward(dy, x, z, dx, [(0, w.shape[1])], lora, ctx.s)
         if ctx.needs_input_grad[1]:
             dw = weight_grad(x, dy)
@@ -305,13 +309,15 @@ class SwiGLU(Function):
         saved = []
         for rows, keep_rows in kinds_of_rows(len(x), n, keep):
             saved += mlp_forward(x[rows], gate_up, down, keep_rows, kept_lora(lora, keep_rows), s, y[rows])
-        ctx.save_for_backward(x, gate_up, down, *lora, *saved)
+        ctx.save_for_backward(x, *lora, *saved)
+        ctx.weights = gate_up, down
         ctx.keep, ctx.n, ctx.s, ctx.watcher = keep, n, s, watcher
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        x, gate_up, down, *rest = ctx.saved_tensors
+        x, *rest = ctx.saved_tensors
+        gate_up, down = ctx.weights
         lora, saved = rest[:6], rest[6:]
         train_gate_up, train_down = ctx.needs_input_grad[1:3]
         dx = dw_gate_up = dw_down = None

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 import data
+import kernels
 import predictor
 from config import UserError
 from lib import dense as dense_ops
@@ -85,7 +86,7 @@ class Masked:
         self.m, self.c, self.batch = m, m.config, batch
         self.weights = {}  # by Hugging Face's names, (out, in)
         for name, (p, lo, rows, transposed) in m.named_sources().items():
-            w = p[lo:lo + rows]
+            w = kernels.unpacked(p[lo:lo + rows]).clone()
             if transposed:
                 w = w.T
             self.weights[name] = w

@@ -339,7 +339,7 @@ def load_model(cfg, folder, device, tokenizer):
     elif cfg.fsdp:
         model = LLaMA.from_pretrained(folder, dtype, device, shard=dist.fsdp(device))
     else:
-        model = LLaMA.from_pretrained(folder, dtype, device)
+        model = LLaMA.from_pretrained(folder, dtype, device, base_bits=cfg.base_bits)
     c, L = model.config, len(model.blocks)
     if tokenizer.n_vocab > c.vocab_size:
         raise UserError(f"the tokenizer of {folder} has {tokenizer.n_vocab} tokens, "
@@ -560,8 +560,11 @@ def save_checkpoint(run):
 
 
 def notes(run):
-    """What is kept with the weights: how prompts were written, and what ends an answer."""
-    return data.notes(run.tokenizer, run.cfg.prompt_format, run.cfg.max_new_tokens)
+    """What is kept with the weights: how prompts were written, what ends an answer, and that the base was packed."""
+    found = data.notes(run.tokenizer, run.cfg.prompt_format, run.cfg.max_new_tokens)
+    if run.cfg.base_bits == 4:
+        found["base_bits"] = "4"
+    return found
 
 
 # ---- what a run says ---------------------------------------------------------------------------------------
@@ -571,8 +574,12 @@ def say_plan(run):
     for key, value in config.differences(cfg).items():
         say(f"  {key} = {value!r}")
     trained = run.flat.numel()
-    frozen = sum(p.numel() for p in model.parameters()) - trained
-    say(f"{cfg.model}: {frozen / 1e6:,.1f} M frozen and {trained / 1e6:,.2f} M trained weights, "
+    in_4_bits = sum(w.shape.numel() for w in model.packed())
+    frozen = sum(p.numel() for p in model.parameters()) - trained + in_4_bits
+    of_them = ""
+    if in_4_bits:
+        of_them = f" ({in_4_bits / 1e6:,.1f} M of them in 4 bits)"
+    say(f"{cfg.model}: {frozen / 1e6:,.1f} M frozen{of_them} and {trained / 1e6:,.2f} M trained weights, "
         f"{run.max_steps} steps of {cfg.batch_size} examples")
     if not predictor.predictors(model):
         return say("dense throughout")

@@ -60,6 +60,7 @@ class Config:
     seed: int = 0  # of the order of examples, LoRA's A and every random choice
     device: str = "auto"  # auto (a GPU if there is one) | cpu | cuda | cuda:N
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"  # of weights, activations; LoRA: float32
+    base_bits: int = 16  # 4: the frozen q, k, v, o, gate, up and down in NF4 (QLoRA), 16: in dtype
     threads: int = 0  # CPU threads, 0: torch's choice
     debug: bool = False  # traceback after an error
 
@@ -247,6 +248,9 @@ def check(cfg):
     need("max_steps", cfg.max_steps or cfg.epochs, "above 0 where epochs is 0")
     # half a step of bfloat16 is .2 % of a weight: most updates would vanish
     need("dtype", cfg.lora_r or cfg.dtype == "float32", "float32 where lora_r is 0: the weights are trained")
+    need("base_bits", cfg.base_bits in (4, 16), "4 or 16")
+    need("base_bits", cfg.lora_r or cfg.base_bits == 16, "16 where lora_r is 0: packed weights cannot be trained")
+    need("base_bits", not cfg.fsdp or cfg.base_bits == 16, "16 with fsdp: packed weights are not sharded")
     need("init_adapter", cfg.lora_r or not cfg.init_adapter, "empty where lora_r is 0: there is no LoRA")
     need("sparse_end", cfg.sparse_end >= cfg.sparse_start, f"at least sparse_start ({cfg.sparse_start})")
 

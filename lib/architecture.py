@@ -54,9 +54,7 @@ class ModelConfig:
             raise UserError(f"{where}: only SwiGLU without biases is written here "
                             f"(hidden_act={c.get('hidden_act')!r}, "
                             f"mlp_bias={c.get('mlp_bias')}, attention_bias={c.get('attention_bias')})")
-        if c.get("quantization_config"):
-            raise UserError(f"{where} has a quantization_config: quantized weights cannot be read here, "
-                            "use the checkpoint they were made from")
+        check_quantization(c.get("quantization_config"), where)
         rope = rope_parameters(c, where)
         scaling = rope
         if rope["rope_type"] == "default":
@@ -85,6 +83,11 @@ class ModelConfig:
             eos_token_id=end_ids(c, where),
             windows=windows(c, where),
             raw=c)
+
+    @property
+    def quantized(self):
+        """Whether the checkpoint's projections are packed in 4 bits."""
+        return bool(self.raw.get("quantization_config"))
 
     @property
     def sliding_window(self):
@@ -121,6 +124,22 @@ def positive_integer(c, key, where):
 def positive_number(value, key, where, place=""):
     if not isinstance(value, (int, float)) or not value > 0:
         raise UserError(f"{where}: {key} must be a positive number, not {value!r}{place}")
+
+
+def check_quantization(q, where):
+    """q: config.json's quantization_config, or None. UserError: it is not bitsandbytes' NF4."""
+    if not q:
+        return
+    if not isinstance(q, dict):
+        raise UserError(f"{where}: quantization_config has to be an object, or null, not {q!r}")
+    kind = q.get("quant_method", "bitsandbytes")
+    if kind == "bitsandbytes":
+        kind = f"bitsandbytes with {q.get('bnb_4bit_quant_type', 'fp4')}"
+        if not q.get("load_in_4bit"):
+            kind = "bitsandbytes with 8 bits"
+    if kind != "bitsandbytes with nf4":
+        raise UserError(f"{where} has a quantization_config of {kind}: of quantized weights only those of bitsandbytes with "
+                        "nf4 can be read here, use the checkpoint they were made from")
 
 
 def end_ids(c, where):

@@ -1,6 +1,7 @@
 """Files: Hugging Face directories and adapters in, whole files out. What can be wrong with them is said
 in one sentence.
 """
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -10,6 +11,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from config import UserError
+from kernels import NF4
+from lib import nf4
 
 
 def read_json(path):
@@ -82,25 +85,36 @@ def weight_files(folder):
 
 @torch.no_grad()
 def load_weights(model, files):
-    """Streams every tensor to its place. Each rank of a sharded model reads only the rows that it keeps. A
-    head that a tied model's files hold too has to be the embedding."""
+    """Streams every tensor to its place. Each rank of a sharded model reads only the rows that it keeps. What
+    bitsandbytes has packed is read with all that belongs to it, in whichever file that is. A head that a tied
+    model's files hold too has to be the embedding."""
     sources, seen, head = model.named_sources(), set(), None
+    homes = {}  # of each tensor, its file
     for path in files:
-        try:
-            with safe_open(path, "pt") as f:
-                for name in f.keys():
-                    if name in sources:
-                        load_tensor(f.get_slice(name), *sources[name], f"{path.name}: {name}")
-                        seen.add(name)
-                    elif name == "lm_head.weight":
-                        head = path
-                    elif not name.endswith("rotary_emb.inv_freq"):
-                        raise UserError(f"{path}: tensor {name} has no place in this architecture "
-                                        "(config.json's model_type, layers, biases)")
-        except UserError:
-            raise
-        except Exception as e:  # safetensors has one error class for all that can be wrong with a file
-            raise UserError(f"{path} is not a readable safetensors file ({e}); download it again") from None
+        with readable(path) as f:
+            homes.update(dict.fromkeys(f.keys(), path))
+
+    def whole(name):
+        """A tensor of the checkpoint; None where it has none of this name."""
+        if name not in homes:
+            return None
+        with readable(homes[name]) as f:
+            return f.get_tensor(name)
+
+    for path in files:
+        with readable(path) as f:
+            for name in f.keys():
+                if name in sources and f.get_slice(name).get_dtype() == "U8":
+                    load_packed(whole, name, *sources[name], f"{path.name}: {name}")
+                    seen.add(name)
+                elif name in sources:
+                    load_tensor(f.get_slice(name), *sources[name], f"{path.name}: {name}")
+                    seen.add(name)
+                elif name == "lm_head.weight":
+                    head = path
+                elif not name.endswith("rotary_emb.inv_freq") and not nf4.belongs(name, sources):
+                    raise UserError(f"{path}: tensor {name} has no place in this architecture "
+                                    "(config.json's model_type, layers, biases)")
     missing = sorted(sources.keys() - seen)
     if missing:
         raise UserError(f"{files[0].parent}: {len(missing)} tensors are missing from the safetensors files, "
@@ -108,6 +122,18 @@ def load_weights(model, files):
     if head and not is_embedding(head, sources["model.embed_tokens.weight"][0]):
         raise UserError(f"{head}: lm_head.weight is not the embedding, though config.json has "
                         "tie_word_embeddings = true: set it to false, or remove that tensor")
+
+
+@contextlib.contextmanager
+def readable(path):
+    """The open safetensors file. UserError for all that can be wrong with it."""
+    try:
+        with safe_open(path, "pt") as f:
+            yield f
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except Exception as e:  # safetensors has one error class for all that can be wrong with a file
+        raise UserError(f"{path} is not a readable safetensors file ({e}); download it again") from None
 
 
 def is_embedding(path, p):
@@ -121,7 +147,7 @@ def is_embedding(path, p):
 
 def load_tensor(source, p, first, rows, transposed, name):
     """Copies a safetensors slice into rows first : first + rows of p, of which a sharded p
-    holds only some."""
+    holds only some, or packs it there."""
     shape = list(source.get_shape())
     want = [p.shape[1], rows] if transposed else [rows, *p.shape[1:]]
     if shape != want:
@@ -129,12 +155,31 @@ def load_tensor(source, p, first, rows, transposed, name):
     if source.get_dtype() not in ("F64", "F32", "F16", "BF16"):
         raise UserError(f"{name} is of type {source.get_dtype()}: quantized weights cannot be read here, "
                         "use the checkpoint they were made from")
+    if isinstance(p, NF4):
+        t = source[:].to(p.device)
+        if transposed:
+            t = t.T
+        return nf4.put(p, first, *nf4.quantize(t))
     local, offset = (p.to_local(), row_offset(p)) if hasattr(p, "to_local") else (p, 0)
     lo, hi = max(first, offset), min(first + rows, offset + local.shape[0])
     if lo < hi:
         a, z = lo - first, hi - first
         t = source[:, a:z].T if transposed else source[a:z]
         local[lo - offset:hi - offset].copy_(t)
+
+
+def load_packed(whole, source, p, first, rows, transposed, name):
+    """The same for a tensor that bitsandbytes has packed. whole: a function, tensor's name -> tensor or None. Its codes
+    and scales are copied; where it lies transposed here, or its scales are not quantized too, it is unpacked and
+    packed anew."""
+    if not isinstance(p, NF4):
+        raise UserError(f"{name} is packed in 4 bits, and only q, k, v, o, gate, up and down can be: "
+                        "use the checkpoint that it was made from")
+    shape, *packed = nf4.read(whole, source, p.device, name)
+    want = [p.shape[1], rows] if transposed else [rows, p.shape[1]]
+    if shape != want:
+        raise UserError(f"{name} has shape {shape}, config.json says {want}")
+    nf4.put(p, first, *nf4.as_stored(shape, *packed, transposed))
 
 
 def row_offset(p):

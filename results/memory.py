@@ -59,8 +59,8 @@ class Alive(TorchDispatchMode):
         inputs = {t.untyped_storage()._cdata
                   for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
         for t in tree_leaves(out):
-            # not a view, nor written in place
-            if isinstance(t, torch.Tensor) and t.untyped_storage()._cdata not in inputs:
+            # not a view, nor written in place, nor without storage
+            if isinstance(t, torch.Tensor) and not t.is_meta and t.untyped_storage()._cdata not in inputs:
                 n = t.untyped_storage().nbytes()
                 self.now += n
                 self.peak = max(self.peak, self.now)

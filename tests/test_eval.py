@@ -355,7 +355,7 @@ def test_the_run_decides_its_own_tests(run, base, tmp_path):
     """As the training did: val_dataset only where dataset is a file."""
     def own(number, **options):
         write_state(run, number, options)
-        return tool.complete(str(run), dict(prompt_format="", max_new_tokens=0, device="cpu", dtype="", batch_size=1, limit=0,
+        return tool.complete(str(run), dict(prompt_format="", max_new_tokens=0, base_bits=0, device="cpu", dtype="", batch_size=1, limit=0,
                                             temperature=0, threads=0, top_p=1))["own_tests"]
     assert own(2, dataset="math", val_dataset="v.jsonl") == own(3, dataset="math") == "math"
     assert own(4, dataset="a.jsonl", val_dataset="v.jsonl") == "v.jsonl" and own(5, dataset="a.jsonl") == ""

@@ -12,6 +12,7 @@
 --max_new_tokens, --dtype: the run's; else by task, by device
 --prompt_format: the trained one, which the weights' file names; needed where it does not
 --model=DIR    the adapter's base, if it is no longer where the adapter says
+--base_bits    4 or 16, of the base; default: as the adapter was trained, else as the checkpoint is
 --output=DIR   where predictions go, one file a task; default: eval/ in the run's directory
 --overwrite=True   drops predictions of another adapter, task file or setting. Those of this very one are
                kept: an interrupted evaluation goes on where it stopped, a finished one only prints its result
@@ -41,7 +42,7 @@ from config import ROOT, UserError
 from data import examples
 from lib import cli, dist, state
 from lib.files import add_samples, find_base, read_json, read_notes, resolve, weight_files, write_text
-from model import LLaMA, load_adapter
+from model import LLaMA, ModelConfig, load_adapter
 from tools import answers, sandbox
 from tools.progress import Progress
 
@@ -64,17 +65,25 @@ def run_config(path):
     return {}
 
 
-def load(path, base, dtype, device):
-    """Directory or hub id -> (model, tokenizer, the files that they came from)."""
+def load(path, base, dtype, device, base_bits=0):
+    """Directory or hub id -> (model, tokenizer, the files that they came from). base_bits: as of the command line."""
     folder = resolve(path)
     if not (folder / "adapter_config.json").exists():
-        model = LLaMA.from_pretrained(folder, dtype, device)
+        model = LLaMA.from_pretrained(folder, dtype, device, base_bits=base_bits or bits_of(folder))
         return model, data.tokenizer.load(str(folder)), base_files(folder)
     _, home = find_base(folder, base)
-    model = LLaMA.from_pretrained(home, dtype, device)
+    bits = base_bits or int(read_notes(folder).get("base_bits") or bits_of(home))
+    model = LLaMA.from_pretrained(home, dtype, device, base_bits=bits)
     load_adapter(model, folder)
     own = [folder / name for name in ("adapter_config.json", "adapter_model.safetensors")]
     return model, data.tokenizer.load(str(home)), [*base_files(home), *own]
+
+
+def bits_of(folder):
+    """4 where the checkpoint's weights are packed in 4 bits, else 16."""
+    if ModelConfig.from_dir(folder).quantized:
+        return 4
+    return 16
 
 
 def base_files(folder):
@@ -258,7 +267,10 @@ def evaluate(model, tokenizer, weights, name, path, o, folder):
     above 0, and "accuracy" None where programs were not run."""
     task = problems(path, o["limit"])
     o = {**o, "max_new_tokens": o["max_new_tokens"] or default_tokens(task)}
-    mark = fingerprint(weights, path, {k: o[k] for k in ("prompt_format", "max_new_tokens", "dtype")})
+    settings = {k: o[k] for k in ("prompt_format", "max_new_tokens", "dtype")}
+    if o["base_bits"]:
+        settings["base_bits"] = o["base_bits"]
+    mark = fingerprint(weights, path, settings)
     folder.mkdir(parents=True, exist_ok=True)
     part = folder / f"{name}.part{o['rank']}.jsonl"
     done = all_predictions(folder, name, mark, o["overwrite"])
@@ -349,6 +361,8 @@ def complete(path, o):
         raise UserError(f"--top_p={o['top_p']} must be above 0 and at most 1")
     if o["dtype"] not in ("float32", "bfloat16", "float16"):
         raise UserError(f"--dtype={o['dtype']} must be float32, bfloat16 or float16")
+    if o["base_bits"] not in (0, 4, 16):
+        raise UserError(f"--base_bits={o['base_bits']} must be 4 or 16")
     if o["prompt_format"] and o["prompt_format"] not in data.FORMATS:
         raise UserError(f"--prompt_format={o['prompt_format']} must be one of {', '.join(data.FORMATS)}")
     dist.use(o["device"], o["dtype"])
@@ -373,7 +387,7 @@ def as_trained(path, o):
 def main(argv):
     (path,), o = cli.options(
         argv, __doc__, (1, 1), tasks="", prompt="", limit=0, batch_size=32, max_new_tokens=0,
-        prompt_format="", dtype="", device="auto", model="", output="", overwrite=False, execute=False,
+        prompt_format="", dtype="", device="auto", model="", base_bits=0, output="", overwrite=False, execute=False,
         temperature=0.0, top_p=1.0, seed=0, threads=0)
     o = complete(path, o)
     if o["threads"]:
@@ -385,7 +399,7 @@ def main(argv):
     for file in tasks.values():  # before minutes of loading
         problems(file, o["limit"])
     o = as_trained(path, o)
-    model, tokenizer, weights = load(path, o["model"], getattr(torch, o["dtype"]), o["device"])
+    model, tokenizer, weights = load(path, o["model"], getattr(torch, o["dtype"]), o["device"], o["base_bits"])
     own = os.path.isdir(path) and bool(o["dataset"] or Path(path, "adapter_config.json").exists())
     folder = Path(o["output"] or (Path(path, "eval") if own else Path("out", "eval", Path(path).name)))
     try:

@@ -9,8 +9,8 @@ lm-eval and llama.cpp.
                        the base's dtype
 
 Works on the files alone, tensor by tensor, and writes shards of at most --shard_gb: an 8B merge holds one
-shard (5 GB by default) in memory, whatever the base's files look like. The result is complete or absent: it
-is written under another name, then renamed. What ended the trained answers is its first eos_token_id and its
+shard (5 GB by default) in memory, whatever the base's files look like. An adapter that was trained on a 4-bit base
+is merged into the 16-bit one on the disk, and it says so. The result is complete or absent: it is written under another name, then renamed. What ended the trained answers is its first eos_token_id and its
 eos_token, and the weights' files say how prompts are written (data.notes), for tools.eval.
 """
 import json
@@ -122,6 +122,7 @@ def export(adapter, target, model="", shard_gb=5.0, prompt_format=""):
     settings, state = read_adapter(adapter)
     base, folder = find_base(resolve(adapter), model)
     notes = read_notes(resolve(adapter))
+    bits = notes.pop("base_bits", "16")  # of the base in training; the merged model is not packed
     if prompt_format:
         notes = data.notes(data.tokenizer.load(folder), prompt_format, notes.get("max_new_tokens", 0))
     shards = plan(weight_files(folder), shard_gb * 1e9)
@@ -145,6 +146,9 @@ def export(adapter, target, model="", shard_gb=5.0, prompt_format=""):
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
     print(f"merged {adapter} into {base}: {target}")
+    if bits == "4":
+        print("the adapter was trained on this base in 4 bits, and is merged into it as it lies on the disk: what the "
+              "packing had changed is gone, and answers may differ")
     if "end_id" in notes:
         print(f"prompt_format = {notes['prompt_format']}, answers end with {notes['end_token']}")
     else:
