@@ -144,9 +144,11 @@ def matmul_nt(x, w):
 # a frozen weight in 4 bits (NF4 of QLoRA, Dettmers et al. 2023, arXiv 2305.14314). How it is made: lib/nf4.py
 
 # What a code stands for: quantiles of a normal distribution, 0 among them, scaled to -1 .. 1.
-NF4_VALUES = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
-              -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
-              0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0)
+NF4_VALUES = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0)
 BLOCK = 64  # numbers of a row that share a scale
 SCALES = 256  # scales that share a scale of their own
 
@@ -201,7 +203,8 @@ class NF4(torch.nn.Module):
         return len(self.codes)
 
     def __getitem__(self, rows):
-        return NF4(self.codes[rows], self.scale_codes[rows], self.nested, self.start[rows], self.offset[rows], self.dtype)
+        return NF4(self.codes[rows], self.scale_codes[rows], self.nested, self.start[rows], self.offset[rows],
+                   self.dtype)
 
     @property
     def shape(self):
@@ -237,7 +240,7 @@ class NF4(torch.nn.Module):
 
 def unpack_ref(codes, scales, out):
     """codes (C, D / 2), scales (C, D / 64) fp32 -> out (C, D). Block by block, so that what lies between stays in the
-    cache: 8192 x 1024 in 11 ms, one core (in one block 13), where a product of 2048 rows takes 250 in fp32, 54 in bf16."""
+    cache: 8192 x 1024 in 11 ms, one core (in one block 13). A product with 2048 rows takes 250 in fp32, 54 in bf16."""
     pairs = nf4_pairs(codes.device)
     for codes, scales, y in row_blocks(2 ** 15, codes, scales, out):
         values = pairs.index_select(0, codes.flatten().int()).view(torch.float32)

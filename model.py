@@ -398,8 +398,8 @@ class LLaMA(nn.Module):
         folder = resolve(path)
         config = ModelConfig.from_dir(folder)
         if config.quantized and base_bits == 16:
-            raise UserError(f"{folder} is quantized to 4 bits: load it with base_bits = 4, or take the checkpoint that it was "
-                            "made from")
+            raise UserError(f"{folder} is quantized to 4 bits: load it with base_bits = 4, or take the checkpoint "
+                            "that it was made from")
         files = weight_files(folder)
         model = cls(config, dtype, "meta")
         if shard is not None:

@@ -348,6 +348,77 @@ def test_full_training_gradients():
             assert (a - b).abs().max() <= 1e-9 * max(1, b.abs().max()), name
 
 
+# ---- a base in 4 bits: all of the above on its unpacked weights --------------------------------------------
+
+def build_packed(**kw):
+    """build()'s model with rows of one block of 64."""
+    m = build(hidden_size=64, **kw)
+    m.to_4_bits()
+    return m
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("how", ["dense", "svd", "oracle", "measured"])
+def test_4_bits_equal_masked_dense(kind, how):
+    """On the unpacked weights; channels that are gathered, and channels that were copied out, with a map."""
+    m, batch = build_packed(**KINDS[kind]), batch_of(dense_first=2)
+    if how != "dense":
+        predictor.attach(m, .6, .5, rank=4, kind=how, map_rank=5)
+    if how == "measured":
+        predictor.measure(m, [batch])
+    assert_same(m, batch)
+
+
+def test_every_predictor_on_4_bits():
+    batch = batch_of()
+    for how in predictor.KINDS:
+        m = build_packed()
+        predictor.attach(m, .6, .5, rank=4, kind=how, map_rank=5)
+        if how in ("measured", "energy"):
+            predictor.measure(m, [batch])
+        seen = predictor.watch(m, batch)
+        assert 0 < seen["0.mlp"]["held"] <= 1 and seen["0.mlp"]["residual"] < 2
+    assert m.generate([[3, 4, 5], [6]], 3, stop=[])[0]
+
+
+@pytest.mark.parametrize("how", ["random", "measured"])
+def test_recompute_changes_nothing_on_4_bits(how):
+    def run(recompute):
+        m, batch = build_packed(), batch_of()
+        predictor.attach(m, .6, .5, kind=how, map_rank=5, seed=3)
+        m.recompute = recompute
+        if how == "measured":
+            predictor.measure(m, [batch])
+        return grads(m.loss(batch), m)
+    a, b = run(False), run(True)
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_autograd_keeps_the_packed_weight():
+    """Nothing of a weight's shape is saved, in dense and in sparse rows."""
+    m, batch = build_packed(), batch_of()
+    predictor.attach(m, .6, .5, kind="oracle")
+    shapes = {tuple(w.shape) for w in m.packed()} | {tuple(w.shape)[::-1] for w in m.packed()}
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        m.loss(batch)
+    buffer = next(b.untyped_storage().data_ptr() for key, b in kernels.buffers.items() if key[1] == m.dtype)
+    in_buffer = lambda t: t.untyped_storage().data_ptr() == buffer
+    assert saved and not [t.shape for t in saved if tuple(t.shape) in shapes or in_buffer(t)]
+
+
+def test_logits_of_4_bits_equal_transformers(tmp_path):
+    """On the weights as they unpack, written to a checkpoint."""
+    transformers = pytest.importorskip("transformers")
+    for kind in ("llama", "qwen2"):
+        m = build_packed(dtype=torch.float32, targets="", model_type=kind, num_attention_heads=4)
+        m.save_pretrained(tmp_path / kind)
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / kind, dtype=torch.float32).eval()
+        tokens = torch.randint(0, 61, (2, 9))
+        with torch.no_grad():
+            assert (m.logits(tokens) - theirs(tokens).logits).abs().max() < 1e-4
+
+
 # ---- the predictor -----------------------------------------------------------------------------------------
 
 def test_how_many_channels_stay():

@@ -138,8 +138,8 @@ def check_quantization(q, where):
         if not q.get("load_in_4bit"):
             kind = "bitsandbytes with 8 bits"
     if kind != "bitsandbytes with nf4":
-        raise UserError(f"{where} has a quantization_config of {kind}: of quantized weights only those of bitsandbytes with "
-                        "nf4 can be read here, use the checkpoint they were made from")
+        raise UserError(f"{where} has a quantization_config of {kind}: of quantized weights only those of bitsandbytes "
+                        "with nf4 can be read here, use the checkpoint they were made from")
 
 
 def end_ids(c, where):

@@ -112,8 +112,8 @@ def read(whole, name, device, label):
     def part(which):
         t = whole(f"{name}.{which}")
         if t is None:
-            raise UserError(f"{label} is packed, but {which} is missing beside it: only NF4 of bitsandbytes can be read, "
-                            "download it again or use the checkpoint that it was made from")
+            raise UserError(f"{label} is packed, but {which} is missing beside it: only NF4 of bitsandbytes can be "
+                            "read, download it again or use the checkpoint that it was made from")
         return t.to(device)
 
     state = json.loads(bytes(part(STATE).tolist()))
@@ -130,8 +130,9 @@ def read(whole, name, device, label):
         of_each = nested.repeat_interleave(SCALES)[:len(absmax), None]
         absmax = kernels.scale_values(device)[absmax.int()] * of_each + offset
     if not same:
-        raise UserError(f"{label} is packed in blocks of {state['blocksize']} or with a table of its own: only NF4 in blocks "
-                        f"of {BLOCK}, with scales in blocks of {SCALES}, can be read, use the checkpoint that it was made from")
+        raise UserError(f"{label} is packed in blocks of {state['blocksize']} or with a table of its own: only NF4 in "
+                        f"blocks of {BLOCK}, with scales in blocks of {SCALES}, can be read, use the checkpoint that it "
+                        "was made from")
     return list(state["shape"]), codes, absmax.float(), double
 
 
