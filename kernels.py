@@ -107,6 +107,11 @@ def precision(x):
     return "ieee"
 
 
+def even_and_odd(x):
+    """x (T, D) -> (2, T, D / 2): its even columns, then its odd ones."""
+    return x.unflatten(1, (-1, 2)).permute(2, 0, 1).contiguous()
+
+
 def programs(n_rows, n_columns):
     """A product's grid: one program for each block of its result."""
     def grid(block):
@@ -141,7 +146,7 @@ def matmul_nt(x, w):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# a frozen weight in 4 bits (NF4 of QLoRA, Dettmers et al. 2023, arXiv 2305.14314). How it is made: lib/nf4.py
+# a frozen weight in 4 bits (NF4 of QLoRA, Dettmers et al. 2023, arXiv 2305.14314); how it is made: lib/nf4.py
 
 # What a code stands for: quantiles of a normal distribution, 0 among them, scaled to -1 .. 1.
 NF4_VALUES = (
@@ -388,13 +393,72 @@ def nt_kernel(
     tl.store(y_block, acc.to(y.dtype.element_ty), mask=inside)
 
 
+@tuned(
+    (128, 128, 32, 4, 8),
+    (64, 128, 32, 4, 4),
+    (64, 64, 32, 4, 4),
+)
+def nt_packed_kernel(
+    x,  # (2, T, D / 2): the even columns, then the odd ones
+    w,  # (N, D / 2) codes
+    scales,  # (C, D / 64) fp32, of the picked rows
+    idx, table,  # (C,), (16,)
+    bias,  # (N,), read only with BIAS
+    y,  # (T, C), or with SCATTER (T, N)
+    T, C,
+    w_stride, y_stride,
+    T_BUCKET, C_BUCKET,  # for autotuning only
+    D: tl.constexpr, PRECISION: tl.constexpr,
+    SCATTER: tl.constexpr, BIAS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):
+    """nt_kernel for a packed w: BLOCK_K = 32 bytes are the 64 numbers of a scale. The even numbers, which are the high
+    halves of the bytes, and the odd ones make a product each, so that none has to change its place."""
+    pid = tl.program_id(0)
+    m, n = tile(pid, tl.cdiv(T, BLOCK_M), tl.cdiv(C, BLOCK_N), 8)
+    t = m * BLOCK_M + tl.arange(0, BLOCK_M)
+    c = n * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+
+    row = tl.load(idx + c, mask=c < C, other=0)
+    x_row = (t % T).to(tl.int64)  # as in nt_kernel
+    even_block = x + x_row[:, None] * (D // 2) + k[None, :]
+    odd_block = even_block + T.to(tl.int64) * (D // 2)
+    w_block = w + row[:, None] * w_stride + k[None, :]
+    scale_block = scales + (c % C) * (D // 64)
+
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if BIAS:
+        acc += tl.load(bias + row).to(tl.float32)[None, :]
+    for i in range(0, D // 64):
+        code = tl.load(w_block).to(tl.int32)  # (BLOCK_N, BLOCK_K)
+        scale = tl.load(scale_block + i)[:, None]
+        even = tl.load(even_block)
+        odd = tl.load(odd_block)
+        high = (tl.load(table + (code >> 4)) * scale).to(even.dtype)
+        low = (tl.load(table + (code & 15)) * scale).to(even.dtype)
+        acc = tl.dot(even, tl.trans(high), acc, input_precision=PRECISION)
+        acc = tl.dot(odd, tl.trans(low), acc, input_precision=PRECISION)
+        even_block += BLOCK_K
+        odd_block += BLOCK_K
+        w_block += BLOCK_K
+
+    col = c
+    if SCATTER:  # as in nt_kernel
+        col = tl.load(idx + c, mask=c < C).to(tl.int32)
+    first_row = y + m.to(tl.int64) * BLOCK_M * y_stride
+    y_rows = first_row + tl.arange(0, BLOCK_M)[:, None] * y_stride
+    inside = (t < T)[:, None] & (c < C)[None, :]
+    y_block = y_rows + col[None, :]
+    tl.store(y_block, acc.to(y.dtype.element_ty), mask=inside)
+
+
 def gather_matmul_nt(x, w, idx, out=None, bias=None):
     """x (T, D), w (N, D), idx (C,) -> x @ w[idx].T (+ bias[idx]), compact (T, C); or written into columns
     idx of out (T, N), whose other columns keep what they hold. Only writes, so that autotuning may run it twice."""
     if not on_kernel(x):
         return gather_matmul_nt_ref(x, w, idx, out, bias)
     x = side_by_side(x)
-    w = side_by_side(w)
     T, D = x.shape
     C = len(idx)
     y = out
@@ -403,9 +467,20 @@ def gather_matmul_nt(x, w, idx, out=None, bias=None):
     assert y.stride(1) == 1 or y.numel() == 0
     if T == 0 or C == 0:
         return y
-    any_pointer = w  # where there is no bias
+    any_pointer = idx  # where there is no bias
     if bias is not None:
         any_pointer = bias
+    if isinstance(w, NF4):
+        nt_packed_kernel[programs(T, C)](
+            even_and_odd(x), w.codes, w.scales(idx),
+            idx, nf4_values(x.device), any_pointer, y,
+            T, C,
+            w.codes.stride(0), y.stride(0),
+            bucket(T), bucket(C),
+            D, precision(x),
+            SCATTER=out is not None, BIAS=bias is not None)
+        return y
+    w = side_by_side(w)
     nt_kernel[programs(T, C)](
         x, w, idx, any_pointer, y,
         T, C,
@@ -476,12 +551,61 @@ def nn_kernel(
     tl.store(y_block, acc.to(y.dtype.element_ty), mask=inside)
 
 
+@tuned(
+    (128, 128, 32, 4, 8),
+    (64, 128, 32, 4, 4),
+    (64, 64, 32, 4, 4),
+)
+def nn_packed_kernel(
+    x,  # (T, C)
+    w,  # (N, D / 2) codes
+    scales,  # (C, D / 64) fp32, of the picked rows
+    idx, table,  # (C,), (16,)
+    y,  # (T, D)
+    T, C,
+    x_stride, w_stride, y_stride,
+    T_BUCKET, C_BUCKET,  # for autotuning only
+    D: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):
+    """nn_kernel for a packed w. BLOCK_N columns of y are BLOCK_N / 2 bytes of a row: the even columns, which are their
+    high halves, and the odd ones have sums of their own, which are interleaved in the end."""
+    HALF: tl.constexpr = BLOCK_N // 2
+    pid = tl.program_id(0)
+    m, n = tile(pid, tl.cdiv(T, BLOCK_M), tl.cdiv(D, BLOCK_N), 8)
+    t = m * BLOCK_M + tl.arange(0, BLOCK_M)
+    byte = n * HALF + tl.arange(0, HALF)
+    x_row = (t % T).to(tl.int64)  # as in nt_kernel
+    x_rows = x + x_row[:, None] * x_stride
+
+    acc_even = tl.zeros((BLOCK_M, HALF), tl.float32)
+    acc_odd = tl.zeros((BLOCK_M, HALF), tl.float32)
+    for i in range(0, C, BLOCK_K):
+        c = i + tl.arange(0, BLOCK_K)
+        row = tl.load(idx + c, mask=c < C, other=0)
+        a = tl.load(x_rows + c[None, :], mask=(c < C)[None, :], other=0.0)
+        inside = (c < C)[:, None] & (byte < D // 2)[None, :]
+        code = tl.load(w + row[:, None] * w_stride + byte[None, :], mask=inside, other=0).to(tl.int32)
+        scale = tl.load(scales + c[:, None] * (D // 64) + (byte // 32)[None, :], mask=inside, other=0.0)
+        high = (tl.load(table + (code >> 4)) * scale).to(a.dtype)
+        low = (tl.load(table + (code & 15)) * scale).to(a.dtype)
+        acc_even = tl.dot(a, high, acc_even, input_precision=PRECISION)
+        acc_odd = tl.dot(a, low, acc_odd, input_precision=PRECISION)
+
+    acc = tl.interleave(acc_even, acc_odd)  # (BLOCK_M, BLOCK_N)
+    d = n * BLOCK_N + tl.arange(0, BLOCK_N)
+    first_row = y + m.to(tl.int64) * BLOCK_M * y_stride
+    y_rows = first_row + tl.arange(0, BLOCK_M)[:, None] * y_stride
+    inside = (t < T)[:, None] & (d < D)[None, :]
+    y_block = y_rows + d[None, :]
+    tl.store(y_block, acc.to(y.dtype.element_ty), mask=inside)
+
+
 def gather_matmul_nn(x, w, idx, out=None):
     """x (T, C), w (N, D), idx (C,) -> x @ w[idx] (T, D), into out where it is given."""
     if not on_kernel(x):
         return gather_matmul_nn_ref(x, w, idx, out)
     x = side_by_side(x)
-    w = side_by_side(w)
     T = len(x)
     C = len(idx)
     D = w.shape[1]
@@ -491,6 +615,16 @@ def gather_matmul_nn(x, w, idx, out=None):
     assert y.stride(1) == 1 or y.numel() == 0
     if T == 0:  # C = 0 runs the loop no times and writes zeros
         return y
+    if isinstance(w, NF4):
+        nn_packed_kernel[programs(T, D)](
+            x, w.codes, w.scales(idx),
+            idx, nf4_values(x.device), y,
+            T, C,
+            x.stride(0), w.codes.stride(0), y.stride(0),
+            bucket(T), bucket(C),
+            D, precision(x))
+        return y
+    w = side_by_side(w)
     nn_kernel[programs(T, D)](
         x, w, idx, y,
         T, C,

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import kernels as K
+from lib import nf4
 
 ROOT = os.path.dirname(os.path.abspath(K.__file__))
 CUDA = torch.cuda.is_available() and K.triton is not None
@@ -98,6 +99,37 @@ def check_nn(T, C, D, dtype):
     close(K.gather_matmul_nn(K.columns(strided(x), idx), w, idx, out=out), gathered, dtype)
 
 
+def packed(D, dtype):
+    """N rows of three tensors, in 4 bits."""
+    w = nf4.empty([40, 40, N - 80], D, dtype, DEVICE)
+    for first, rows in zip((0, 40, 80), randn(N, D, dtype=dtype, seed=1).split([40, 40, N - 80])):
+        nf4.put(w, first, *nf4.quantize(rows))
+    return w
+
+
+@on_kernels
+@dtypes
+@pytest.mark.parametrize("D", [64, 192])
+def test_packed_weight(D, dtype):
+    """All of it, some rows and a slice unpack to the reference's bits; both products are those with these numbers."""
+    w = packed(D, dtype)
+    whole = K.unpack_ref(w.codes, w.scales(), torch.empty(N, D, dtype=dtype, device=DEVICE))
+    assert torch.equal(w.unpack(), whole) and torch.equal(w[40:].unpack(), whole[40:])
+    bias, exact = randn(N, dtype=dtype), whole.double()
+    for T, C in SHAPES:
+        idx = channels(C)
+        assert torch.equal(w.unpack(idx), whole[idx])
+        x, h, old = randn(T, D, dtype=dtype), randn(T, C, dtype=dtype), randn(T, N, dtype=dtype, seed=2)
+        close(K.gather_matmul_nt(strided(x), w, idx), x.double() @ exact[idx].T, dtype)
+        want = K.gather_matmul_nt_ref(x.double(), exact, idx, old.double(), bias.double())
+        close(K.gather_matmul_nt(x, w, idx, strided(old), bias), want, dtype)
+        rows, own = w[40:], channels(C, N - 40)  # a slice has its own row numbers
+        close(K.gather_matmul_nt(x, rows, own[own < 56]), x.double() @ exact[40:][own[own < 56]].T, dtype)
+        out = strided(randn(T, D, dtype=dtype, seed=2))
+        assert K.gather_matmul_nn(strided(h), w, idx, out=out) is out
+        close(out, h.double() @ exact[idx], dtype)
+
+
 @on_kernels
 @dtypes
 def test_swiglu(dtype):
@@ -157,7 +189,7 @@ def test_in_the_interpreter():
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "not compile"]
     run = subprocess.run(command, env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-2000:]
-    assert int(re.search(r"(\d+) passed", run.stdout)[1]) >= 16, run.stdout
+    assert int(re.search(r"(\d+) passed", run.stdout)[1]) >= 20, run.stdout
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -265,6 +297,18 @@ def compile_matmuls(arch, dtype, D):
                                      config.num_stages, config.num_warps)
 
 
+def compile_packed(arch, dtype, D):
+    """The products with a packed weight; as of compile_matmuls."""
+    precision, dtype = "tf32" if dtype == "fp32" else "ieee", "fp32" if dtype == "exact" else dtype
+    types = dict(x=f"*{dtype}", w="*u8", scales="*fp32", idx="*i64", table="*fp32", bias=f"*{dtype}", y=f"*{dtype}")
+    x = SimpleNamespace(dtype=torch.float32 if dtype == "fp32" else torch.bfloat16)
+    for tuner, mode in ((K.nt_packed_kernel, dict(SCATTER=True, BIAS=True)), (K.nn_packed_kernel, {})):
+        for config in K.fitting(tuner.configs, dict(PRECISION=precision, x=x)):
+            yield compile_kernel(arch, tuner.fn, types, ["T", "T_BUCKET", "C_BUCKET"],
+                                 dict(D=D, PRECISION=precision, **mode, **config.kwargs),
+                                 config.num_stages, config.num_warps)
+
+
 def compile_others(arch, dtype):
     types = dict.fromkeys(["gu", "h", "dh", "dgu", "zg", "zu", "qg", "qu", "src", "dst"], f"*{dtype}")
     types |= dict(part="*fp32", cos="*fp32", sin="*fp32", rows="*i64")
@@ -272,6 +316,9 @@ def compile_others(arch, dtype):
         block = dict(BLOCK_T=1024 // columns, BLOCK_C=columns)
         yield compile_kernel(arch, K.swiglu_kernel, types, ["T"], block)
         yield compile_kernel(arch, K.swiglu_backward_kernel, types, ["T"], block)
+    unpack = types | dict(codes="*u8", scales="*fp32", table="*fp32", idx="*i64", y=f"*{dtype}")
+    for picked in (True, False):
+        yield compile_kernel(arch, K.unpack_kernel, unpack, ["C"], dict(PICKED=picked, BLOCK_C=8, BLOCK_B=128))
     block = dict(ROWS=512, R=16, PRECISION="ieee", BLOCK_T=64, BLOCK_I=64)
     yield compile_kernel(arch, K.mlp_scores_kernel, types, ["T", "r"], block)
     for half in (32, 64):
@@ -284,9 +331,9 @@ def test_exact_fp32_takes_small_tiles(tmp_path):
     """One for both products, without spills; TF32 and half precision have the large ones too."""
     if K.triton is None or K.INTERPRET:
         pytest.skip("nothing is tuned")
-    results = compiled(tmp_path, "matmuls", "exact", 4096)
-    assert len(results) == 6 and all(r["spilled"] == 0 for r in results)
-    for tuner in (K.nt_kernel, K.nn_kernel):
+    results = compiled(tmp_path, "matmuls", "exact", 4096) + compiled(tmp_path, "packed", "exact", 4096)
+    assert len(results) == 10 and all(r["spilled"] == 0 for r in results)
+    for tuner in (K.nt_kernel, K.nn_kernel, K.nt_packed_kernel, K.nn_packed_kernel):
         n = [len(K.fitting(tuner.configs, dict(PRECISION=precision, x=torch.empty(0, dtype=dtype))))
              for dtype, precision in ((torch.float32, "ieee"), (torch.float32, "tf32"), (torch.bfloat16, "ieee"))]
         assert n == [1, len(tuner.configs), len(tuner.configs)]
@@ -316,6 +363,18 @@ def test_matmuls_compile(dtype, D, tmp_path):
     assert len(results) == 2 * (2 * 6 + 7)  # sm_80 and sm_90; nt compact and scattered, nn
 
 
+@pytest.mark.parametrize("dtype, D", [("bf16", 4096), *(pytest.param(*p, marks=pytest.mark.slow) for p in
+                                                        [("fp16", 4096), ("bf16", 576), ("fp32", 4096)])])
+def test_packed_products_compile(dtype, D, tmp_path):
+    """The same for a weight in 4 bits, which is unpacked in registers."""
+    results = compiled(tmp_path, "packed", dtype, D)
+    for r in results:
+        assert r["wgmma" if r["arch"] == 90 else "mma"] > 0, r
+        assert r["shared"] <= LIMITS[r["arch"]] and r["spilled"] == 0 and r["async16"] > 0, r
+        assert r["shared"] >= 2 * (r["BLOCK_M"] * 2 + r["BLOCK_N"] // 2) * r["BLOCK_K"], r  # two tiles of x and of codes
+    assert len(results) == 2 * (3 + 3)
+
+
 @pytest.mark.parametrize("dtype", ["bf16", pytest.param("fp32", marks=pytest.mark.slow)])
 def test_others_compile(dtype, tmp_path):
     for r in compiled(tmp_path, "others", dtype):
@@ -326,6 +385,7 @@ def test_others_compile(dtype, tmp_path):
 if __name__ == "__main__":  # python -m tests.test_kernels matmuls bf16 4096: one JSON line a configuration
     what, dtype, *D = sys.argv[1:]
     for arch in LIMITS:
-        results = compile_matmuls(arch, dtype, int(*D)) if what == "matmuls" else compile_others(arch, dtype)
+        compile_all = dict(matmuls=compile_matmuls, packed=compile_packed, others=compile_others)[what]
+        results = compile_all(arch, dtype, *map(int, D))
         for result in results:
             print(json.dumps(result | dict(dtype=dtype)), flush=True)
