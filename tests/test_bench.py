@@ -181,6 +181,21 @@ def test_the_map_is_all_that_its_row_adds(tiny_run):
     assert more == 2 * (2 * 64 * 64 + 64)  # of the two blocks that are sparse: U, V of the width 64 at most, b
 
 
+def test_rows_on_4_bits(tiny_run, tmp_path, capsys):
+    """--base_bits=4 gives each row of ours a twin on the packed base: half the weights' memory and another loss. The rows
+    that share the model do not see it."""
+    bench.main(tiny_run + ["--steps=1", "--real=False", "--base_bits=4", "--rows=dense,MLP", "--map_rank=4"])
+    rows = {r["row"]: r for r in json.loads((tmp_path / "out.json").read_text())["full"]["rows"]}
+    assert list(rows) == [f"{name}{bits}" for name in ("dense LoRA", "+ MLP, svd", "+ MLP, measured", "+ MLP, measured + map")
+                          for bits in ("", " + 4 bits")]
+    for name, r in rows.items():
+        if "4 bits" in name:
+            plain = rows[name.removesuffix(" + 4 bits")]
+            assert r["flops"] == plain["flops"] and r["peak_gib"] < plain["peak_gib"] and r["unpack_ms"] > 0
+            assert 0 < abs(r["loss"] - plain["loss"]) < .1 and plain["unpack_ms"] < r["unpack_ms"]
+    assert "- dense LoRA + 4 bits: " in (text := capsys.readouterr().out) and "x the time without 4 bits" in text
+
+
 def test_rows_that_run_out_of_memory_are_said(tiny_run, tmp_path, monkeypatch, capsys):
     """Dense LoRA's too, on which other numbers lean."""
     step = bench.Ours.step

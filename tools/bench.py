@@ -29,6 +29,7 @@ Rows, one step of each in turn, round by round:
     + MLP, measured          channels that were measured before, their rows copied out; without a map
     + MLP, measured + map    the same channels, and the low-rank map that stands in for the dropped ones
     + attention, ...         the same three with sparse attention too, where the config has ratios for it
+    ... + 4 bits             with --base_bits=4, after each row of ours: the same on the same base, packed in 4 bits
 
 The columns: tools/bench_report.py. A row that cannot run says why. Nothing is filled in.
 """
@@ -45,6 +46,7 @@ import torch
 
 import config
 import data
+import kernels
 import predictor
 import train
 from config import UserError
@@ -137,9 +139,29 @@ class Shared:
         self.model = LLaMA(ModelConfig.from_dict(raw), getattr(torch, cfg.dtype), self.device).train()
         self.model.add_lora(cfg.lora_r, cfg.lora_alpha, cfg.lora_targets)
         self.model.recompute = cfg.recompute
+        self.plain = self.weights()
         cfg.learning_rate = 1e-5  # the tokens are random: there is nothing to learn
         flat, self.grad, matrices = train.flatten([p for p in self.model.parameters() if p.requires_grad])
         self.optimizer = train.make_optimizer(cfg, flat, self.grad, matrices)
+
+    def weights(self):
+        """{(part, name): the weight that this part has now}."""
+        return {(part, name): getattr(part, name) for part in self.model.parts() for name in part.sizes}
+
+    @functools.cached_property
+    def packed(self):
+        """The same in 4 bits, made where a row wants them. The model has them then."""
+        self.model.to_4_bits()
+        return self.weights()
+
+    def use(self, packed):
+        """Gives the model its weights in 4 bits, or the plain ones."""
+        weights = self.plain
+        if packed:
+            weights = self.packed
+        for (part, name), w in weights.items():
+            delattr(part, name)  # a module cannot take a parameter's place
+            setattr(part, name, w)
 
     @functools.cached_property
     def hf(self):
@@ -152,8 +174,9 @@ class Ours:
     that `measured` measures on; with and without a map they are the same, and so are the channels."""
     ours = True
 
-    def __init__(self, name, shared, mlp, attn, kind="svd", map_rank=0, measure_on=()):
-        self.name, self.shared, model = name, shared, shared.model
+    def __init__(self, name, shared, mlp, attn, kind="svd", map_rank=0, measure_on=(), packed=False):
+        self.name, self.shared, self.packed, model = name, shared, packed, shared.model
+        shared.use(packed)
         predictor.attach(model, mlp, attn, shared.cfg.predictor_rank, kind, map_rank)
         if kind == "measured":
             predictor.measure(model, measure_on)
@@ -162,6 +185,7 @@ class Ours:
 
     def select(self):
         torch.backends.cuda.enable_cudnn_sdp(False)  # as model.py sets it
+        self.shared.use(self.packed)
         for part, own in self.own.items():
             part.predictor = own
 
@@ -181,7 +205,10 @@ class Ours:
     def resident(self):
         """Tensors that lie there between steps. Copies of kept rows, maps and SVD factors are this row's, not
         the others'."""
-        held = [*self.shared.model.parameters(), self.shared.grad, *moments(self.shared.optimizer)]
+        model = self.shared.model
+        held = [*model.parameters(), *model.buffers(), self.shared.grad, *moments(self.shared.optimizer)]
+        if self.packed:
+            held += kernels.buffers.values()
         for p in filter(None, self.own.values()):
             held += [p.P, *(p.Q or ()), *(p.map or ())]
             if p.fixed is not None:
@@ -246,6 +273,7 @@ def padded(tokenized, length, device):
 def hugging_face(shared, raw):
     """The HF + PEFT model on the weights of ours, as views where the layout allows; or a string: why there is
     none."""
+    shared.use(packed=False)
     try:
         import peft
         import transformers
@@ -285,10 +313,12 @@ def make_rows(shared, length, tokenized, words=("",), compile=False):
     see = [data.collate(tokenized, cfg.split, 0, cfg.dense_first).to(shared.device)]
     rows, names = [], []
 
-    def add(kind, name, *args):
+    def add(kind, name, *args, **kw):
         names.append(name)
         if any(word in name for word in words):
-            rows.append(kind(name, shared, *args))
+            rows.append(kind(name, shared, *args, **kw))
+        if kind is Ours and cfg.base_bits == 4 and not kw:
+            add(kind, f"{name} + 4 bits", *args, packed=True)
 
     add(HuggingFace, "HF + PEFT")
     add(HuggingFace, f"HF + PEFT, padded to {length}", length)

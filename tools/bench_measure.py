@@ -91,7 +91,15 @@ def warm_up(row, batches):
                peak_gib=peak_bytes(row, first) / 2 ** 30, times_ms=[])
     if row.ours:
         out["predictor_ms"] = predictor_ms(row, first)
+        out["unpack_ms"] = unpack_ms(row)
     return out
+
+
+def unpack_ms(row):
+    """Milliseconds that unpacking all weights once takes, median of 5; 0 where none is packed."""
+    packed, device = row.shared.model.packed(), row.shared.device
+    unpack = lambda: [kernels.unpacked(w) for w in packed]
+    return median([milliseconds(unpack, device, queued=True) for _ in range(6)][1:])
 
 
 @torch.no_grad()
@@ -129,7 +137,8 @@ def peak_bytes(row, batch):
 def machine_rates(model):
     """(FLOP/s of the MLP's matmul over 2048 rows in the model's dtype, bytes/s of a copy), now: what a step
     could reach under this load, not a data sheet's numbers."""
-    w = torch.ones_like(model.blocks[0].mlp.down)  # (I, D)
+    like = model.blocks[0].mlp.down  # (I, D), which may be packed
+    w = torch.ones(like.shape, dtype=like.dtype, device=like.device)
     x = w.new_ones(2048, w.shape[1])
     n, size = 1, 2 ** 26
     if w.is_cuda:
@@ -171,7 +180,7 @@ def product_times(model, rows=ROWS, repeats=20):
     [{weight, product, ratio, T, C, N, and milliseconds, medians of calls in turn}]: ours, on a GPU the Triton
     kernel; copied, the library's with rows that were copied out before, as for channels that stay; library,
     the same with index_select; dense, all channels."""
-    c, like, out = model.config, model.blocks[0].mlp.down, []
+    c, like, out = model.config, model.embed, []
     D, Nq, Nkv = c.hidden_size, c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
     weights = [("gate, up", 2 * c.intermediate_size, MLP), ("down", c.intermediate_size, MLP),
                ("q, k, v", Nq + 2 * Nkv, ATTENTION), ("o", Nq, ATTENTION)]

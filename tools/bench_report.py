@@ -9,7 +9,7 @@ from config import UserError
 from lib.files import read_json, write_text
 
 ROOT = Path(config.ROOT)
-RAW = ("row", "times_ms", "flops", "roofline_ms", "tokens", "peak_gib", "predictor_ms")  # old files: more
+RAW = ("row", "times_ms", "flops", "roofline_ms", "tokens", "peak_gib", "predictor_ms", "unpack_ms")  # old files: more
 GROUPS = dict(full="full length", real="GSM8K's lengths")
 TOP = """# Bench
 
@@ -59,6 +59,9 @@ def with_ratios(group):
         if without is not r:  # round by round: both meet the same load, so that a per cent shows
             r["map_time"] = np.quantile(r["steps"] / without["steps"], (.25, .5, .75))
             r["map_flops"] = r["flops"] / without["flops"]
+        plain = by_name.get(r["row"].removesuffix(" + 4 bits"), r)
+        if plain is not r:
+            r["packed_time"] = np.quantile(r["steps"] / plain["steps"], (.25, .5, .75))
     return rows
 
 
@@ -70,6 +73,11 @@ def notes(rows):
             beyond = time / r["map_flops"] - 1
             yield (f"- {r['row']}: {time:.3f}x the time without the map (median of the rounds' ratios, "
                    f"quartiles {low:.3f}-{high:.3f}), {r['map_flops']:.3f}x the FLOPs: {beyond:+.1%} beyond")
+        if "packed_time" in r:
+            low, time, high = r["packed_time"]
+            share = 2 * r["unpack_ms"] / r["total_ms"]
+            yield (f"- {r['row']}: {time:.3f}x the time without 4 bits (quartiles {low:.3f}-{high:.3f}); unpacking all "
+                   f"weights takes {r['unpack_ms']:.0f} ms, twice a step: {share:.1%} of it")
         if r["row"].endswith("svd") and "predictor_ms" in r:
             share = r["predictor_ms"] / r["total_ms"]
             yield f"- {r['row']}: choosing channels takes {r['predictor_ms']:.2f} ms, {share:.1%} of the step"
