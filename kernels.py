@@ -68,14 +68,18 @@ def tuned(*tiles):
 
 
 def fitting(configs, args, **_):
-    """Exact fp32 has no tensor cores: its products are unrolled, and large tiles compile for minutes and spill."""
+    """Exact fp32 has no tensor cores: its products are unrolled, and large tiles compile for minutes and spill. A packed
+    weight's have two products a block."""
     exact = args["x"].dtype == torch.float32 and args["PRECISION"] == "ieee"
     if not exact:
         return configs
+    limit = 64 * 64 * 32
+    if "table" in args:
+        limit //= 4
     small = []
     for config in configs:
         block = config.kwargs
-        if block["BLOCK_M"] * block["BLOCK_N"] * block["BLOCK_K"] <= 64 * 64 * 32:
+        if block["BLOCK_M"] * block["BLOCK_N"] * block["BLOCK_K"] <= limit:
             small.append(config)
     return small
 
@@ -397,6 +401,7 @@ def nt_kernel(
     (128, 128, 32, 4, 8),
     (64, 128, 32, 4, 4),
     (64, 64, 32, 4, 4),
+    (32, 32, 32, 4, 8),
 )
 def nt_packed_kernel(
     x,  # (2, T, D / 2): the even columns, then the odd ones
@@ -555,6 +560,7 @@ def nn_kernel(
     (128, 128, 32, 4, 8),
     (64, 128, 32, 4, 4),
     (64, 64, 32, 4, 4),
+    (32, 32, 32, 4, 4),
 )
 def nn_packed_kernel(
     x,  # (T, C)

@@ -1,14 +1,14 @@
 """What fits where: counts the bytes of a training step, without a GPU.
 
-    python -m results.memory            writes results/memory.md (a quarter of an hour of one core)
+    python -m results.memory            writes results/memory.md (half an hour of one core)
 
 The step is run for real, on torch's fake tensors: every tensor that model.py and sparse.py make is there,
 with its shape and type but without storage, and a dispatch mode follows how many bytes are alive at once, in
 forward and backward. Three things that PyTorch or Triton compute in one kernel on a GPU, but from parts on
 other devices, are replaced by functions that keep and return what those kernels do: attention (flash),
 RMSNorm and SwiGLU. Counted beside that: weights, LoRA with its gradient and AdamW's two moments (16 bytes a
-weight), one chunk of the loss's logits, and 1.2 GB for the CUDA context and the allocator's gaps. Nothing of
-this was measured on a GPU.
+weight), one chunk of the loss's logits, and 1.2 GB for the CUDA context and the allocator's gaps; with a base in 4 bits the buffer
+where one weight at a time is unpacked. Nothing of this was measured on a GPU.
 """
 import bisect
 import weakref
@@ -27,6 +27,7 @@ import data
 import kernels
 import model as llama
 import predictor
+from lib import nf4
 
 BASE = dict(model_type="llama", rms_norm_eps=1e-5, tie_word_embeddings=False)
 MODELS = {"8B": dict(BASE, vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
@@ -36,6 +37,7 @@ MODELS = {"8B": dict(BASE, vocab_size=128256, hidden_size=4096, intermediate_siz
           "70B": dict(BASE, vocab_size=128256, hidden_size=8192, intermediate_size=28672,
                       num_hidden_layers=80, num_attention_heads=64, num_key_value_heads=8)}
 CARDS = 24, 48, 80, 141  # GB of 10^9 bytes
+SMALL_CARDS = 8, 12, 16, 24, 48  # for a base in 4 bits
 RESERVE = 1.2e9
 FAKE = FakeTensorMode()  # of a CPU: the meta device has no random generator, which attach() wants
 HEAD = """# What fits where (counted, not measured: `python -m results.memory`)
@@ -97,12 +99,43 @@ class Norm(Function):
         return torch.empty_like(dy), None
 
 
-def make_model(shape, r=32):
-    """In bf16, with LoRA on q, k, v, o."""
+def make_model(shape, r=32, bits=16):
+    """In bf16, its projections in so many bits, with LoRA on q, k, v, o."""
     with FAKE:
         model = llama.LLaMA(llama.ModelConfig.from_dict(shape), torch.bfloat16, "cpu")
         model.add_lora(r, 2 * r)
+        if bits == 4:
+            pack(model)
     return model.train()
+
+
+def pack(model):
+    """As to_4_bits(), without contents: these tensors have none."""
+    for part in model.parts():
+        for name, sizes in part.sizes.items():
+            w = getattr(part, name)
+            delattr(part, name)
+            setattr(part, name, nf4.empty(sizes, w.shape[1], w.dtype, w.device))
+
+
+def unpacking(model):
+    """What stands in for kernels.unpacked, with its buffer made here, and for kernels.rows_of."""
+    with FAKE:
+        buffer = torch.empty(largest(model), dtype=model.dtype)
+
+    def unpacked(w):
+        if not isinstance(w, kernels.NF4):
+            return w
+        return buffer[:w.shape.numel()].view(w.shape)
+
+    def rows_of(w, idx):
+        return torch.empty(len(idx), w.shape[1], dtype=model.dtype)
+    return unpacked, rows_of
+
+
+def largest(model):
+    """Numbers in the largest weight that is packed; 0 if none is."""
+    return max((w.shape.numel() for w in model.packed()), default=0)
 
 
 def keep_channels(model, mlp, attn):
@@ -116,7 +149,10 @@ def step_bytes(model, examples, recompute, length=512, scored=128):
     weights."""
     tokens = data.Tokenized([0] * (length + 1), [0.0] * (length + 1 - scored) + [1.0] * scored)
     model.recompute = recompute
+    unpacked, rows_of = unpacking(model)
     with (FAKE,
+          patch.object(kernels, "unpacked", unpacked),
+          patch.object(kernels, "rows_of", rows_of),
           patch.object(llama, "attend", Attend.apply),
           patch.object(llama.Block, "norm", lambda self, x, w: Norm.apply(x, w)),
           patch.object(kernels, "swiglu", lambda gu: gu.new_empty(len(gu), gu.shape[1] // 2)),
@@ -133,20 +169,22 @@ def step_bytes(model, examples, recompute, length=512, scored=128):
 def weight_bytes(model, ranks):
     """(frozen, LoRA): bytes on each of so many ranks, with FSDP where there are several: its share of the
     blocks, three of them whole (the one that is computed, and the next one twice while it is gathered), and
-    all of the embedding and the head."""
+    all of the embedding and the head. With a base in 4 bits also the buffer of the largest weight, unpacked."""
     lora = sum(p.numel() for p in model.lora_parameters().values())
     block = 2 * sum(p.numel() for p in model.blocks[0].parameters()) - 2 * lora // len(model.blocks)
+    block += sum(b.numel() * b.element_size() for b in model.blocks[0].buffers())
     blocks = len(model.blocks) * block
     rest = 2 * (model.embed.numel() + model.head.numel() * (model.head is not model.embed))
+    rest += 2 * largest(model)
     if ranks == 1:
         return rest + blocks, 16 * lora
     return rest + blocks / ranks + 3 * block, 16 * lora
 
 
-def two_models(shape):
+def two_models(shape, bits=16):
     """One dense, one with the ratios of config/math.py: at the same relative depth the same ratio."""
     math = config.load(["config/math.py", "--model=x/Meta-Llama-3-8B-Instruct"])
-    n, dense, sparse = shape["num_hidden_layers"], make_model(shape), make_model(shape)
+    n, dense, sparse = shape["num_hidden_layers"], make_model(shape, bits=bits), make_model(shape, bits=bits)
     mlp, attn = (config.ratios(r, 32, "ratio") for r in (math.mlp_sparsity, math.attn_sparsity))
     keep_channels(sparse, *([r[i * 32 // n] for i in range(n)] for r in (mlp, attn)))
     return dense, sparse
@@ -158,14 +196,17 @@ def fits(card, fixed, count):
     return bisect.bisect_right(range(1, 65), room, key=count) if room > 0 else 0
 
 
-def rows(name, shape):
-    """The table's rows of one model, on one GPU and on eight."""
-    models = two_models(shape)
+def rows(name, shape, bits=16):
+    """The table's rows of one model, on one GPU and on eight; in 4 bits on one."""
+    models = two_models(shape, bits)
     count = cache(lambda model, recompute, n: step_bytes(model, n, recompute))
-    for gpus, ranks in (("1, or each of 8", 1), ("8, fsdp", 8)):
+    kinds, cards = [("1, or each of 8", 1), ("8, fsdp", 8)], CARDS
+    if bits == 4:
+        kinds, cards = kinds[:1], SMALL_CARDS
+    for gpus, ranks in kinds:
         frozen, lora = weight_bytes(models[0], ranks)
         cells = []
-        for card in CARDS:
+        for card in cards:
             found = [[fits(card, frozen + lora, partial(count, model, recompute)) for model in models]
                      for recompute in (False, True)]
             text = "; ".join(" / ".join(str(n or "-") for n in pair) for pair in found)
@@ -193,10 +234,15 @@ def small_card():
     return [f"| {what} | {n / 1e9:.2f} GB |" for what, n in parts.items()]
 
 
+def table(cards, bits=16):
+    """Lines of Markdown."""
+    names = " | ".join(f"{card} GB" for card in cards)
+    return [f"| model | GPUs | weights, LoRA (GB a GPU) | {names} |", "|---" * (3 + len(cards)) + "|",
+            *(row for name, shape in MODELS.items() for row in rows(name, shape, bits))]
+
+
 if __name__ == "__main__":
-    cards = " | ".join(f"{card} GB" for card in CARDS)
-    lines = [HEAD, f"| model | GPUs | weights, LoRA (GB a GPU) | {cards} |", "|---" * (3 + len(CARDS)) + "|",
-             *(row for name, shape in MODELS.items() for row in rows(name, shape)),
-             "", "LLaMA-3-8B on a 24 GB card:", "", "| what | bytes |", "|---|---|", *small_card()]
+    lines = [HEAD, *table(CARDS), "", "With `--base_bits=4` (the weights with the buffer in which one at a time is "
+             "unpacked):", "", *table(SMALL_CARDS, 4), "", "LLaMA-3-8B on a 24 GB card:", "", "| what | bytes |", "|---|---|", *small_card()]
     (Path(__file__).parent / "memory.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))

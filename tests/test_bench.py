@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import config
 import data
+import kernels
 import predictor
 from config import UserError
 from model import LLaMA, ModelConfig
@@ -103,6 +104,10 @@ def test_memory_is_counted_without_memory():
     m = memory.make_model({**TINY, "num_hidden_layers": 6}, 4)
     one, ten = (memory.step_bytes(m, n, False, 32, 8) for n in (1, 10))
     assert 5 * one < ten < 11 * one and memory.step_bytes(m, 10, True, 32, 8) < .8 * ten
+    packed = memory.make_model({**TINY, "num_hidden_layers": 6}, 4, bits=4)
+    kernels.buffers.clear()
+    assert memory.step_bytes(packed, 10, False, 32, 8) == pytest.approx(ten, rel=.01) and not kernels.buffers
+    assert memory.weight_bytes(packed, 1)[0] < .5 * memory.weight_bytes(m, 1)[0]
     memory.keep_channels(m, [.9] * 6, [0.0] * 6)
     assert memory.step_bytes(m, 10, False, 32, 8) < ten
 

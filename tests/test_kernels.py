@@ -109,14 +109,14 @@ def packed(D, dtype):
 
 @on_kernels
 @dtypes
-@pytest.mark.parametrize("D", [64, 192])
-def test_packed_weight(D, dtype):
+def test_packed_weight(dtype):
     """All of it, some rows and a slice unpack to the reference's bits; both products are those with these numbers."""
+    D = 192
     w = packed(D, dtype)
     whole = K.unpack_ref(w.codes, w.scales(), torch.empty(N, D, dtype=dtype, device=DEVICE))
     assert torch.equal(w.unpack(), whole) and torch.equal(w[40:].unpack(), whole[40:])
     bias, exact = randn(N, dtype=dtype), whole.double()
-    for T, C in SHAPES:
+    for T, C in ((1, 16), (42, 48), (123, 96), (0, 16), (6, 0)):
         idx = channels(C)
         assert torch.equal(w.unpack(idx), whole[idx])
         x, h, old = randn(T, D, dtype=dtype), randn(T, C, dtype=dtype), randn(T, N, dtype=dtype, seed=2)
@@ -189,7 +189,7 @@ def test_in_the_interpreter():
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "not compile"]
     run = subprocess.run(command, env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-2000:]
-    assert int(re.search(r"(\d+) passed", run.stdout)[1]) >= 20, run.stdout
+    assert int(re.search(r"(\d+) passed", run.stdout)[1]) >= 18, run.stdout
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -303,7 +303,7 @@ def compile_packed(arch, dtype, D):
     types = dict(x=f"*{dtype}", w="*u8", scales="*fp32", idx="*i64", table="*fp32", bias=f"*{dtype}", y=f"*{dtype}")
     x = SimpleNamespace(dtype=torch.float32 if dtype == "fp32" else torch.bfloat16)
     for tuner, mode in ((K.nt_packed_kernel, dict(SCATTER=True, BIAS=True)), (K.nn_packed_kernel, {})):
-        for config in K.fitting(tuner.configs, dict(PRECISION=precision, x=x)):
+        for config in K.fitting(tuner.configs, dict(PRECISION=precision, x=x, table=None)):
             yield compile_kernel(arch, tuner.fn, types, ["T", "T_BUCKET", "C_BUCKET"],
                                  dict(D=D, PRECISION=precision, **mode, **config.kwargs),
                                  config.num_stages, config.num_warps)
@@ -334,7 +334,8 @@ def test_exact_fp32_takes_small_tiles(tmp_path):
     results = compiled(tmp_path, "matmuls", "exact", 4096) + compiled(tmp_path, "packed", "exact", 4096)
     assert len(results) == 10 and all(r["spilled"] == 0 for r in results)
     for tuner in (K.nt_kernel, K.nn_kernel, K.nt_packed_kernel, K.nn_packed_kernel):
-        n = [len(K.fitting(tuner.configs, dict(PRECISION=precision, x=torch.empty(0, dtype=dtype))))
+        table = dict.fromkeys({"table"} & set(tuner.fn.arg_names))
+        n = [len(K.fitting(tuner.configs, dict(PRECISION=precision, x=torch.empty(0, dtype=dtype), **table)))
              for dtype, precision in ((torch.float32, "ieee"), (torch.float32, "tf32"), (torch.bfloat16, "ieee"))]
         assert n == [1, len(tuner.configs), len(tuner.configs)]
 
@@ -372,7 +373,7 @@ def test_packed_products_compile(dtype, D, tmp_path):
         assert r["wgmma" if r["arch"] == 90 else "mma"] > 0, r
         assert r["shared"] <= LIMITS[r["arch"]] and r["spilled"] == 0 and r["async16"] > 0, r
         assert r["shared"] >= 2 * (r["BLOCK_M"] * 2 + r["BLOCK_N"] // 2) * r["BLOCK_K"], r  # two tiles of x and of codes
-    assert len(results) == 2 * (3 + 3)
+    assert len(results) == 2 * (4 + 4)
 
 
 @pytest.mark.parametrize("dtype", ["bf16", pytest.param("fp32", marks=pytest.mark.slow)])
