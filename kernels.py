@@ -68,8 +68,8 @@ def tuned(*tiles):
 
 
 def fitting(configs, args, **_):
-    """Exact fp32 has no tensor cores: its products are unrolled, and large tiles compile for minutes and spill. A packed
-    weight's have two products a block."""
+    """Exact fp32 has no tensor cores: its products are unrolled, and large tiles compile for minutes and spill. With a
+    packed weight a block has two products."""
     exact = args["x"].dtype == torch.float32 and args["PRECISION"] == "ieee"
     if not exact:
         return configs

@@ -131,8 +131,8 @@ def read(whole, name, device, label):
         absmax = kernels.scale_values(device)[absmax.int()] * of_each + offset
     if not same:
         raise UserError(f"{label} is packed in blocks of {state['blocksize']} or with a table of its own: only NF4 in "
-                        f"blocks of {BLOCK}, with scales in blocks of {SCALES}, can be read, use the checkpoint that it "
-                        "was made from")
+                        f"blocks of {BLOCK}, with scales in blocks of {SCALES}, can be read, use the checkpoint that "
+                        "it was made from")
     return list(state["shape"]), codes, absmax.float(), double
 
 
