@@ -271,16 +271,22 @@ class Block(nn.Module):
     def forward(self, x, batch, rope, last, measure, chosen, cache=None):
         """x (T, D) -> (T, D), in the last block (T_loss, D). measure: whether the predictors are shown what this
         dense pass computes. chosen: a Chosen, where a forward writes its channels and a recomputation reads them."""
+        x = self.attended(x, batch, rope, last, measure, chosen, cache)
         n = batch.n_sparse
-        h = self.norm(x, self.attn_norm)
-        keep = self.choose("attn", h, n, chosen)
-        a = self.attn(h, batch, rope, keep, self.attn.watcher(measure), last, cache)
         if last:
-            x, n = x[batch.loss], 0
-        x = x + a
+            n = 0
         h = self.norm(x, self.mlp_norm)
         keep = self.choose("mlp", h, n, chosen)
         return x + self.mlp(h, n, keep, self.mlp.watcher(measure))
+
+    def attended(self, x, batch, rope, last, measure, chosen, cache=None):
+        """The first half of forward: x and what attention adds to it."""
+        h = self.norm(x, self.attn_norm)
+        keep = self.choose("attn", h, batch.n_sparse, chosen)
+        a = self.attn(h, batch, rope, keep, self.attn.watcher(measure), last, cache)
+        if last:
+            x = x[batch.loss]
+        return x + a
 
     def choose(self, name, h, n, chosen):
         """What part `name` keeps for its normed input h (T, D): chosen once a forward pass."""

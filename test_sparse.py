@@ -562,8 +562,8 @@ def test_the_map_is_the_best_of_its_rank():
     h += x @ torch.randn(D, I).double()
     w, kept = torch.rand(n, 1).double(), torch.tensor([1, 5, 6])
     x1 = torch.cat([x, torch.ones(n, 1).double()], 1)
-    U, V, b = predictor.fit_map((x1 * w).T @ x1, (x1 * w).T @ h, down, kept, r, ridge=1e-12)
     R = h.index_fill(1, kept, 0) @ down
+    U, V, b = predictor.fit_map((x1 * w).T @ x1, (x1 * w).T @ R, r, ridge=1e-12)
     error = lambda y: (w * (R - y).square()).sum()
     rootw = w.sqrt()
     full = torch.linalg.lstsq(x1 * rootw, R * rootw).solution
@@ -571,6 +571,53 @@ def test_the_map_is_the_best_of_its_rank():
     u, s, vh = torch.linalg.svd(F1 * rootw, full_matrices=False)
     best = (w * (R - x1 @ full).square()).sum() + s[r:].square().sum()
     assert error(x @ U @ V + b) == pytest.approx(best.item(), rel=1e-6)
+
+
+def test_maps_are_fitted_block_after_block():
+    """Against the textbook's dense and sparse streams, the latter with the final maps of the blocks below."""
+    m, batches = build(), [batch_of(), batch_of(((12, 3), (20, 5)), seed=1, dense_first=2)]
+    predictor.attach(m, .6, .5, kind="measured", map_rank=5)
+    predictor.measure_more(m, batches)
+    predictor.fix(m)
+    before = [tuple(t.clone() for t in b.mlp.predictor.map) for b in m.blocks[:-1]]
+    predictor.fit_in_turn(m, batches)
+    streams = [Masked(m, b) for b in batches]
+    dense = [s.weights["model.embed_tokens.weight"][s.batch.tokens] for s in streams]  # (T, D) each
+    sparse = list(dense)
+    for i, block in enumerate(m.blocks[:-1]):
+        kept, at = block.mlp.predictor.fixed.channels, f"model.layers.{i}."
+        xx = xe = 0
+        for j, s in enumerate(streams):
+            n = s.batch.n_sparse
+            x = dense[j] + s.attention(i, s.norm(dense[j], at + "input_layernorm"), None)
+            dense[j] = x + s.mlp(i, s.norm(x, at + "post_attention_layernorm"), None)
+            channels = block.attn.predictor.fixed.channels
+            sparse[j] = sparse[j] + s.attention(i, s.norm(sparse[j], at + "input_layernorm"), channels)
+            x = s.norm(sparse[j], at + "post_attention_layernorm")  # (T, D)
+            h = block.mlp.activations(x[:n])
+            E = h.index_fill(1, kept, 0) @ s.weights[at + "mlp.down_proj.weight"].T
+            missing = (dense[j] - sparse[j] - s.mlp(i, x, None))[:n]
+            w = 1 / h.norm(dim=1, keepdim=True)
+            x1 = torch.cat([x[:n], torch.ones(n, 1)], 1)
+            xx, xe = xx + (x1 * w).T @ x1, xe + (x1 * w).T @ (E + predictor.PULL * missing)
+            sparse[j] = sparse[j] + s.mlp(i, x, kept)
+        U, V, b = block.mlp.predictor.map
+        want = predictor.fit_map(xx, xe, 5)
+        assert torch.allclose(U @ V, want[0] @ want[1], rtol=1e-7, atol=1e-9)
+        assert torch.allclose(b, want[2], rtol=1e-7, atol=1e-9)
+        assert not torch.allclose(b, before[i][2], rtol=1e-2)
+
+
+def test_maps_fitted_in_turn_do_not_depend_on_micro_batches():
+    def maps(batches):
+        m = build()
+        predictor.attach(m, [.6, 0, 0], 0, kind="measured", map_rank=5)
+        predictor.measure(m, batches)
+        U, V, b = m.blocks[0].mlp.predictor.map
+        return torch.cat([U @ V, b[None]])
+
+    ex = examples()
+    assert torch.allclose(maps([data.collate(ex)]), maps([data.collate(ex[:2]), data.collate(ex[2:])]), rtol=1e-7)
 
 
 def test_not_finite_is_not_measured():
@@ -585,13 +632,15 @@ def test_not_finite_is_not_measured():
 
 def test_selectors_rank_as_they_should():
     """Energy held on the very batch: the oracle's is the most, the worst's the least; energies of this batch
-    are the oracle's in block 0's attention, which sees the same input. A map leaves less of the output missing."""
+    are the oracle's in block 0's attention, which sees the same input. A map that is fitted to the dropped output alone
+    leaves less of it missing."""
     m, batch = build(dtype=torch.float32), batch_of(((30, 5), (20, 9), (25, 3)))
     held = {}
     for kind in predictor.KINDS:
         predictor.attach(m, .8, .5, kind=kind, map_rank=16)
         if kind in ("measured", "energy"):
-            predictor.measure(m, [batch])
+            predictor.measure_more(m, [batch])
+            predictor.fix(m)
         held[kind] = predictor.watch(m, batch)
     assert held["oracle"]["0.attn"]["held"] == pytest.approx(held["energy"]["0.attn"]["held"], rel=1e-5)
     for part in ("0.mlp", "0.attn"):

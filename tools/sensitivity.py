@@ -419,6 +419,8 @@ def main(argv):
           f"predicted change by {by} {predicted:.4f}")
     command, first = "python -m tools.sensitivity " + " ".join(argv), 0.0
     for name, pattern in rows.items():
+        predictor.set_ratios(model, pattern)
+        predictor.fit_in_turn(model, warm)
         mean, error = mean_and_error([s - d for s, d in zip(losses(model, fresh, pattern), dense)])
         share = sum(flops(model, fresh, pattern).values()) / base
         first = share if name == "chosen" else first
