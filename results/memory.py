@@ -7,8 +7,8 @@ with its shape and type but without storage, and a dispatch mode follows how man
 forward and backward. Three things that PyTorch or Triton compute in one kernel on a GPU, but from parts on
 other devices, are replaced by functions that keep and return what those kernels do: attention (flash),
 RMSNorm and SwiGLU. Counted beside that: weights, LoRA with its gradient and AdamW's two moments (16 bytes a
-weight), one chunk of the loss's logits, and 1.2 GB for the CUDA context and the allocator's gaps; with a base in 4 bits the
-buffer where one weight at a time is unpacked. Nothing of this was measured on a GPU.
+weight), one chunk of the loss's logits, and 1.2 GB for the CUDA context and the allocator's gaps; with a base in
+4 bits the buffer where one weight at a time is unpacked. Nothing of this was measured on a GPU.
 """
 import bisect
 import weakref

@@ -87,7 +87,8 @@ def measure_all(cfg, own, store):
             attached = kind
             ratios = [ratio if lo <= i <= hi else 0.0 for i in range(L)]
             most = max(rank for k, _, rank in todo if k == kind)
-            predictor.attach(model, ratios, 0.0, cfg.predictor_rank, kind.replace("in_turn", "measured"), most, cfg.seed)
+            how = "measured" if kind == "in_turn" else kind
+            predictor.attach(model, ratios, 0.0, cfg.predictor_rank, how, most, cfg.seed)
             if predictor.measuring(model):
                 predictor.measure_more(model, fit)
         for _, p in predictor.predictors(model):

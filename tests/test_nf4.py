@@ -16,6 +16,7 @@ from config import UserError
 from lib import nf4
 from model import LLaMA, ModelConfig
 from results.memory import Alive
+from tests.test_ranks import assert_close_runs, run_ranks
 from tests.testing import SIZES, at_step, equal, make_base, newest, options, same_run, term, weights
 from tools import eval as evaluation
 from tools.export import export
@@ -288,3 +289,9 @@ if __name__ == "__main__":
     written, matrix = by_bitsandbytes(source)
     save_file({"source": source, "unpacked": matrix, **written}, GOLDEN)
     print(f"{GOLDEN}: {GOLDEN.stat().st_size} bytes", file=sys.stderr)
+
+
+def test_two_ranks_equal_one_process(packed_home, tmp_path):
+    train.main(options(packed_home, out_dir=tmp_path / "one", micro_batch_size=2))
+    assert run_ranks(packed_home, out_dir=tmp_path / "two", micro_batch_size=2) == [0, 0]
+    assert_close_runs(tmp_path / "one", tmp_path / "two")

@@ -11,7 +11,8 @@ lm-eval and llama.cpp.
 Works on the files alone, tensor by tensor, and writes shards of at most --shard_gb: an 8B merge holds one
 shard (5 GB by default) in memory, whatever the base's files look like. An adapter that was trained on a 4-bit base
 is merged into the 16-bit one on the disk, and it says so. The result is complete or absent: it is written
-under another name, then renamed. What ended the trained answers is its first eos_token_id and its eos_token, and the weights' files say how prompts are written (data.notes), for tools.eval.
+under another name, then renamed. What ended the trained answers is its first eos_token_id and its eos_token,
+and the weights' files say how prompts are written (data.notes), for tools.eval.
 """
 import json
 import os
