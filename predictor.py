@@ -603,17 +603,18 @@ def fit_here(block, batches, dense, sparse):
     """Fits the map of one block's MLP. dense: what leaves the block in the dense model, sparse: what its attention has
     left in the sparse one, (T, D) for each batch."""
     mlp, p = block.mlp, block.mlp.predictor
-    down = kernels.unpacked(mlp.down)  # (I, D)
-    D = down.shape[1]
-    high = torch.promote_types(down.dtype, torch.float32)
-    xx = torch.zeros(D + 1, D + 1, dtype=high, device=down.device)
-    xe = torch.zeros(D + 1, D, dtype=high, device=down.device)
+    like = dense[0]
+    D = like.shape[1]
+    high = torch.promote_types(like.dtype, torch.float32)
+    xx = torch.zeros(D + 1, D + 1, dtype=high, device=like.device)
+    xe = torch.zeros(D + 1, D, dtype=high, device=like.device)
     for b, wanted, before in zip(batches, dense, sparse):
         n = b.n_sparse
         before = before[:n]  # (n, D)
         x = block.norm(before, block.mlp_norm)
         h = mlp.activations(x)  # (n, I)
-        dropped = (h.index_fill(1, p.fixed.channels, 0) @ down).to(high)  # E (n, D)
+        # E (n, D); unpacked here, for the buffer holds one weight at a time
+        dropped = (h.index_fill(1, p.fixed.channels, 0) @ kernels.unpacked(mlp.down)).to(high)
         missing = wanted[:n].to(high) - before - mlp(x)  # (n, D): what the blocks below have left
         w = finite(1 / torch.linalg.vector_norm(h, dim=1, dtype=high))  # (n,)
         x1 = finite(with_ones(x.to(high)))  # (n, D+1)

@@ -573,9 +573,13 @@ def test_the_map_is_the_best_of_its_rank():
     assert error(x @ U @ V + b) == pytest.approx(best.item(), rel=1e-6)
 
 
-def test_maps_are_fitted_block_after_block():
+@pytest.mark.parametrize("bits", [16, 4])
+def test_maps_are_fitted_block_after_block(bits):
     """Against the textbook's dense and sparse streams, the latter with the final maps of the blocks below."""
-    m, batches = build(), [batch_of(), batch_of(((12, 3), (20, 5)), seed=1, dense_first=2)]
+    m = build()
+    if bits == 4:
+        m = build_packed()
+    batches = [batch_of(), batch_of(((12, 3), (20, 5)), seed=1, dense_first=2)]
     predictor.attach(m, .6, .5, kind="measured", map_rank=5)
     predictor.measure_more(m, batches)
     predictor.fix(m)

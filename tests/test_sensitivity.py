@@ -183,7 +183,7 @@ def test_ablations_run_resume_and_collect(home, tmp_path, monkeypatch):
     for name in ("train.py", "model.py", "sparse.py", "kernels.py", "predictor.py", "config", "data", "lib", "tools"):
         (tmp_path / name).symlink_to(Path(sensitivity.__file__).resolve().parent.parent / name)
     (tmp_path / "results").mkdir()
-    args = [str(home / "c.py"), "--rows=tokens", "--seeds=1", "--name=t", "--mlp=.5", "--max_steps=24"]
+    args = [str(home / "c.py"), "--rows=tokens", "--seeds=1", "--name=t", "--mlp=.5", "--max_steps=150"]
     ablations.main(args)
     path = tmp_path / "results" / "ablations.json"
     lines = tables.summaries(json.loads(path.read_text())["t"]["runs"], "tokens")
