@@ -136,6 +136,14 @@ def tile(pid, n_m, n_n, GROUP: tl.constexpr):
     return m, n
 
 
+@jit
+def store(y, acc, m, col, inside, y_stride, BLOCK_M: tl.constexpr):
+    """Writes acc (BLOCK_M, BLOCK_N) to the m-th block of y's rows and to columns col (BLOCK_N,), where it is inside."""
+    first_row = y + m.to(tl.int64) * BLOCK_M * y_stride
+    y_rows = first_row + tl.arange(0, BLOCK_M)[:, None] * y_stride
+    tl.store(y_rows + col[None, :], acc.to(y.dtype.element_ty), mask=inside)
+
+
 def matmul_nt(x, w):
     """x (T, D), w (N, D) -> x w.T (T, N), dense. On a CPU in fp32 2048 columns at a time: two threads of MKL
     make 8192 columns of 787 rows at 193 GFLOP/s, so at 202; 49,152 of 170 rows at 190 and 207. bf16 gains
@@ -281,6 +289,14 @@ def rows_of(w, idx):
 
 
 @jit
+def two_numbers(table, code, scale, dtype: tl.constexpr):
+    """A byte's high half and its low one, times the scale."""
+    high = tl.load(table + (code >> 4)) * scale
+    low = tl.load(table + (code & 15)) * scale
+    return high.to(dtype), low.to(dtype)
+
+
+@jit
 def unpack_kernel(
     codes,  # (N, D / 2) uint8
     scales,  # (C, D / 64)
@@ -301,8 +317,7 @@ def unpack_kernel(
         row = tl.load(idx + c, mask=c < C, other=0)
     code = tl.load(codes + row * codes_stride + byte, mask=mask, other=0).to(tl.int32)
     scale = tl.load(scales + c * (D // 64) + byte // 32, mask=mask, other=0.0)
-    high = tl.load(table + (code >> 4)) * scale
-    low = tl.load(table + (code & 15)) * scale
+    high, low = two_numbers(table, code, scale, tl.float32)
     d = tl.program_id(1) * 2 * BLOCK_B + tl.arange(0, 2 * BLOCK_B)[None, :]
     both = tl.interleave(high, low)  # (BLOCK_C, 2 BLOCK_B)
     tl.store(y + c * D + d, both.to(y.dtype.element_ty), mask=(c < C) & (d < D))
@@ -390,11 +405,8 @@ def nt_kernel(
     col = c
     if SCATTER:  # loaded again: `row`, kept over the loop, made Triton 3.6 spill 472 bytes a thread
         col = tl.load(idx + c, mask=c < C).to(tl.int32)
-    first_row = y + m.to(tl.int64) * BLOCK_M * y_stride
-    y_rows = first_row + tl.arange(0, BLOCK_M)[:, None] * y_stride
     inside = (t < T)[:, None] & (c < C)[None, :]
-    y_block = y_rows + col[None, :]
-    tl.store(y_block, acc.to(y.dtype.element_ty), mask=inside)
+    store(y, acc, m, col, inside, y_stride, BLOCK_M)
 
 
 @tuned(
@@ -440,8 +452,7 @@ def nt_packed_kernel(
         scale = tl.load(scale_block + i)[:, None]
         even = tl.load(even_block)
         odd = tl.load(odd_block)
-        high = (tl.load(table + (code >> 4)) * scale).to(even.dtype)
-        low = (tl.load(table + (code & 15)) * scale).to(even.dtype)
+        high, low = two_numbers(table, code, scale, even.dtype)
         acc = tl.dot(even, tl.trans(high), acc, input_precision=PRECISION)
         acc = tl.dot(odd, tl.trans(low), acc, input_precision=PRECISION)
         even_block += BLOCK_K
@@ -451,11 +462,8 @@ def nt_packed_kernel(
     col = c
     if SCATTER:  # as in nt_kernel
         col = tl.load(idx + c, mask=c < C).to(tl.int32)
-    first_row = y + m.to(tl.int64) * BLOCK_M * y_stride
-    y_rows = first_row + tl.arange(0, BLOCK_M)[:, None] * y_stride
     inside = (t < T)[:, None] & (c < C)[None, :]
-    y_block = y_rows + col[None, :]
-    tl.store(y_block, acc.to(y.dtype.element_ty), mask=inside)
+    store(y, acc, m, col, inside, y_stride, BLOCK_M)
 
 
 def gather_matmul_nt(x, w, idx, out=None, bias=None):
@@ -549,11 +557,8 @@ def nn_kernel(
             b = tl.load(w_block, mask=(d < D)[None, :], other=0.0)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
 
-    first_row = y + m.to(tl.int64) * BLOCK_M * y_stride
-    y_rows = first_row + tl.arange(0, BLOCK_M)[:, None] * y_stride
     inside = (t < T)[:, None] & (d < D)[None, :]
-    y_block = y_rows + d[None, :]
-    tl.store(y_block, acc.to(y.dtype.element_ty), mask=inside)
+    store(y, acc, m, d, inside, y_stride, BLOCK_M)
 
 
 @tuned(
@@ -593,18 +598,14 @@ def nn_packed_kernel(
         inside = (c < C)[:, None] & (byte < D // 2)[None, :]
         code = tl.load(w + row[:, None] * w_stride + byte[None, :], mask=inside, other=0).to(tl.int32)
         scale = tl.load(scales + c[:, None] * (D // 64) + (byte // 32)[None, :], mask=inside, other=0.0)
-        high = (tl.load(table + (code >> 4)) * scale).to(a.dtype)
-        low = (tl.load(table + (code & 15)) * scale).to(a.dtype)
+        high, low = two_numbers(table, code, scale, a.dtype)
         acc_even = tl.dot(a, high, acc_even, input_precision=PRECISION)
         acc_odd = tl.dot(a, low, acc_odd, input_precision=PRECISION)
 
     acc = tl.interleave(acc_even, acc_odd)  # (BLOCK_M, BLOCK_N)
     d = n * BLOCK_N + tl.arange(0, BLOCK_N)
-    first_row = y + m.to(tl.int64) * BLOCK_M * y_stride
-    y_rows = first_row + tl.arange(0, BLOCK_M)[:, None] * y_stride
     inside = (t < T)[:, None] & (d < D)[None, :]
-    y_block = y_rows + d[None, :]
-    tl.store(y_block, acc.to(y.dtype.element_ty), mask=inside)
+    store(y, acc, m, d, inside, y_stride, BLOCK_M)
 
 
 def gather_matmul_nn(x, w, idx, out=None):

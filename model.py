@@ -275,9 +275,7 @@ class Block(nn.Module):
         n = batch.n_sparse
         if last:
             n = 0
-        h = self.norm(x, self.mlp_norm)
-        keep = self.choose("mlp", h, n, chosen)
-        return x + self.mlp(h, n, keep, self.mlp.watcher(measure))
+        return self.fed(x, n, measure, chosen)
 
     def attended(self, x, batch, rope, last, measure, chosen, cache=None):
         """The first half of forward: x and what attention adds to it."""
@@ -287,6 +285,12 @@ class Block(nn.Module):
         if last:
             x = x[batch.loss]
         return x + a
+
+    def fed(self, x, n, measure, chosen):
+        """The second half: x, whose first n rows are sparse, and what the MLP adds to it."""
+        h = self.norm(x, self.mlp_norm)
+        keep = self.choose("mlp", h, n, chosen)
+        return x + self.mlp(h, n, keep, self.mlp.watcher(measure))
 
     def choose(self, name, h, n, chosen):
         """What part `name` keeps for its normed input h (T, D): chosen once a forward pass."""

@@ -204,8 +204,13 @@ def map_sums(x, h, dh):
     """x (n, D), h and its gradient dh (n, I), fp32 -> what fit_map needs of these rows, with weights w = |dL/dh| / |h|:
     (D+1, n) = (w [x 1]).T, [x 1] (n, D+1) and h (n, I). A row that is not finite has no weight and no value."""
     w = finite((dh.square().sum(1) / h.square().sum(1)).sqrt())  # (n,)
+    return *weighted_ones(x, w), finite(h)
+
+
+def weighted_ones(x, w):
+    """x (n, D), w (n,) -> (w [x 1]).T (D+1, n) and [x 1] (n, D+1), where 0 stands for what is not finite."""
     x1 = finite(with_ones(x))
-    return (x1 * w[:, None]).T, x1, finite(h)
+    return (x1 * w[:, None]).T, x1
 
 
 def fit_map(xx, xe, rank, ridge=.1):
@@ -593,10 +598,7 @@ def through(block, batches, ropes, dense, sparse):
     sparse = [block.attended(x, b, rope, False, False, {}) for x, b, rope in zip(sparse, batches, ropes)]
     if block.mlp.predictor in parts and block.mlp.predictor.map is not None:
         fit_here(block, batches, dense, sparse)
-    for i, b in enumerate(batches):
-        x = block.norm(sparse[i], block.mlp_norm)
-        sparse[i] = sparse[i] + block.mlp(x, b.n_sparse, block.mlp.select(x, b.n_sparse))
-    return dense, sparse
+    return dense, [block.fed(x, b.n_sparse, False, {}) for x, b in zip(sparse, batches)]
 
 
 def fit_here(block, batches, dense, sparse):
@@ -617,8 +619,7 @@ def fit_here(block, batches, dense, sparse):
         dropped = (h.index_fill(1, p.fixed.channels, 0) @ kernels.unpacked(mlp.down)).to(high)
         missing = wanted[:n].to(high) - before - mlp(x)  # (n, D): what the blocks below have left
         w = finite(1 / torch.linalg.vector_norm(h, dim=1, dtype=high))  # (n,)
-        x1 = finite(with_ones(x.to(high)))  # (n, D+1)
-        weighted = (x1 * w[:, None]).T  # (D+1, n)
+        weighted, x1 = weighted_ones(x.to(high), w)  # (D+1, n), (n, D+1)
         xx.addmm_(weighted, x1)
         xe.addmm_(weighted, finite(dropped + PULL * missing))
     dist.all_reduce(xx)

@@ -83,7 +83,8 @@ def setup(cfg, n):
     attn = 0.0 if model.config.qk_norm else .5
     predictor.attach(model, .5, attn, cfg.predictor_rank, cfg.predictor, cfg.map_rank, cfg.seed)
     if warm:
-        predictor.measure(model, batches[:warm])
+        predictor.measure_more(model, batches[:warm])  # each part is sparse alone: no maps in turn
+        predictor.fix(model)
     return model, batches[:warm], batches[warm:warm + n], batches[warm + n:]
 
 
