@@ -431,6 +431,7 @@ def nt_packed_kernel(
 ):
     """nt_kernel for a packed w: BLOCK_K = 32 bytes are the 64 numbers of a scale. The even numbers, which are the high
     halves of the bytes, and the odd ones make a product each, so that none has to change its place."""
+    tl.static_assert(BLOCK_K == 32)
     pid = tl.program_id(0)
     m, n = tile(pid, tl.cdiv(T, BLOCK_M), tl.cdiv(C, BLOCK_N), 8)
     t = m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -442,7 +443,7 @@ def nt_packed_kernel(
     even_block = x + x_row[:, None] * (D // 2) + k[None, :]
     odd_block = even_block + T.to(tl.int64) * (D // 2)
     w_block = w + row[:, None] * w_stride + k[None, :]
-    scale_block = scales + (c % C) * (D // 64)
+    scale_block = scales + (c % C) * (D // 64)  # channels past C wrap, as rows past T do
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if BIAS:
@@ -596,8 +597,10 @@ def nn_packed_kernel(
         row = tl.load(idx + c, mask=c < C, other=0)
         a = tl.load(x_rows + c[None, :], mask=(c < C)[None, :], other=0.0)
         inside = (c < C)[:, None] & (byte < D // 2)[None, :]
-        code = tl.load(w + row[:, None] * w_stride + byte[None, :], mask=inside, other=0).to(tl.int32)
-        scale = tl.load(scales + c[:, None] * (D // 64) + (byte // 32)[None, :], mask=inside, other=0.0)
+        code_block = w + row[:, None] * w_stride + byte[None, :]
+        code = tl.load(code_block, mask=inside, other=0).to(tl.int32)
+        scale_block = scales + c[:, None] * (D // 64) + (byte // 32)[None, :]
+        scale = tl.load(scale_block, mask=inside, other=0.0)
         high, low = two_numbers(table, code, scale, a.dtype)
         acc_even = tl.dot(a, high, acc_even, input_precision=PRECISION)
         acc_odd = tl.dot(a, low, acc_odd, input_precision=PRECISION)

@@ -65,7 +65,7 @@ class Part(nn.Module):
         self.lora = nn.ParameterDict()  # "q/A" (R, in), "q/B" (out, R): fp32 masters
         self.lora_scale = 0.0  # alpha / R
         self.predictor = None
-        self.channels = None  # the kept channels of the last forward, None when dense
+        self.channels = None  # the kept channels of the last forward, None when dense: to look at, nothing reads it
 
     def lora_of(self, targets):
         """[A, B, A, B, ...] of these targets, as sparse.py takes them: of rank 0 where a target has no LoRA."""
@@ -75,11 +75,12 @@ class Part(nn.Module):
                 out += [self.lora[t + "/A"], self.lora[t + "/B"]]
             else:
                 n_in, n_out = self.shapes[t]
-                like = dict(dtype=self.fused().dtype, device=self.fused().device)
+                w = self.main_weight()
+                like = dict(dtype=w.dtype, device=w.device)
                 out += [torch.empty(0, n_in, **like), torch.empty(n_out, 0, **like)]
         return out
 
-    def select(self, x, n):
+    def kept(self, x, n):
         """x (T, D), n sparse rows -> what to keep of this part in this forward: None (all), KeepMLP or
         KeepAttention."""
         keep = None
@@ -88,7 +89,7 @@ class Part(nn.Module):
         self.channels = keep and keep.channels
         return keep
 
-    def watcher(self, measure):
+    def measurer(self, measure):
         """Who is shown what this part computes in a dense pass that measures: its predictor, or nobody."""
         if measure:
             return self.predictor
@@ -132,19 +133,25 @@ class Attention(Part):
             self.q_norm = weight(self.head_dim, **kw)
             self.k_norm = weight(self.head_dim, **kw)
 
-    def project(self, x, targets, keep=None, n=0, watcher=None):
+    def project(self, x, targets, keep=None, n=0, measurer=None):
         """x (T, D) -> (T, width): the projections "qkv", or only "q" or "kv", side by side."""
-        lo, hi = self.spans[targets[0]][0], self.spans[targets[-1]][1]
-        spans = [(self.spans[t][0] - lo, self.spans[t][1] - lo) for t in targets]
+        lo = self.spans[targets[0]][0]  # the rows of qkv that they are
+        hi = self.spans[targets[-1]][1]
+        spans = []  # of each in the output
+        for t in targets:
+            first, end = self.spans[t]
+            spans.append((first - lo, end - lo))
         bias = self.qkv_bias
         if bias is not None:
             bias = bias[lo:hi]
-        y = sparse.ProjectOut.apply(x, self.qkv[lo:hi], bias, keep and keep.qkv, n, self.lora_scale, spans, watcher,
-                                    *self.lora_of(targets))
+        y = sparse.KeepOutputs.apply(x, self.qkv[lo:hi], bias, keep and keep.qkv, n, self.lora_scale, spans, measurer,
+                                     *self.lora_of(targets))
         if self.q_norm is None:
             return y
-        parts = [y[:, a:z] for a, z in spans]
-        return torch.cat([self.norm_heads(t, part) for t, part in zip(targets, parts)], 1)
+        normed = []
+        for t, (first, end) in zip(targets, spans):
+            normed.append(self.norm_heads(t, y[:, first:end]))
+        return torch.cat(normed, 1)
 
     def norm_heads(self, target, y):
         """qwen3: RMSNorm of each query and each key head. y (T, heads hd)."""
@@ -156,33 +163,34 @@ class Attention(Part):
 
     def output(self, x, keep=None, n=0):
         """x (T, Nq) -> (T, D)."""
-        return sparse.ProjectIn.apply(x, self.o, keep and keep.o, n, self.lora_scale, *self.lora_of("o"))
+        return sparse.KeepInputs.apply(x, self.o, keep and keep.o, n, self.lora_scale, *self.lora_of("o"))
 
     def grid(self, y, batch, rope, rows, heads, n_rot):
         """y (T', sum(heads) hd), rows `rows` (a slice) of the stream -> one (B, h, S, hd) for each h of heads: the
         first n_rot heads rotated, each row at its place, zeros elsewhere."""
         cos, sin = rope
-        return dense.RopeScatter.apply(y, cos[rows], sin[rows], batch.rows[rows], n_rot, self.head_dim, batch.shape,
+        return dense.RopeScatter.apply(y, cos[rows], sin[rows], batch.places[rows], n_rot, self.head_dim, batch.shape,
                                        heads)
 
-    def forward(self, x, batch, rope, keep, watcher, last, cache):
+    def forward(self, x, batch, rope, keep, measurer, last, cache):
         """x (T, D) -> (T, D), in the last block (T_loss, D). rope: cos, sin (T, hd/2). keep: KeepAttention or
-        None. watcher: as in sparse.py. cache: a BlockCache to fill (generation), or None."""
+        None. measurer: as in sparse.py. cache: a BlockCache to fill (generation), or None."""
         H, K, n = self.n_heads, self.n_kv_heads, batch.n_sparse
         every = slice(0, len(x))
         wanted = every
         if last:  # nothing reads the other rows' queries: with 3 of 512 tokens scored, 1.6 % of a sparse step
             wanted = batch.loss
-            q, = self.grid(self.project(x[wanted], "q"), batch, rope, wanted, (H,), H)
+            [q] = self.grid(self.project(x[wanted], "q"), batch, rope, wanted, (H,), H)
             k, v = self.grid(self.project(x, "kv"), batch, rope, every, (K, K), K)
         else:
-            y = self.project(x, "qkv", keep, n, watcher)  # (T, Nq + 2 Nkv)
+            y = self.project(x, "qkv", keep, n, measurer)  # (T, Nq + 2 Nkv)
             q, k, v = self.grid(y, batch, rope, every, (H, K, K), H + K)  # (B, H, S, hd), twice (B, K, S, hd)
         if cache is not None:
             cache.fill(k, v)
         a = attend(q, k, v, batch.lengths)  # (B, H, S, hd)
         a = a.transpose(1, 2).flatten(2).flatten(0, 1)  # (B S, Nq)
-        return self.output(dense.Gather.apply(a, batch.rows[wanted]), keep, n)  # in the last block keep is None
+        rows = dense.Gather.apply(a, batch.places[wanted])  # (T, Nq), in the last block (T_loss, Nq)
+        return self.output(rows, keep, n)  # in the last block keep is None
 
     def decode(self, x, rope, cache):
         """One new token for each of B texts: x (B, D) -> (B, D). cache: this block's keys and values."""
@@ -199,7 +207,8 @@ class Attention(Part):
         """The true q, k, v of x (n, D), with bias, less LoRA, which no row drops: (n, Nq + 2 Nkv)."""
         return F.linear(x, kernels.unpacked(self.qkv), self.qkv_bias)
 
-    def fused(self):
+    def main_weight(self):
+        """The one whose rows are predicted, and whose type and device are the part's."""
         return self.qkv
 
     def predicted_weights(self):
@@ -225,18 +234,19 @@ class MLP(Part):
         self.gate_up = weight(2 * I, D, **kw)
         self.down = weight(I, D, **kw)
 
-    def forward(self, x, n=0, keep=None, watcher=None):
-        """x (T, D) -> (T, D)."""
-        return sparse.SwiGLU.apply(x, self.gate_up, self.down, keep, n, self.lora_scale, watcher,
+    def forward(self, x, n=0, keep=None, measurer=None):
+        """x (T, D) -> (T, D). keep: a KeepMLP for the first n rows, or None. measurer: as in sparse.py."""
+        return sparse.SwiGLU.apply(x, self.gate_up, self.down, keep, n, self.lora_scale, measurer,
                                    *self.lora_of(self.shapes))
 
     def activations(self, x):
         """The true h = silu(g) u of x (n, D), LoRA included: (n, I)."""
         gu = kernels.matmul_nt(x, self.gate_up)  # (n, 2I)
-        sparse.lora_forward(x, gu, sparse.halves(gu), self.lora_of(("gate", "up")), self.lora_scale)
+        sparse.lora_forward(x, gu, sparse.gate_up_spans(gu), self.lora_of(("gate", "up")), self.lora_scale)
         return kernels.swiglu(gu)
 
-    def fused(self):
+    def main_weight(self):
+        """As in Attention."""
         return self.gate_up
 
     def predicted_weights(self):
@@ -271,31 +281,32 @@ class Block(nn.Module):
     def forward(self, x, batch, rope, last, measure, chosen, cache=None):
         """x (T, D) -> (T, D), in the last block (T_loss, D). measure: whether the predictors are shown what this
         dense pass computes. chosen: a Chosen, where a forward writes its channels and a recomputation reads them."""
-        x = self.attended(x, batch, rope, last, measure, chosen, cache)
+        x = self.attention_half(x, batch, rope, last, measure, chosen, cache)
         n = batch.n_sparse
         if last:
             n = 0
-        return self.fed(x, n, measure, chosen)
+        return self.mlp_half(x, n, measure, chosen)
 
-    def attended(self, x, batch, rope, last, measure, chosen, cache=None):
-        """The first half of forward: x and what attention adds to it."""
+    def attention_half(self, x, batch, rope, last, measure, chosen, cache=None):
+        """x and what attention adds to it."""
         h = self.norm(x, self.attn_norm)
         keep = self.choose("attn", h, batch.n_sparse, chosen)
-        a = self.attn(h, batch, rope, keep, self.attn.watcher(measure), last, cache)
+        a = self.attn(h, batch, rope, keep, self.attn.measurer(measure), last, cache)
         if last:
             x = x[batch.loss]
         return x + a
 
-    def fed(self, x, n, measure, chosen):
-        """The second half: x, whose first n rows are sparse, and what the MLP adds to it."""
+    def mlp_half(self, x, n, measure, chosen):
+        """x, whose first n rows are sparse, and what the MLP adds to it."""
         h = self.norm(x, self.mlp_norm)
         keep = self.choose("mlp", h, n, chosen)
-        return x + self.mlp(h, n, keep, self.mlp.watcher(measure))
+        return x + self.mlp(h, n, keep, self.mlp.measurer(measure))
 
     def choose(self, name, h, n, chosen):
-        """What part `name` keeps for its normed input h (T, D): chosen once a forward pass."""
+        """What part `name` keeps for its normed input h (T, D): chosen in the forward, and only read in its
+        recomputation."""
         if name not in chosen:
-            chosen[name] = getattr(self, name).select(h, n)
+            chosen[name] = getattr(self, name).kept(h, n)
         return chosen[name]
 
     def decode(self, x, rope, cache):
@@ -324,6 +335,7 @@ class LLaMA(nn.Module):
         self.frequencies = None  # of RoPE, made when they are first needed
         self.recompute = False  # keep only the input of each block for the backward
         self.lora_r = self.lora_alpha = 0
+        self.rslora = False
         self.lora_targets = ()
         if torch.device(device).type != "meta":
             self.init_weights()
@@ -529,12 +541,12 @@ class LLaMA(nn.Module):
 
     # ---- forward
 
-    def set_sparsity(self, scale):
-        """The one switch: 0 dense, 1 the attached ratios, between them all ratios times scale."""
+    def set_sparsity(self, on):
+        """The one switch: the attached ratios, or dense."""
         for b in self.blocks:
             for part in (b.attn, b.mlp):
                 if part.predictor is not None:
-                    part.predictor.set_scale(float(scale))
+                    part.predictor.switch(on)
 
     def rope(self, positions):
         """cos and sin (T, hd/2) of positions (T,), in fp32 (fp64 in an fp64 model)."""
@@ -586,9 +598,16 @@ class LLaMA(nn.Module):
     def logits(self, tokens):
         """tokens (B, S) int64, right-padded -> logits (B, S, V). Always dense."""
         B, S = tokens.shape
-        rows = torch.arange(B * S, device=tokens.device)
-        every = slice(0, B * S)
-        batch = data.Batch(tokens.flatten(), None, None, rows % S, rows, 0, every, [S] * B)  # no sparse rows
+        places = torch.arange(B * S, device=tokens.device)
+        batch = data.Batch(
+            tokens=tokens.flatten(),
+            targets=None,
+            weights=None,
+            positions=places % S,
+            places=places,
+            n_sparse=0,
+            loss=slice(0, B * S),
+            lengths=[S] * B)
         return (self.hidden(batch) @ self.head.T).view(B, S, -1)
 
     def generate(self, prompts, max_new_tokens, temperature=0.0, top_p=1.0, stop=None, seed=0, stream=None):

@@ -20,26 +20,24 @@ x W.T + b for an attention channel of q, k or v, of h = silu(g) u for an MLP cha
     random, worst    for ablations
 
 The map. For a context token a trained MLP is mostly a linear map of its normed input x plus a few channels that
-matter. So a sparse row computes, with k the kept channels and d the dropped ones (LoRA's down branch aside),
+matter. So a sparse row computes, with k the kept channels and d the dropped ones,
 
     y = h[k] Wd[k] + (x U) V + b        U (D, r), V (r, D), b (D,): frozen; backward  dx += (dy V.T) U.T
 
-fitted by ridge least squares to what is dropped, E = h[d] Wd[d], over the context rows of the dense steps (He et al.
-2017, arXiv 1707.06168; the bias as in FLAP, arXiv 2312.11983). Row t has the weight w_t = |dL/dh_t| / |h_t|: an error
-counts by what the loss feels of it, and no few loud rows decide (SmolLM2, MLP .9, r = 64: cosine of the gradient .879;
-rows of equal weight .861). With Xc, Ec the rows less their weighted means, times the root of w_t:
+fitted by ridge least squares to what is dropped, E = h[d] Wd[d], over context rows of the training set (He et al.
+2017, arXiv 1707.06168; the bias as in FLAP, arXiv 2312.11983). What the dropped channels feed into LoRA's down branch
+is not in E, and is lost. Row t has the weight w_t = 1 / |h_t|, so that no few loud rows decide. With Xc, Ec the rows
+less their weighted means, times the root of w_t:
 
-    L = (Xc.T Xc + l I)^-1 Xc.T Ec    V: the r leading eigenvectors of L.T Xc.T Ec    U = L V.T
+    M = (Xc.T Xc + ridge)^-1 Xc.T Ec    V: the r leading eigenvectors of M.T Xc.T Ec    U = M V.T
     b = mean E - mean X U V
 
-Xc.T Ec of any set of channels follows from one sum, X.T H (D, I), for E = H[:, d] Wd[d]: so scores and sums are taken
-in the same dense steps, and the channels are chosen after. Memory until then: D (D + I) numbers in fp32 a layer.
-
-Then the maps are fitted once more, block after block (fit_in_turn). A map that was fitted in the dense model meets
-other inputs in the sparse one, and errors pass through all blocks above. So each is fitted anew on what enters its MLP
-in the sparse model, whose blocks below have their final maps, and to a little more than E: also to half of what those
-blocks have left missing. That takes forward passes only, with w_t = 1 / |h_t| (SmolLM2, MLP .9, r = 64, 8 batches:
-rise and cosine .124 / .870 before, .077 / .891 after; without the half of what is missing .084 / .883).
+A map that is fitted in the dense model meets other inputs in the sparse one, and errors pass through all blocks above.
+So once the channels are chosen, the maps are fitted block after block (fit_maps), each on what enters its MLP in the
+sparse model, whose blocks below have their maps by then; and to a little more than E: also to half of what those
+blocks, and its own block's attention, have left missing. That takes forward passes only. (SmolLM2, MLP .9, r = 64, 8
+batches, rise of the loss / cosine of the gradient with the dense model's: fitted in the dense model .124 / .870, so
+.077 / .891; without the half of what is missing .084 / .883.)
 
 Sinks: the first tokens of each text have MLP outputs of up to 100,000 times the others'. data.collate makes them dense
 rows (dense_first), so they neither vote nor enter the fit.
@@ -49,30 +47,33 @@ same for every query head that reads it; a value channel's output-projection row
 head of its group (keep_attention).
 
     T, n rows    D model width    H query heads    K key/value heads    G = H / K    hd head dim
-    I MLP width    r SVD rank
+    I MLP width    r rank, of the SVD or of a map    E (n, D) what the dropped channels would have added
 """
+import math
+
 import torch
 
 import kernels
 from config import UserError
 from lib import dist
 from lib.factors import factors
-from sparse import Keep, KeepAttention, KeepMLP
+from sparse import Keep, KeepAttention, KeepMLP, lora_forward
 
 KINDS = ("svd", "measured", "energy", "oracle", "random", "worst")
 
 
 # ---- scores ------------------------------------------------------------------------------------------------
 
-def finite(t):
+def zero_where_bad(t):
     """t with 0 for what is not finite: one bad batch must not decide for all that follow."""
     return t.nan_to_num(0.0, 0.0, 0.0)
 
 
 def energy(y):
     """Sum over rows of y^2: y (n, N) -> (N,) in fp32 (fp64 for fp64)."""
+    # a norm adds up in fp32 without a copy of y in fp32
     norm = torch.linalg.vector_norm(y, dim=0, dtype=torch.promote_types(y.dtype, torch.float32))
-    return finite(norm.square())
+    return zero_where_bad(norm.square())
 
 
 def with_ones(x):
@@ -115,7 +116,7 @@ def attention_scores(attn, energies):
 
 def taylor_mlp(h, dh):
     """h and its gradient dh (n, I) -> scores (I,): the sum over rows of |h dL/dh|."""
-    return finite((h * dh).abs().sum(0))
+    return zero_where_bad((h * dh).abs().sum(0))
 
 
 def taylor_attention(attn, y, dy):
@@ -129,16 +130,16 @@ def taylor_attention(attn, y, dy):
     q_pairs = q.view(len(y), K, H // K, 2, hd // 2).sum(3)  # (n, K, G, hd/2)
     k_pairs = k.view(len(y), K, 2, hd // 2).sum(2)  # (n, K, hd/2)
     pairs = q_pairs.abs().sum((0, 2)) + k_pairs.abs().sum(0)  # (K, hd/2)
-    return finite(torch.cat([pairs.flatten(), v.abs().sum(0)]))
+    return zero_where_bad(torch.cat([pairs.flatten(), v.abs().sum(0)]))
 
 
 # ---- scores -> kept channels -------------------------------------------------------------------------------
 
-def count(n, ratio, multiple=16):
+def number_kept(n, ratio, multiple=16):
     """How many of n channels stay at a sparsity ratio: n (1 - ratio), rounded up to a multiple, at least one
     multiple, at most n."""
     kept = round(n * (1 - ratio), 6)  # 6 digits: .1 of 480 is 48, not 48.000000000000007
-    rounded_up = -int(-kept // multiple) * multiple
+    rounded_up = math.ceil(kept / multiple) * multiple
     return min(n, max(multiple, rounded_up))
 
 
@@ -200,22 +201,9 @@ def top_attention(attn, scores, c):
 
 # ---- the map of what is dropped ----------------------------------------------------------------------------
 
-def map_sums(x, h, dh):
-    """x (n, D), h and its gradient dh (n, I), fp32 -> what fit_map needs of these rows, with weights w = |dL/dh| / |h|:
-    (D+1, n) = (w [x 1]).T, [x 1] (n, D+1) and h (n, I). A row that is not finite has no weight and no value."""
-    w = finite((dh.square().sum(1) / h.square().sum(1)).sqrt())  # (n,)
-    return *weighted_ones(x, w), finite(h)
-
-
-def weighted_ones(x, w):
-    """x (n, D), w (n,) -> (w [x 1]).T (D+1, n) and [x 1] (n, D+1), where 0 stands for what is not finite."""
-    x1 = finite(with_ones(x))
-    return (x1 * w[:, None]).T, x1
-
-
 def fit_map(xx, xe, rank, ridge=.1):
     """The map of the head of this file. xx (D+1, D+1) = sum of w [x 1].T [x 1], xe (D+1, D) = sum of w [x 1].T E ->
-    U (D, r), V (r, D), b (D,) in fp64. ridge: l over the mean of the diagonal."""
+    U (D, r), V (r, D), b (D,) in fp64. ridge: in units of the mean of the diagonal."""
     xx, xe = xx.double(), xe.double()
     total = xx[-1, -1]  # the sum of w
     mean_x = xx[-1, :-1] / total  # (D,)
@@ -223,9 +211,9 @@ def fit_map(xx, xe, rank, ridge=.1):
     xx = xx[:-1, :-1] - total * torch.outer(mean_x, mean_x)  # Xc.T Xc
     xe = xe[:-1] - total * torch.outer(mean_x, mean_e)  # Xc.T Ec
     xx.diagonal().add_(ridge * xx.diagonal().mean())
-    L = torch.cholesky_solve(xe, torch.linalg.cholesky(xx))  # (D, D)
-    leading = torch.linalg.eigh(L.T @ xe).eigenvectors[:, -rank:]  # (D, r)
-    U = L @ leading
+    M = torch.cholesky_solve(xe, torch.linalg.cholesky(xx))  # (D, D): the map of full rank
+    leading = torch.linalg.eigh(M.T @ xe).eigenvectors[:, -rank:]  # (D, r)
+    U = M @ leading
     V = leading.T.contiguous()
     b = mean_e - mean_x @ U @ V
     return U, V, b
@@ -253,27 +241,26 @@ class Predictor:
         self.c = 0  # how many channels a forward keeps now; 0: dense
         self.sharded = part.sharded()
         self.P = self.Q = self.ranks = None  # of svd: set_factors()
-        self.sums = self.new_sums()  # {name: tensor}, until free(); None where nothing is measured
+        self.rows = self.measured = None  # how many rows were measured, and the sum of their scores: forget()
+        self.forget()
         self.fixed = None  # what fix() chose: KeepMLP or KeepAttention
-        self.seen = None  # watch() puts a list here: select() appends what it is given and what it keeps
+        self.selections = None  # watch() puts a list here: select() appends what it is given and what it keeps
 
     def measures(self):
         """True for the kinds whose channels are measured in dense steps and then fixed."""
         return self.kind in ("measured", "energy")
 
-    def new_sums(self):
-        """Zeros for what a dense step adds up."""
+    def forget(self):
+        """Zeros for what dense steps add up."""
         if not self.measures():
-            return None
-        w = self.part.fused()
-        D = w.shape[1]
-        shapes = {"rows": (1,), "scores": (self.n_scores,)}
+            return
+        w = self.part.main_weight()
+        n = self.n_scores
         if self.kind == "energy" and not self.is_mlp:
-            shapes["scores"] = (len(w),)  # energies of q, k and v: pairs are scored when they are chosen
-        if self.kind == "measured" and self.is_mlp and self.map_rank:
-            shapes.update(xx=(D + 1, D + 1), xh=(D + 1, self.n_channels))
+            n = len(w)  # energies of q, k and v: pairs are scored when they are chosen
         high = torch.promote_types(w.dtype, torch.float32)
-        return {name: torch.zeros(shape, dtype=high, device=w.device) for name, shape in shapes.items()}
+        self.rows = torch.zeros(1, dtype=high, device=w.device)
+        self.measured = torch.zeros(n, dtype=high, device=w.device)
 
     @property
     def map(self):
@@ -282,81 +269,67 @@ class Predictor:
             return self.fixed.map
         return None
 
-    def map_rank_now(self):
-        """The rank of the map that a sparse forward adds: also before it is fitted, to count its FLOPs."""
-        if self.kind != "measured" or not self.is_mlp:
+    def rank_of_map(self):
+        """The rank of the map that a sparse forward adds, 0: none. Also before it is fitted."""
+        if self.kind != "measured" or not self.is_mlp or not self.c:
             return 0
-        return min(self.map_rank, self.part.fused().shape[1])
+        return min(self.map_rank, self.part.main_weight().shape[1])
 
     # ---- measuring
 
-    def see_mlp(self, x, h, dh):
-        """x (n, D), h and its gradient dh (n, I) of a dense step's context rows."""
-        if self.sums is None:
+    def see_mlp(self, h, dh):
+        """h and its gradient dh (n, I) of a dense step's context rows."""
+        if not self.measures():
             return
-        self.sums["rows"] += len(x)
+        self.rows += len(h)
         if self.kind == "energy":
-            self.sums["scores"] += energy(h)
+            self.measured += energy(h)
             return
-        high = self.sums["scores"].dtype
-        h = h.to(high)
-        dh = dh.to(high)
-        self.sums["scores"] += taylor_mlp(h, dh)
-        if "xx" in self.sums:
-            weighted, x1, h = map_sums(x.to(high), h, dh)
-            self.sums["xx"].addmm_(weighted, x1)
-            self.sums["xh"].addmm_(weighted, h)
+        high = self.measured.dtype
+        self.measured += taylor_mlp(h.to(high), dh.to(high))
 
     def see_attention(self, y, dy):
         """What a dense step's context rows would lose of q, k, v, side by side, and the gradients: (n, Nq + 2 Nkv)."""
-        if self.sums is None:
+        if not self.measures():
             return
-        self.sums["rows"] += len(y)
+        self.rows += len(y)
         if self.kind == "measured":
-            self.sums["scores"] += taylor_attention(self.part, y, dy)
+            self.measured += taylor_attention(self.part, y, dy)
             return
         if self.part.qkv_bias is not None:
             y = y + self.part.qkv_bias  # as the oracle has it
-        self.sums["scores"] += energy(y)
+        self.measured += energy(y)
 
     @torch.no_grad()
     def fix(self):
-        """Chooses the channels from what was measured, fits the map and copies the kept rows out."""
-        scores = self.sums["scores"]
-        if not self.is_mlp:
-            if self.kind == "energy":
-                scores = attention_scores(self.part, scores)
-            self.set_fixed(*top_attention(self.part, scores, self.c))
+        """Chooses the channels from what was measured. A map is fitted after that: fit_maps."""
+        if self.is_mlp:
+            self.set_fixed(top(self.measured, self.c))
             return
-        channels = top(scores, self.c)
-        fitted = None
-        if self.map_rank and "xx" in self.sums:
-            down = kernels.unpacked(self.part.down).double()
-            xe = self.sums["xh"].index_fill(1, channels, 0).double() @ down  # (D+1, D): sum of w [x 1].T E
-            fitted = fit_map(self.sums["xx"], xe, self.map_rank)
-        self.set_fixed(channels, fitted=fitted)
+        scores = self.measured
+        if self.kind == "energy":
+            scores = attention_scores(self.part, scores)
+        self.set_fixed(*top_attention(self.part, scores, self.c))
 
-    def set_fixed(self, *channels, fitted=None):
-        """Fixes these channels, of an MLP or of k and of v, and this map. Copying the kept rows out once turns every
-        sparse product into a plain matmul of fixed shape, for c / N of the weight's memory: worth it up to a half. A
-        weight that is sharded over ranks has no rows to copy."""
+    def set_fixed(self, *channels):
+        """Fixes these channels, of an MLP or of k and of v. Copying the kept rows out once turns every sparse product
+        into a plain matmul of fixed shape, for c / N of the weight's memory (of a packed weight's four times as much):
+        worth it up to a half. A weight that is sharded over ranks has no rows to copy."""
         copy = 2 * self.c <= self.n_channels and not self.sharded
-        if not self.is_mlp:
+        if self.is_mlp:
+            self.fixed = keep_mlp(self.part, *channels, copy)
+        else:
             self.fixed = keep_attention(self.part, *channels, copy)
-            return
-        self.fixed = keep_mlp(self.part, *channels, copy)
-        if fitted is not None:
-            self.set_map(fitted)
 
     def set_map(self, fitted):
         """fitted: (U, V, b), of any type and anywhere."""
-        like = self.part.fused()
+        like = self.part.main_weight()
         self.fixed = self.fixed._replace(map=tuple(t.to(like.device, like.dtype) for t in fitted))
 
     def set_factors(self, pairs):
         """svd. pairs: (P, Q) of each of the part's weights, q, k, v or gate, up. Puts all P side by side, so that the
         estimate is one thin product."""
-        like = self.part.fused()
+        like = self.part.main_weight()
         Ps = [P for P, _ in pairs]
         self.P = torch.cat(Ps, 1).to(like.device, like.dtype)  # (D, sum of r)
         self.ranks = [P.shape[1] for P in Ps]  # r each, less where the projection is narrower
@@ -371,16 +344,15 @@ class Predictor:
 
     # ---- selecting
 
-    def set_scale(self, scale):
-        """Sparsity ratio * scale from now on; 0 is dense. Channels that were measured are chosen anew where their
-        number changes."""
+    def switch(self, on):
+        """Sparse from now on, or dense. Channels that were measured are chosen anew where the ratio has changed."""
         self.c = 0
-        if scale > 0 and self.ratio > 0:
-            self.c = count(self.n_channels, self.ratio * scale)
+        if on and self.ratio > 0:
+            self.c = number_kept(self.n_channels, self.ratio)
         if self.c and self.fixed is not None and self.c != self.n_kept():
-            if self.sums is None:
-                raise UserError(f"the channels were fixed at {self.n_kept()} of {self.n_channels} and what was "
-                                "measured is gone: predictor.measure(model, batches) measures again")
+            if not self.rows:
+                raise UserError(f"the channels were fixed at {self.n_kept()} of {self.n_channels} by another run, and "
+                                "this one has measured nothing: predictor.measure(model, batches) does")
             self.fix()
 
     def n_kept(self):
@@ -411,19 +383,22 @@ class Predictor:
         if self.measures() and self.fixed is None:
             raise UserError(f"predictor={self.kind} has measured nothing yet: call predictor.measure(model, batches) "
                             "before a sparse forward")
+        if self.rank_of_map() and self.map is None:
+            raise UserError("the map of the dropped channels is not fitted yet: call "
+                            "predictor.fit_maps(model, batches) before a sparse forward")
         if self.measures():
             kept = self.fixed
         elif self.is_mlp:
             kept = keep_mlp(self.part, top(self.scores(x), self.c))
         else:
             kept = keep_attention(self.part, *top_attention(self.part, self.scores(x), self.c))
-        if self.seen is not None:
-            self.seen.append((x, kept))
+        if self.selections is not None:
+            self.selections.append((x, kept))
         return kept
 
     def flops(self, n):
         """Of one estimate from n sparse rows."""
-        N, D = self.part.fused().shape
+        N, D = self.part.main_weight().shape
         if self.kind in ("oracle", "worst"):
             lora = 0
             if self.is_mlp:
@@ -465,7 +440,7 @@ def attach(model, mlp_sparsity, attn_sparsity, rank=8, kind="svd", map_rank=64, 
         made = factors(lambda: predicted_weights(model), rank)
         for name, p in predictors(model):
             p.set_factors(made[name])
-    model.set_sparsity(1.0)
+    model.set_sparsity(1)
 
 
 def predicted_weights(model):
@@ -491,20 +466,19 @@ def predictors(model):
     """[(name, Predictor)] of all parts that have one, in the order of the blocks: ("0.attn", ...), ("0.mlp", ...)."""
     found = []
     for i, block in enumerate(model.blocks):
-        for part in ("attn", "mlp"):
-            p = getattr(block, part).predictor
-            if p is not None:
-                found.append((f"{i}.{part}", p))
+        for name, part in (("attn", block.attn), ("mlp", block.mlp)):
+            if part.predictor is not None:
+                found.append((f"{i}.{name}", part.predictor))
     return found
 
 
 def set_ratios(model, ratios):
     """Other ratios, {name: ratio}, for parts that attach() gave a predictor; a part that is not named runs
     dense. Factors and what was measured stay as they are: this is how tools.sensitivity goes through the
-    parts one by one."""
+    parts one by one. A part whose ratio has changed needs fit_maps before a sparse forward."""
     for name, p in predictors(model):
         p.ratio = ratios.get(name, 0.0)
-        p.set_scale(1.0)
+        p.switch(True)
 
 
 def measuring(model):
@@ -512,30 +486,20 @@ def measuring(model):
     return any(p.measures() and p.fixed is None for _, p in predictors(model))
 
 
-def measure_flops(model, n):
-    """FLOPs that a dense step spends on the maps' sums, for n context rows."""
-    flops = 0
-    for _, p in predictors(model):
-        if p.sums and "xh" in p.sums:
-            d, i = p.sums["xh"].shape  # D + 1, I
-            flops += 2 * n * d * (d + i)
-    return flops
-
-
 def rows_measured(model):
     """How many context rows were measured so far, on this rank."""
-    return min(int(p.sums["rows"]) for _, p in predictors(model) if p.sums)
+    return min(int(p.rows) for _, p in predictors(model) if p.measures())
 
 
 def measure(model, batches):
     """All that dense warm-up steps would have measured, anew and in one call on these batches: a dense forward and
-    backward of each, then fix() and fit_in_turn(). Gradients of the weights are left as they were. Sparsity is fully on
+    backward of each, then fix() and fit_maps(). Gradients of the weights are left as they were. Sparsity is fully on
     after it."""
     for _, p in predictors(model):
-        p.sums = p.new_sums()
+        p.forget()
     measure_more(model, batches)
     fix(model)
-    fit_in_turn(model, batches)
+    fit_maps(model, batches)
 
 
 def measure_more(model, batches):
@@ -549,14 +513,14 @@ def measure_more(model, batches):
 @torch.no_grad()
 def fix(model):
     """The dense-to-sparse switch: adds up over ranks what was measured, so that all keep the same, chooses channels,
-    fits maps, copies rows, and switches sparsity fully on."""
+    copies rows, and switches sparsity fully on. fit_maps() is to follow."""
     model.set_sparsity(1)
     for _, p in predictors(model):
         if not p.measures():
             continue
-        for t in p.sums.values():
-            dist.all_reduce(t)
-        if not p.sums["rows"]:
+        dist.all_reduce(p.rows)
+        dist.all_reduce(p.measured)
+        if not p.rows:
             raise UserError(f"predictor={p.kind} has measured nothing yet: no dense step had a context token; "
                             "set mlp_sparsity = 0 and attn_sparsity = 0 for texts without prompts")
         with dist.whole(p.block):
@@ -567,70 +531,95 @@ PULL = .5  # how much of what is missing. Cosine with 0 and .5: SmolLM2 .883 and
 
 
 @torch.no_grad()
-def fit_in_turn(model, batches):
-    """Fits all maps anew, block after block from the first, on the context rows of these batches: see the head of this
-    file. After fix(), whose channels stay; sparsity is fully on after it. Does nothing where there is no map.
+def fit_maps(model, batches, alone=False):
+    """Fits the maps of the channels that were dropped, block after block from the first, on the context rows of these
+    batches: see the head of this file. Sparsity is fully on after it. Does nothing where there is no map.
 
+    alone: each map as if no other part were sparse, on what enters its MLP in the dense model (tools.sensitivity).
     Costs about two dense forward passes of each batch, and three (T, D) of memory a batch."""
-    if not any(p.map is not None for _, p in predictors(model)):
+    if not any(p.rank_of_map() for _, p in predictors(model)):
         return
     with dist.whole(model):
         dense = [model.embed.detach()[b.tokens] for b in batches]  # (T, D) each: what enters a block, all dense
     sparse = dense  # and what enters it in the sparse model
     ropes = [model.rope(b.positions) for b in batches]
+    diverged = False  # whether a block so far is sparse, and the two differ
     for block in model.blocks[:-1]:
         with dist.whole(block):
-            dense, sparse = through(block, batches, ropes, dense, sparse)
+            middle, dense = dense_halves(block, batches, ropes, dense)
+            if alone:
+                fit_block(block, batches, middle, None)
+                continue
+            diverged = diverged or any(p.ratio > 0 for p in predictors_of(block))
+            if not diverged:
+                sparse = dense
+                continue
+            middle = attention_halves(block, batches, ropes, sparse)
+            fit_block(block, batches, middle, dense)
+            sparse = mlp_halves(block, batches, middle)
 
 
-def through(block, batches, ropes, dense, sparse):
-    """Both streams through one block, whose map is fitted on the way. forward, not a call, for under FSDP a call would
-    cut the weights up again."""
-    parts = [p for p in (block.attn.predictor, block.mlp.predictor) if p is not None and p.ratio > 0]
-    below = sparse is not dense  # whether a block below is sparse
-    for p in parts:
-        p.set_scale(0.0)
-    dense = [block.forward(x, b, rope, False, False, {}) for x, b, rope in zip(dense, batches, ropes)]
-    for p in parts:
-        p.set_scale(1.0)
-    if not parts and not below:
-        return dense, dense
-    sparse = [block.attended(x, b, rope, False, False, {}) for x, b, rope in zip(sparse, batches, ropes)]
-    if block.mlp.predictor in parts and block.mlp.predictor.map is not None:
-        fit_here(block, batches, dense, sparse)
-    return dense, [block.fed(x, b.n_sparse, False, {}) for x, b in zip(sparse, batches)]
+def predictors_of(block):
+    return [p for p in (block.attn.predictor, block.mlp.predictor) if p is not None]
 
 
-def fit_here(block, batches, dense, sparse):
-    """Fits the map of one block's MLP. dense: what leaves the block in the dense model, sparse: what its attention has
-    left in the sparse one, (T, D) for each batch."""
+def dense_halves(block, batches, ropes, xs):
+    """xs: what enters the block, (T, D) for each batch -> what its attention half makes of it, and its MLP half of
+    that, where no row is sparse."""
+    for p in predictors_of(block):
+        p.switch(False)
+    middle = attention_halves(block, batches, ropes, xs)
+    out = mlp_halves(block, batches, middle)
+    for p in predictors_of(block):
+        p.switch(True)
+    return middle, out
+
+
+def attention_halves(block, batches, ropes, xs):
+    out = []
+    for x, b, rope in zip(xs, batches, ropes):
+        out.append(block.attention_half(x, b, rope, last=False, measure=False, chosen={}))
+    return out
+
+
+def mlp_halves(block, batches, xs):
+    return [block.mlp_half(x, b.n_sparse, measure=False, chosen={}) for x, b in zip(xs, batches)]
+
+
+def fit_block(block, batches, middle, wanted):
+    """Fits the map of one block's MLP, if it has one. middle: what enters the block's MLP half; wanted: what leaves it
+    in the dense model, or None, where nothing below is sparse; (T, D) for each batch."""
     mlp, p = block.mlp, block.mlp.predictor
-    like = dense[0]
+    if p is None or not p.rank_of_map():
+        return
+    kept = p.fixed.channels
+    like = middle[0]
     D = like.shape[1]
     high = torch.promote_types(like.dtype, torch.float32)
-    xx = torch.zeros(D + 1, D + 1, dtype=high, device=like.device)
-    xe = torch.zeros(D + 1, D, dtype=high, device=like.device)
-    for b, wanted, before in zip(batches, dense, sparse):
-        n = b.n_sparse
-        before = before[:n]  # (n, D)
-        x = block.norm(before, block.mlp_norm)
+    xx = torch.zeros(D + 1, D + 1, dtype=high, device=like.device)  # sum of w [x 1].T [x 1]
+    xe = torch.zeros(D + 1, D, dtype=high, device=like.device)  # sum of w [x 1].T E
+    for i, b in enumerate(batches):
+        before = middle[i][:b.n_sparse]  # (n, D)
+        x = block.norm(before, block.mlp_norm)  # (n, D)
         h = mlp.activations(x)  # (n, I)
-        # E (n, D); unpacked here, for the buffer holds one weight at a time
-        dropped = (h.index_fill(1, p.fixed.channels, 0) @ kernels.unpacked(mlp.down)).to(high)
-        missing = wanted[:n].to(high) - before - mlp(x)  # (n, D): what the blocks below have left
-        w = finite(1 / torch.linalg.vector_norm(h, dim=1, dtype=high))  # (n,)
-        weighted, x1 = weighted_ones(x.to(high), w)  # (D+1, n), (n, D+1)
+        h_dropped = h.index_fill(1, kept, 0)
+        down = kernels.unpacked(mlp.down)  # only now, for the buffer holds one weight at a time
+        dropped = h_dropped @ down  # E (n, D)
+        to_fit = dropped.to(high)
+        if wanted is not None:
+            # What is missing even with the MLP's whole output: the blocks below, and this one's attention, left that.
+            whole = dropped + h[:, kept] @ down[kept]
+            lora_forward(h, whole, [(0, D)], mlp.lora_of(["down"]), mlp.lora_scale)
+            missing = wanted[i][:b.n_sparse].to(high) - before - whole  # (n, D)
+            to_fit += PULL * missing
+        w = zero_where_bad(1 / torch.linalg.vector_norm(h, dim=1, dtype=high))  # (n,)
+        x1 = zero_where_bad(with_ones(x.to(high)))  # (n, D+1)
+        weighted = (x1 * w[:, None]).T  # (D+1, n)
         xx.addmm_(weighted, x1)
-        xe.addmm_(weighted, finite(dropped + PULL * missing))
+        xe.addmm_(weighted, zero_where_bad(to_fit))
     dist.all_reduce(xx)
     dist.all_reduce(xe)
     p.set_map(fit_map(xx, xe, p.map_rank))
-
-
-def free(model):
-    """Drops what was measured: the channels stay as they are from now on, and 4 D (D + I) bytes a layer are free."""
-    for _, p in predictors(model):
-        p.sums = None
 
 
 @torch.no_grad()
@@ -641,18 +630,18 @@ def watch(model, batch):
     |y|^2 of a row over the median. A share near 1 - ratio means that the selection is no better than chance."""
     watched = predictors(model)
     for _, p in watched:
-        p.seen = []
+        p.selections = []
     try:
         model.loss(batch)
         out = {}
         for name, p in watched:
-            if p.seen:
+            if p.selections:
                 with dist.whole(p.block):
-                    out[name] = quality(p, *p.seen[-1])
+                    out[name] = quality(p, *p.selections[-1])
         return out
     finally:
         for _, p in watched:
-            p.seen = None
+            p.selections = None
 
 
 def quality(p, x, kept):
@@ -661,8 +650,11 @@ def quality(p, x, kept):
     true = part.activations(x)  # (n, N)
     energies = energy(true)
     if not p.is_mlp:
-        sizes = [heads * part.head_dim for heads in (part.n_heads, part.n_kv_heads, part.n_kv_heads)]
-        shares = [e[i].sum() / e.sum() for e, i in zip(energies.split(sizes), kept.channels)]
+        heads = (part.n_heads, part.n_kv_heads, part.n_kv_heads)
+        of_qkv = energies.split([h * part.head_dim for h in heads])
+        shares = []
+        for e, channels in zip(of_qkv, kept.channels):
+            shares.append(e[channels].sum() / e.sum())
         return {"held": float(torch.stack(shares).mean())}
     down = kernels.unpacked(part.down)  # (I, D)
     dropped = true.index_fill(1, kept.channels, 0) @ down  # (n, D)
@@ -671,22 +663,29 @@ def quality(p, x, kept):
     if kept.map is not None:
         U, V, b = kept.map
         missing = dropped - (x @ U @ V + b)
-    share = lambda y: float((y.float().square().sum(1) / size).mean())
-    return {"held": float(energies[kept.channels].sum() / energies.sum()), "residual": share(missing),
-            "without_map": share(dropped), "loudest": float(size.max() / size.median())}
+
+    def share(y):
+        return float((y.float().square().sum(1) / size).mean())
+
+    return {
+        "held": float(energies[kept.channels].sum() / energies.sum()),
+        "residual": share(missing),
+        "without_map": share(dropped),
+        "loudest": float(size.max() / size.median())}
 
 
 # ---- to save and to go on ----------------------------------------------------------------------------------
 
 def state(model):
-    """{name: tensor} of all that was measured so far, or chosen: "0.mlp.sums.scores" before fix(), "0.mlp.channels.0",
-    "0.mlp.map.0" after it. The tensors are the predictors' own."""
+    """{name: tensor} of all that was measured so far, or chosen: "0.mlp.sums.rows" and "0.mlp.sums.scores" before
+    fix(), "0.mlp.channels.0", "0.mlp.map.0" after it. The tensors are the predictors' own."""
     out = {}
     for name, p in predictors(model):
         if not p.measures():
             continue
         if p.fixed is None:
-            out.update({f"{name}.sums.{k}": t for k, t in p.sums.items()})
+            out[f"{name}.sums.rows"] = p.rows
+            out[f"{name}.sums.scores"] = p.measured
             continue
         channels = [p.fixed.channels]
         if not p.is_mlp:
@@ -701,15 +700,21 @@ def load_state(model, tensors, first_rank=True):
     """Takes what state() gave, of a model with the same ratios, kind and ranks. Sums are over all ranks: only the first
     one takes them."""
     for name, p in predictors(model):
-        own = {k.removeprefix(name + "."): t for k, t in tensors.items() if k.startswith(name + ".")}
-        channels = [t for k, t in sorted(own.items()) if k.startswith("channels.")]
-        fitted = [t for k, t in sorted(own.items()) if k.startswith("map.")]
+        channels = tensors_of(tensors, f"{name}.channels.")
+        fitted = tensors_of(tensors, f"{name}.map.")
+        rows = tensors.get(f"{name}.sums.rows")
         if channels:
-            device = p.part.fused().device
+            device = p.part.main_weight().device
             p.c = len(channels[0])
             with dist.whole(p.block):
-                p.set_fixed(*(c.to(device) for c in channels), fitted=fitted or None)
-        if first_rank and p.sums is not None:
-            for k, t in p.sums.items():
-                if f"sums.{k}" in own:
-                    t.copy_(own[f"sums.{k}"])
+                p.set_fixed(*(c.to(device) for c in channels))
+            if fitted:
+                p.set_map(fitted)
+        elif first_rank and rows is not None:
+            p.rows.copy_(rows)
+            p.measured.copy_(tensors[f"{name}.sums.scores"])
+
+
+def tensors_of(tensors, start):
+    """Those whose name starts so, in order."""
+    return [tensors[name] for name in sorted(tensors) if name.startswith(start)]

@@ -2,9 +2,9 @@
 a hand-written backward, for frozen weights with LoRA.
 
 A batch is a stream of T rows, one a token (data.collate). Its first n rows may be *sparse*: by default the context
-tokens, which carry no loss. In a sparse step such a row computes only the kept channels idx of a weight, forward and
-backward; all other rows compute all of them. Both kinds write into one output. A dense step is this very code with
-keep = None: then n only says which rows are shown to a predictor that measures.
+tokens, which carry no loss. In a sparse step such a row computes only the kept *channels* idx, which are stored rows of
+a weight, forward and backward; all other rows compute all of them. Both kinds write into one output. A dense step is
+this very code with keep = None: then n only says which rows are shown to a predictor that measures.
 
     T rows, n of them sparse     D model width       N projection width
     I MLP width                  C kept channels     R LoRA rank
@@ -32,12 +32,13 @@ weights get no gradient; with lora_r = 0 the weights themselves are trained, and
 the same place.
 
 Cost of one sparse row against a dense one: C / N of the multiplications and of the weight bytes, in the
-forward and for dx (a frozen weight has no dW); LoRA and the map are thin products beside it. Channels that are
-chosen anew in each forward go through kernels.gather_matmul_nt (x W[idx].T) and gather_matmul_nn (x W[idx]): Triton on
-a GPU, index_select and a library matmul on a CPU. Of channels that stay the rows were copied out once: plain matmuls.
+forward and for dx (a frozen weight has no dW); LoRA and the map are thin products beside it. Kept rows that stay for
+many steps were copied out once, where they are at most half of all (Predictor.set_fixed): plain matmuls. All others go
+through kernels.gather_matmul_nt (x W[idx].T) and gather_matmul_nn (x W[idx]): Triton on a GPU, index_select and a
+library matmul on a CPU.
 
-A weight may be a kernels.NF4, packed in 4 bits: then the products unpack what they read, in the forward and again in
-the backward, and what autograd keeps is the packed weight.
+A weight may be a kernels.NF4, packed in 4 bits: then the products unpack what they read of it, in the forward and again
+in the backward, and what autograd keeps is the packed weight. Rows that were copied out are unpacked already.
 """
 from typing import NamedTuple, Optional
 
@@ -116,10 +117,11 @@ def weight_grad(dy, x):
 def lora_forward(x, y, spans, lora, s):
     """y[:, lo:hi] += s (x A.T) B.T for each span. Returns z (T, sum of R): the thin products of all A are one."""
     As, Bs = lora[0::2], lora[1::2]
-    z = x @ torch.cat(As).to(x.dtype).T
+    z = x @ torch.cat(As).to(x.dtype).T  # (T, sum of R)
     if z.shape[1] == 0:
         return z
-    for (lo, hi), B, zi in zip(spans, Bs, z.split([len(A) for A in As], 1)):
+    zs = z.split([len(A) for A in As], 1)  # (T, R) each
+    for (lo, hi), B, zi in zip(spans, Bs, zs):
         y[:, lo:hi].addmm_(zi, B.to(x.dtype).T, alpha=s)
     return z
 
@@ -131,10 +133,13 @@ def lora_backward(dy, x, z, dx, spans, lora, s):
     As, Bs = lora[0::2], lora[1::2]
     ranks = [len(A) for A in As]
     dz = torch.empty_like(z)  # (T, sum of R)
+    zs = z.split(ranks, 1)
+    dzs = dz.split(ranks, 1)
     dBs = []
-    for (lo, hi), B, zi, dzi in zip(spans, Bs, z.split(ranks, 1), dz.split(ranks, 1)):
-        torch.mul(dy[:, lo:hi] @ B.to(dy.dtype), s, out=dzi)  # dz = s dy B
-        dBs.append(weight_grad(dy[:, lo:hi], zi).mul_(s))  # dB = s dy.T z
+    for (lo, hi), B, zi, dzi in zip(spans, Bs, zs, dzs):
+        dy_span = dy[:, lo:hi]
+        torch.mul(dy_span @ B.to(dy.dtype), s, out=dzi)  # dz = s dy B
+        dBs.append(weight_grad(dy_span, zi).mul_(s))  # dB = s dy.T z
     if dx is not None:
         dx.addmm_(dz, torch.cat(As).to(x.dtype))  # dx += dz A
     dAs = weight_grad(dz, x).split(ranks)  # dA = dz.T x
@@ -144,15 +149,15 @@ def lora_backward(dy, x, z, dx, spans, lora, s):
 # ---- projections -------------------------------------------------------------------------------------------
 # Arguments that all three share: keep, what the first n rows keep (a Keep, of SwiGLU a KeepMLP; None: all rows are
 # dense); s = alpha / R; lora as above, fp32, with fp32 gradients (fp64 for fp64).
-# watcher: None, or a predictor.Predictor that in the backward of a dense step is shown what the first n rows did: so
-# it learns which channels matter.
+# measurer: None, or a predictor.Predictor that in the backward of a dense step is shown what the first n rows did: so
+# it learns which channels matter. KeepInputs has none, for o's channels follow from v's.
 
-class ProjectOut(Function):
+class KeepOutputs(Function):
     """q, k, v: the sparse axis is the output. x (T, D), w (N, D), bias (N,) or None -> y (T, N)."""
 
     @staticmethod
-    def forward(ctx, x, w, bias, keep, n, s, spans, watcher, *lora):
-        assert keep is None or watcher is None
+    def forward(ctx, x, w, bias, keep, n, s, spans, measurer, *lora):
+        assert keep is None or measurer is None
         cut = 0 if keep is None else n  # rows before it are sparse
         y = x.new_empty(len(x), len(w))  # (T, N)
         if cut:
@@ -163,37 +168,38 @@ class ProjectOut(Function):
             torch.mm(x[cut:], whole.T, out=y[cut:])
         else:
             torch.addmm(bias, x[cut:], whole.T, out=y[cut:])
-        # A predictor scores what a sparse row would lose: x W.T without bias and LoRA, which it never drops.
-        watched = None
-        if watcher is not None:
-            watched = y[:n].clone()  # (n, N)
+        # A predictor scores what a sparse row would lose: x W.T. Bias and LoRA every row has.
+        shown = None
+        if measurer is not None:
+            shown = y[:n].clone()  # (n, N)
             if bias is not None:
-                watched -= bias
+                shown -= bias
         z = lora_forward(x, y, spans, lora, s)
-        ctx.save_for_backward(x, z, watched, *lora)
-        ctx.w, ctx.keep, ctx.cut, ctx.s, ctx.spans, ctx.watcher = w, keep, cut, s, spans, watcher
+        ctx.save_for_backward(x, z, shown, *lora)
+        ctx.w, ctx.keep, ctx.cut, ctx.s, ctx.spans, ctx.measurer = w, keep, cut, s, spans, measurer
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        x, z, watched, *lora = ctx.saved_tensors
-        w, cut, dx, dw, dbias = ctx.w, ctx.cut, None, None, None
+        x, z, shown, *lora = ctx.saved_tensors
+        w, cut = ctx.w, ctx.cut
+        dx = dw = dbias = None
         if ctx.needs_input_grad[0]:
             dx = torch.empty_like(x)
             if cut:
                 kept_nn(kernels.columns(dy[:cut], ctx.keep.idx), w, ctx.keep, dx[:cut])  # dx = dy[:, idx] W[idx]
             torch.mm(dy[cut:], kernels.unpacked(w), out=dx[cut:])
         dlora = lora_backward(dy, x, z, dx, ctx.spans, lora, ctx.s)
-        if ctx.needs_input_grad[1]:
+        if ctx.needs_input_grad[1]:  # a weight that is trained has no sparse rows
             dw = weight_grad(dy, x)
         if ctx.needs_input_grad[2]:
             dbias = dy.sum(0)
-        if ctx.watcher is not None:
-            ctx.watcher.see_attention(watched, dy[:len(watched)])
+        if ctx.measurer is not None:
+            ctx.measurer.see_attention(shown, dy[:len(shown)])
         return dx, dw, dbias, None, None, None, None, None, *dlora
 
 
-class ProjectIn(Function):
+class KeepInputs(Function):
     """o: the sparse axis is the input. x (T, N), w (N, D) -> y (T, D)."""
 
     @staticmethod
@@ -211,7 +217,8 @@ class ProjectIn(Function):
     @staticmethod
     def backward(ctx, dy):
         x, z, *lora = ctx.saved_tensors
-        w, cut, dx, dw = ctx.w, ctx.cut, None, None
+        w, cut = ctx.w, ctx.cut
+        dx = dw = None
         if ctx.needs_input_grad[0]:
             dx = torch.empty_like(x)
             if cut:
@@ -232,7 +239,7 @@ def mlp_forward(x, gate_up, down, keep, lora, s, y):
     """x (T, D) -> writes y (T, D). lora: A, B of gate, of up, of down. Returns what the backward needs: gu (T, 2C),
     gate and up before the nonlinearity; LoRA's z of gate and up, and of down."""
     gu = kept_nt(x, gate_up, keep and keep.gate_up)  # g = x Wg[idx].T, u = x Wu[idx].T
-    z_gu = lora_forward(x, gu, halves(gu), lora[:4], s)
+    z_gu = lora_forward(x, gu, gate_up_spans(gu), lora[:4], s)
     h = kernels.swiglu(gu)  # h = silu(g) u, (T, C)
     kept_nn(h, down, keep and keep.down, y)  # y = h Wd[idx]
     z_down = lora_forward(h, y, [(0, y.shape[1])], lora[4:], s)
@@ -244,24 +251,24 @@ def mlp_forward(x, gate_up, down, keep, lora, s, y):
 
 def mlp_backward(dy, x, gate_up, down, keep, lora, s, gu, z_gu, z_down, dx, want_h):
     """dy (T, D) -> writes dx (T, D) (None: not wanted). Returns LoRA's six gradients, and for whoever else wants them h
-    (only with want_h), dh (T, C) and dgu (T, 2C)."""
+    (only with want_h), dh = dL/dh (T, C) and dgu (T, 2C)."""
     h = None
     if want_h or z_down.shape[1]:
         h = kernels.swiglu(gu)  # (T, C): cheaper to redo than to keep
     dh = kept_nt(dy, down, keep and keep.down)  # dh = dy Wd[idx].T, (T, C)
-    d_down = lora_backward(dy, h, z_down, dh, [(0, dy.shape[1])], lora[4:], s)
+    d_down = lora_backward(dy, h, z_down, dh, [(0, dy.shape[1])], lora[4:], s)  # adds LoRA's share to dh
     dgu = kernels.swiglu_backward(dh, gu)  # dg, du = swiglu'(dh, g, u), (T, 2C)
     if dx is not None:
         kept_nn(dgu, gate_up, keep and keep.gate_up, dx)  # dx = dg Wg[idx] + du Wu[idx]
     if dx is not None and keep is not None and keep.map is not None:
         U, V, b = keep.map
         dx.addmm_(dy @ V.T, U.T)  # dx += (dy V.T) U.T
-    d_gate_up = lora_backward(dgu, x, z_gu, dx, halves(gu), lora[:4], s)
+    d_gate_up = lora_backward(dgu, x, z_gu, dx, gate_up_spans(gu), lora[:4], s)
     return [*d_gate_up, *d_down], h, dh, dgu
 
 
-def halves(gu):
-    """The spans of gate and of up in gu (T, 2C)."""
+def gate_up_spans(gu):
+    """Of gate and of up in gu (T, 2C)."""
     C = gu.shape[1] // 2
     return [(0, C), (C, 2 * C)]
 
@@ -303,15 +310,15 @@ class SwiGLU(Function):
     """y = (silu(x Wg.T) * (x Wu.T)) Wd. x (T, D), gate_up (2I, D), down (I, D) -> y (T, D)."""
 
     @staticmethod
-    def forward(ctx, x, gate_up, down, keep, n, s, watcher, *lora):
-        assert keep is None or watcher is None
+    def forward(ctx, x, gate_up, down, keep, n, s, measurer, *lora):
+        assert keep is None or measurer is None
         y = x.new_empty(len(x), down.shape[1])  # (T, D)
         saved = []
         for rows, keep_rows in kinds_of_rows(len(x), n, keep):
             saved += mlp_forward(x[rows], gate_up, down, keep_rows, kept_lora(lora, keep_rows), s, y[rows])
         ctx.save_for_backward(x, *lora, *saved)
         ctx.weights = gate_up, down
-        ctx.keep, ctx.n, ctx.s, ctx.watcher = keep, n, s, watcher
+        ctx.keep, ctx.n, ctx.s, ctx.measurer = keep, n, s, measurer
         return y
 
     @staticmethod
@@ -324,18 +331,18 @@ class SwiGLU(Function):
         if ctx.needs_input_grad[0]:
             dx = torch.empty_like(x)
         dlora = [torch.zeros_like(p) for p in lora]
-        want_h = train_down or ctx.watcher is not None
-        kinds = kinds_of_rows(len(x), ctx.n, ctx.keep)
-        for (rows, keep), gu, z_gu, z_down in zip(kinds, saved[0::3], saved[1::3], saved[2::3]):
+        want_h = train_down or ctx.measurer is not None
+        for i, (rows, keep) in enumerate(kinds_of_rows(len(x), ctx.n, ctx.keep)):
+            gu, z_gu, z_down = saved[3 * i:3 * i + 3]
             dx_rows = None
             if dx is not None:
                 dx_rows = dx[rows]
             gradients, h, dh, dgu = mlp_backward(dy[rows], x[rows], gate_up, down, keep, kept_lora(lora, keep), ctx.s,
                                                  gu, z_gu, z_down, dx_rows, want_h)
             add_kept(dlora, gradients, keep)
-        if ctx.keep is None:  # a dense step has rows of one kind only: h, dh and dgu are those of all rows
-            if ctx.watcher is not None:
-                ctx.watcher.see_mlp(x[:ctx.n], h[:ctx.n], dh[:ctx.n])
+        if ctx.keep is None:  # rows of one kind only, so the loop ran once: h, dh and dgu are those of all rows
+            if ctx.measurer is not None:
+                ctx.measurer.see_mlp(h[:ctx.n], dh[:ctx.n])
             if train_gate_up:
                 dw_gate_up = weight_grad(dgu, x)
             if train_down:

@@ -18,6 +18,7 @@ import shutil
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -49,14 +50,14 @@ class Run:
     tokenizer: object
     examples: dict  # {"train", "val" and, where it is asked for, "test": [data.Example]}
     tokenized: dict  # the same of data.Tokenized
-    order: object  # a function: step -> numbers of its training examples
+    order: Callable  # step -> [int], the numbers of its training examples
     model: LLaMA
     optimizer: torch.optim.Optimizer
     flat: torch.Tensor  # (n,) all trained weights
     grad: torch.Tensor  # (n + 2,) their gradients, the loss, and the sum of its weights
     max_steps: int  # of the schedules
-    info: dict  # counters, saved with the state: step, sparse, ...
-    prints: dict  # fingerprints of model and training data: what a state has to agree with
+    info: dict  # counters, saved with the state (new_info)
+    fingerprints: dict  # of model and training data: what a state has to agree with
     stop: Signals
     log: Log = None
 
@@ -75,28 +76,28 @@ def loop(run):
             evaluate(run)
             info["evaluated"] = step
 
-        # The step's examples, in this rank's micro-batches.
-        batch = run.order(step)
-        micro = dist.micro_batches(run.tokenized["train"], batch, cfg, run.device, seed=step * cfg.batch_size)
+        # The numbers of the step's examples, and this rank's micro-batches of them.
+        numbers = run.order(step)
+        batches = dist.micro_batches(run.tokenized["train"], numbers, cfg, run.device, seed=step * cfg.batch_size)
 
         # Dense at first, then sparse. At the switch the channels that dense steps have measured are fixed.
-        scale = sparsity(run, step)
-        if scale and not info["sparse"]:
+        sparse = is_sparse(run, step)
+        if sparse and not info["sparse"]:
             log.flush()
             start_sparse(run)
-        info["sparse"] = scale > 0
-        model.set_sparsity(scale)
+        info["sparse"] = sparse
+        model.set_sparsity(sparse)
 
         # Forward, backward, update. A dense step before the switch measures which channels matter.
         log.begin()
-        measure = scale == 0 and predictor.measuring(model)
-        forward_backward(model, run.grad, micro, measure)
+        measure = not sparse and predictor.measuring(model)
+        forward_backward(model, run.grad, batches, measure)
         lr = learning_rate(cfg, step, run.max_steps)
         metrics = update(run.optimizer, run.grad, lr, cfg.grad_clip)
 
         # Its line is printed one step later: then the device need not wait for the host.
-        work = count(model, micro, measure)
-        log.step(metrics, batch, step=step, lr=lr, scale=scale, **work)
+        work = count_work(model, batches)
+        log.step(metrics, numbers, step=step, lr=lr, sparse=sparse, **work)
         for name, n in work.items():
             info[name] += n
         info["step"] += 1
@@ -109,12 +110,12 @@ def loop(run):
     log.flush()
 
 
-def forward_backward(model, grad, micro, measure=False):
+def forward_backward(model, grad, batches, measure=False):
     """Adds the gradient of these micro-batches to grad (n + 2,), and their loss and the sum of its weights to its last
     two places. measure: the predictors see which channels matter."""
-    for b in micro:
+    for b in batches:
         loss = model.loss(b, measure=measure)  # a weighted sum: update() divides by the sum of weights
-        loss.backward()
+        loss.backward()  # adds to each p.grad, which is a view of grad: flatten()
         grad[-2:] += torch.stack([loss.detach(), b.weights.sum()])
 
 
@@ -129,7 +130,8 @@ def update(optimizer, grad, lr, grad_clip):
     if grad_clip:
         g *= (grad_clip / (norm + 1e-6)).clamp(max=1)
     bad = 1 - (torch.isfinite(norm) & torch.isfinite(loss)).float()
-    optimizer.grad_scale, optimizer.found_inf = None, bad
+    optimizer.grad_scale = None  # both are read by the fused AdamW
+    optimizer.found_inf = bad
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
@@ -138,17 +140,15 @@ def update(optimizer, grad, lr, grad_clip):
     return torch.stack([loss / weights, norm, optimizer.skipped])
 
 
-def count(model, micro, measure=False):
+def count_work(model, batches):
     """{"tokens", "dense_flops", "flops"} of a step, over all ranks: what a dense step would compute, and what this one
-    does, with what it measures."""
+    does."""
     tokens = dense = flops = 0
-    for b in micro:
+    for b in batches:
         dense_step, this_step = model.flops(b)
         tokens += len(b.tokens)
         dense += dense_step
         flops += this_step
-        if measure:
-            flops += predictor.measure_flops(model, b.n_sparse)
     tokens, dense, flops = dist.add(tokens, dense, flops)
     return {"tokens": tokens, "dense_flops": dense, "flops": flops}
 
@@ -167,11 +167,12 @@ def learning_rate(cfg, step, max_steps):
     return cfg.learning_rate * (0.5 + 0.5 * math.cos(math.pi * f))
 
 
-def sparsity(run, step):
-    """The schedule: 0 (dense) before sparse_start and from sparse_end on, 1 between; 0 where no part has a ratio."""
+def is_sparse(run, step):
+    """The schedule: dense before sparse_start and from sparse_end on, sparse between; dense where no part has a
+    ratio."""
     if not predictor.predictors(run.model):
-        return 0.0
-    return float(run.cfg.sparse_start <= step / run.max_steps < run.cfg.sparse_end)
+        return False
+    return run.cfg.sparse_start <= step / run.max_steps < run.cfg.sparse_end
 
 
 def last_step(run):
@@ -188,61 +189,62 @@ def evaluation_due(run):
 
 # ---- dense to sparse ---------------------------------------------------------------------------------------
 
-ROWS = 4  # context rows that are measured at least, in multiples of the model's width
+ROWS_PER_WIDTH = 4  # at least so many context rows are measured for each of the model's D numbers
+MAX_EXTRA = 64  # dense passes beside the steps
 
 
 def start_sparse(run):
     """The switch. What dense steps have measured fixes the channels and the maps; where they were too few, batches that
-    come next are measured first."""
-    model, step = run.model, run.info["step"]
-    say(f"sparse from step {step} on")
+    come next are measured first. All of it counts in the run's seconds and FLOPs."""
+    model, info = run.model, run.info
+    say(f"sparse from step {info['step']} on")
     if predictor.measuring(model):
         rows = measure_enough(run)
+        start = time.perf_counter()
         predictor.fix(model)
-        predictor.free(model)
         chosen = "channels chosen"
-        if any(p.map is not None for _, p in predictor.predictors(model)):
+        if any(p.rank_of_map() for _, p in predictor.predictors(model)):
             chosen = f"channels chosen, maps of rank {run.cfg.map_rank} fitted"
             fit_maps(run)
+        info["seconds"] += time.perf_counter() - start
         say(f"  {chosen} on {rows:,} context rows")
-    run.log.record(dict(step=step, **selection(run)))
+    run.log.record(dict(step=info["step"], **selection(run)))
 
 
 def measure_enough(run):
-    """Extra dense passes, without an update, until the predictors have seen enough rows; 64 at most. Returns how many
-    rows they have seen, over all ranks. The passes count in the run's seconds and FLOPs, and are not made again by
-    a run that goes on from a state saved between them."""
+    """Extra dense passes, without an update, until the predictors have seen enough rows; MAX_EXTRA at most. Returns how
+    many rows they have seen, over all ranks. The passes are not made again by a run that goes on from a state saved
+    between them."""
     model, info = run.model, run.info
-    wanted = ROWS * model.config.hidden_size
+    wanted = ROWS_PER_WIDTH * model.config.hidden_size
     while True:
         rows, = dist.add(predictor.rows_measured(model))
-        if rows >= wanted or info["extra"] == 64:
+        if rows >= wanted or info["extra"] == MAX_EXTRA:
             return rows
         run.stop.check()
         start = time.perf_counter()
-        idx = run.order(info["step"] + info["extra"])
-        micro = dist.micro_batches(run.tokenized["train"], idx, run.cfg, run.device)
-        predictor.measure_more(model, micro)
-        info["flops"] += count(model, micro, measure=True)["flops"]
+        numbers = run.order(info["step"] + info["extra"])
+        batches = dist.micro_batches(run.tokenized["train"], numbers, run.cfg, run.device)
+        predictor.measure_more(model, batches)
+        info["flops"] += count_work(model, batches)["flops"]
         info["seconds"] += time.perf_counter() - start
         info["extra"] += 1
 
 
 def fit_maps(run):
-    """The maps once more, block after block, on batches that were measured: on twice ROWS, or all. Counts in the run's
-    seconds and FLOPs."""
+    """Fits the maps on examples that were measured: on twice as many rows as have to be, or on all."""
     model, info = run.model, run.info
-    start = time.perf_counter()
+    wanted = 2 * ROWS_PER_WIDTH * model.config.hidden_size
     batches = []
-    rows = i = 0
-    while rows < 2 * ROWS * model.config.hidden_size and i < info["step"] + info["extra"]:
-        micro = dist.micro_batches(run.tokenized["train"], run.order(i), run.cfg, run.device)
-        rows += dist.add(sum(b.n_sparse for b in micro))[0]
-        info["flops"] += count(model, micro)["dense_flops"]  # two forward passes, about what a dense step takes
-        batches += micro
-        i += 1
-    predictor.fit_in_turn(model, batches)
-    info["seconds"] += time.perf_counter() - start
+    rows = step = 0
+    while rows < wanted and step < info["step"] + info["extra"]:
+        more = dist.micro_batches(run.tokenized["train"], run.order(step), run.cfg, run.device)
+        rows += dist.add(sum(b.n_sparse for b in more))[0]
+        # about two forward passes, as many FLOPs as a dense step has on frozen weights
+        info["flops"] += count_work(model, more)["dense_flops"]
+        batches += more
+        step += 1
+    predictor.fit_maps(model, batches)
 
 
 @torch.no_grad()
@@ -258,15 +260,19 @@ def selection(run):
     batch = data.collate(some, cfg.split, 0, cfg.dense_first).to(run.device)
     total = batch.weights.sum().item()
     model.set_sparsity(0)
-    dense = model.loss(batch).item() / total
+    dense_loss = model.loss(batch).item() / total
     model.set_sparsity(1)
-    sparse = model.loss(batch).item() / total
+    sparse_loss = model.loss(batch).item() / total
     seen = predictor.watch(model, batch)
     model.selection_rng.set_state(rng)
-    for part in ("attn", "mlp"):
-        shares = [f"{name.split('.')[0]}:{v['held']:.2f}" for name, v in seen.items() if name.endswith(part)]
+    for kind in ("attn", "mlp"):
+        shares = ""
+        for name, v in seen.items():
+            block, part = name.split(".")
+            if part == kind:
+                shares += f" {block}:{v['held']:.2f}"
         if shares:
-            say(f"  true energy held by the kept {part} channels, by block: " + " ".join(shares))
+            say(f"  true energy held by the kept {kind} channels, by block:{shares}")
     mlps = [v for v in seen.values() if "residual" in v]
     if mlps:
         missing = sum(v["residual"] for v in mlps) / len(mlps)
@@ -277,8 +283,9 @@ def selection(run):
         if v.get("loudest", 0) > 1000:
             say(f"  {name}: one context row's output has {v['loudest']:,.0f} times the median energy, as attention "
                 f"sinks do: a larger dense_first (now {cfg.dense_first}) may keep such rows out")
-    say(f"  its loss: {dense:.4f} dense, {sparse:.4f} sparse ({sparse - dense:+.4f})")
-    return dict(held={name: v["held"] for name, v in seen.items()}, dense_loss=dense, sparse_loss=sparse)
+    say(f"  its loss: {dense_loss:.4f} dense, {sparse_loss:.4f} sparse ({sparse_loss - dense_loss:+.4f})")
+    held = {name: v["held"] for name, v in seen.items()}
+    return dict(held=held, dense_loss=dense_loss, sparse_loss=sparse_loss)
 
 
 # ---- the beginning -----------------------------------------------------------------------------------------
@@ -292,17 +299,22 @@ def prepare(cfg, device, stop):
     tokenizer = data.tokenizer.load(folder)
     examples, tokenized = load_data(cfg, tokenizer)
     model = load_model(cfg, folder, device, tokenizer)
-    flat, grad, matrices = flatten([p for p in model.parameters() if p.requires_grad])
+    flat, grad, n_matrix = flatten([p for p in model.parameters() if p.requires_grad])
     dist.broadcast(flat)
-    optimizer = make_optimizer(cfg, flat, grad, matrices)
+    optimizer = make_optimizer(cfg, flat, grad, n_matrix)
 
     lengths = [len(t.tokens) for t in tokenized["train"]]
-    epoch = lru_cache(1)(lambda n: data.batches(lengths, cfg.batch_size, cfg.seed, n, cfg.length_window))
+
+    @lru_cache(1)
+    def epoch(n):
+        return data.batches(lengths, cfg.batch_size, cfg.seed, n, cfg.length_window)
+
     per_epoch = len(epoch(0))
+
+    def order(step):
+        return epoch(step // per_epoch)[step % per_epoch]
+
     max_steps = cfg.max_steps or math.ceil(cfg.epochs * per_epoch)
-    info = dict(step=0, extra=0, max_steps=max_steps, sparse=False, evaluated=0, skipped=0, seconds=0.0, tokens=0,
-                flops=0, dense_flops=0, before=None, best=None, first_loss=None, finished=False)
-    prints = {"model": state.fingerprint(folder, model.config), "dataset": state.digest(tokenized["train"])}
     return Run(
         cfg=cfg,
         device=device,
@@ -311,15 +323,33 @@ def prepare(cfg, device, stop):
         tokenizer=tokenizer,
         examples=examples,
         tokenized=tokenized,
-        order=lambda step: epoch(step // per_epoch)[step % per_epoch],
+        order=order,
         model=model,
         optimizer=optimizer,
         flat=flat,
         grad=grad,
         max_steps=max_steps,
-        info=info,
-        prints=prints,
+        info=new_info(max_steps),
+        fingerprints={"model": state.fingerprint(folder, model.config), "dataset": state.digest(tokenized["train"])},
         stop=stop)
+
+
+def new_info(max_steps):
+    return dict(
+        step=0,  # how many steps are made
+        extra=0,  # dense passes that measure_enough has made
+        max_steps=max_steps,
+        sparse=False,  # whether the last step was
+        evaluated=0,  # the step of the last validation
+        skipped=0,  # steps whose gradient was not finite
+        seconds=0.0,
+        tokens=0,
+        flops=0,
+        dense_flops=0,  # what dense LoRA would have computed
+        before=None,  # accuracy before the training
+        best=None,  # the least validation loss
+        first_loss=None,
+        finished=False)
 
 
 def load_data(cfg, tokenizer):
@@ -392,18 +422,21 @@ def flatten(params):
     grad = flat.new_zeros(len(flat) + 2)
     i = 0
     for p in params:
-        p.data, p.grad = (t[i:i + p.numel()].view_as(p) for t in (flat, grad))
-        i += p.numel()
-    return flat, grad, sum(p.numel() for p in params if p.dim() >= 2)
+        end = i + p.numel()
+        p.data = flat[i:end].view_as(p)
+        p.grad = grad[i:end].view_as(p)
+        i = end
+    n_matrix = sum(p.numel() for p in params if p.dim() >= 2)
+    return flat, grad, n_matrix
 
 
-def make_optimizer(cfg, flat, grad, matrices):
+def make_optimizer(cfg, flat, grad, n_matrix):
     """AdamW on the flat vector; weight decay on matrices only (norms and biases are trained with
     lora_r = 0)."""
     groups = []
-    for part, decay in ((slice(0, matrices), cfg.weight_decay), (slice(matrices, len(flat)), 0.0)):
-        p = torch.nn.Parameter(flat[part])
-        p.grad = grad[part]
+    for span, decay in ((slice(0, n_matrix), cfg.weight_decay), (slice(n_matrix, len(flat)), 0.0)):
+        p = torch.nn.Parameter(flat[span])
+        p.grad = grad[span]
         if p.numel():
             groups.append(dict(params=[p], weight_decay=decay))
     optimizer = torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(0.9, cfg.beta2), fused=True)
@@ -441,7 +474,8 @@ def save(run):
     rng = {k: [bytes(t.tolist()).hex() for t in v] for k, v in rng.items()}
     try:
         if dist.rank() == 0:
-            state.save(run.out, tensors, {**run.info, "config": asdict(run.cfg), "prints": run.prints, "rng": rng})
+            info = {**run.info, "config": asdict(run.cfg), "prints": run.fingerprints, "rng": rng}
+            state.save(run.out, tensors, info)
             if run.cfg.lora_r and run.info["step"]:
                 save_adapter(run, run.out)
         return True
@@ -458,7 +492,7 @@ def resume(run):
     """Goes on from out_dir's newest good state, where cfg.resume asks for it and there is one."""
     tensors = info = None
     if run.cfg.resume and dist.rank() == 0:
-        tensors, info = state.load(run.out, {"config": asdict(run.cfg), "prints": run.prints})
+        tensors, info = state.load(run.out, {"config": asdict(run.cfg), "prints": run.fingerprints})
     info = dist.share(info)
     tensors = dist.share_tensors(tensors)
     if info is None:
@@ -476,8 +510,6 @@ def resume(run):
                             "choose another --out_dir")
         t.copy_(tensors[name])
     predictor.load_state(run.model, tensors, first_rank=dist.rank() == 0)
-    if not predictor.measuring(run.model):
-        predictor.free(run.model)
     restore_generators(run, info["rng"])
     if dist.rank() == 0:
         state.cut_metrics(run.out / "metrics.jsonl", info["step"], info["evaluated"])
@@ -486,7 +518,10 @@ def resume(run):
 
 def restore_generators(run, saved):
     """saved: {"cpu", "select", "cuda": hex of generator states, one or one a rank}."""
-    rng = {k: [torch.tensor(list(bytes.fromhex(s)), dtype=torch.uint8) for s in v] for k, v in saved.items()}
+    def as_tensor(text):
+        return torch.tensor(list(bytes.fromhex(text)), dtype=torch.uint8)
+
+    rng = {kind: [as_tensor(text) for text in texts] for kind, texts in saved.items()}
     torch.set_rng_state(rng["cpu"][0])
     select, own = rng["select"], run.model.selection_rng
     if dist.rank() < len(select) and len(select[0]) == len(own.get_state()):
@@ -500,7 +535,7 @@ def restore_generators(run, saved):
 # ---- evaluation, and the end -------------------------------------------------------------------------------
 
 def evaluate(run):
-    """validate(), and whatever goes wrong in it, the steps so far are saved."""
+    """validate(). Where it fails, as for want of memory, a run on one device saves the steps so far first."""
     try:
         return validate(run)
     except (UserError, RuntimeError):
@@ -548,8 +583,8 @@ def finish(run):
         result["after"], result["test_examples"] = accuracy(run.model, run.tokenizer, run.examples["test"],
                                                             cfg.test_examples, cfg, run.stop)
     if predictor.predictors(run.model) and not predictor.measuring(run.model):
-        batches = (dist.micro_batches(run.tokenized["train"], run.order(i), cfg, run.device) for i in range(11))
-        result["time_ratio"] = time_ratio(run.model, batches, run.stop)
+        steps = (dist.micro_batches(run.tokenized["train"], run.order(i), cfg, run.device) for i in range(11))
+        result["time_ratio"] = time_ratio(run.model, steps, run.stop)
         run.grad.zero_()
     info["finished"] = True
     save(run)
@@ -600,14 +635,16 @@ def say_plan(run):
     say(f"{cfg.model}: {frozen / 1e6:,.1f} M frozen{of_them} and {trained / 1e6:,.2f} M trained weights, "
         f"{run.max_steps} steps of {cfg.batch_size} examples")
     if not predictor.predictors(model):
-        return say("dense throughout")
+        say("dense throughout")
+        return
     model.set_sparsity(1)
     sample = data.collate(run.tokenized["train"][:cfg.batch_size], cfg.split, 0, cfg.dense_first)
     dense, sparse = model.flops(sample)
     model.set_sparsity(0)
-    steps = [step for step in range(run.max_steps) if sparsity(run, step)]
+    steps = [step for step in range(run.max_steps) if is_sparse(run, step)]
     if not steps:
-        return say("dense throughout: sparse_start and sparse_end leave no sparse step")
+        say("dense throughout: sparse_start and sparse_end leave no sparse step")
+        return
     say(f"dense for {steps[0]} steps, then sparse ({cfg.predictor}) until step {steps[-1] + 1}: "
         f"a sparse step computes {sparse / dense:.0%} of a dense one's {dense / 1e9:,.1f} GFLOP")
 
@@ -632,17 +669,20 @@ def say_result(run, r):
         say(f"FLOPs saved   {1 - r['flops'] / r['dense_flops']:.1%} of dense LoRA's over the whole run")
         say(f"time saved    {1 - r['time_ratio']:.1%} of a dense step's forward and backward, "
             "timed in turn on the same batches")
-    say(f"{what(run.cfg):14s}{run.out}")
-    first, last, nothing = run.info["first_loss"], run.log.last_loss, math.log(run.model.config.vocab_size)
-    if last is not None and not (last <= first or last < .95 * nothing):  # so written, nan counts too
-        say(f"warning: the loss went from {first:.2f} to {last:.2f}, and a model that knows nothing has {nothing:.2f}: "
-            f"the run diverged; lower learning_rate ({run.cfg.learning_rate})")
+    say(f"{product(run.cfg):14s}{run.out}")
+    first, last = run.info["first_loss"], run.log.last_loss
+    uniform = math.log(run.model.config.vocab_size)  # of a model that knows nothing
+    if last is not None:
+        learned = last <= first or last < .95 * uniform  # False for nan
+        if not learned:
+            say(f"warning: the loss went from {first:.2f} to {last:.2f}, and a model that knows nothing has "
+                f"{uniform:.2f}: the run diverged; lower learning_rate ({run.cfg.learning_rate})")
     if run.cfg.lora_r:
         for sentence in checks.stops(run.tokenizer, run.cfg.prompt_format):
             say(f"note: {sentence}")
 
 
-def what(cfg):
+def product(cfg):
     """What a run makes."""
     if cfg.lora_r:
         return "adapter"
@@ -667,8 +707,12 @@ def main(cfg, command="python train.py"):
             lock = state.lock(run.out)
         resume(run)
         if run.info["finished"]:
-            return say(f"{run.out} is finished: its {what(cfg)} lies there; another run needs another --out_dir")
-        texts = lambda batch: [run.tokenizer.decode(run.tokenized["train"][j].tokens) for j in batch]
+            say(f"{run.out} is finished: its {product(cfg)} lies there; another run needs another --out_dir")
+            return None
+
+        def texts(numbers):
+            return [run.tokenizer.decode(run.tokenized["train"][i].tokens) for i in numbers]
+
         run.log = Log(run.out / "metrics.jsonl", run.info, cfg, last_step(run), device, texts)
         with run.stop:
             if run.info["before"] is None and cfg.test_examples:

@@ -30,16 +30,18 @@ class Tokenized(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """T rows in the order [sparse, no loss | sparse, loss | dense, loss | dense, no loss], so that what is
-    sparse and what is in the loss are each one range of rows. Integers are int64, weights float32."""
+    """T rows, one for each token of B examples but their last, in the order
+    [sparse, no loss | sparse, loss | dense, loss | dense, no loss], so that what is sparse and what is in the loss are
+    each one range of rows. (split = "output" has no row that is both.) T_loss: how many are in the loss. Integers are
+    int64, weights float32."""
     tokens: torch.Tensor  # (T,)
     targets: torch.Tensor  # (T_loss,) the token that follows each loss row
     weights: torch.Tensor  # (T_loss,)
     positions: torch.Tensor  # (T,) place in its example
-    rows: torch.Tensor  # (T,) place in the (B, S) grid: b * S + position
-    n_sparse: int  # the first rows
-    loss: slice  # the loss rows
-    lengths: tuple  # of the B examples
+    places: torch.Tensor  # (T,) place in the (B, S) grid that attention needs: b * S + position
+    n_sparse: int  # rows 0 to n_sparse are sparse
+    loss: slice  # the rows in the loss
+    lengths: tuple  # rows of each example
 
     @property
     def shape(self):
@@ -278,7 +280,8 @@ def collate(tokenized, split="output", seed=0, dense_first=4):
     targets = np.concatenate([t.tokens[1:] for t in tokenized]).astype(np.int64)
     weights = np.concatenate([t.weights[1:] for t in tokenized]).astype(np.float32)
     positions = np.concatenate([np.arange(n) for n in lengths])
-    rows = np.repeat(np.arange(len(lengths)) * lengths.max(), lengths) + positions
+    first_places = np.arange(len(lengths)) * lengths.max()  # (B,)
+    places = np.repeat(first_places, lengths) + positions
 
     scored = weights > 0
     n_loss = int(scored.sum())
@@ -296,13 +299,22 @@ def collate(tokenized, split="output", seed=0, dense_first=4):
         raise UserError(f"split has to be output, none, random or rectangle, not {split!r}")
     dense |= positions < dense_first
 
-    group = np.select([~dense & ~scored, ~dense & scored, dense & scored], [0, 1, 2], 3)  # as in Batch
+    kinds = [~dense & ~scored, ~dense & scored, dense & scored, dense & ~scored]  # in Batch's order
+    group = np.select(kinds, [0, 1, 2, 3])
     order = np.argsort(group, kind="stable")
     before_loss = int((group == 0).sum())
     n_sparse = int((group < 2).sum())
     loss = slice(before_loss, before_loss + n_loss)
-    tensors = tokens[order], targets[order[loss]], weights[order[loss]], positions[order], rows[order]
-    return Batch(*map(torch.from_numpy, tensors), n_sparse, loss, tuple(lengths.tolist()))
+    in_loss = order[loss]  # (T_loss,)
+    return Batch(
+        tokens=torch.from_numpy(tokens[order]),
+        targets=torch.from_numpy(targets[in_loss]),
+        weights=torch.from_numpy(weights[in_loss]),
+        positions=torch.from_numpy(positions[order]),
+        places=torch.from_numpy(places[order]),
+        n_sparse=n_sparse,
+        loss=loss,
+        lengths=tuple(lengths.tolist()))
 
 
 # ---- answers

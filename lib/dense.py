@@ -64,41 +64,41 @@ class RMSNorm(Function):
 # ---- rows <-> the (B, S) grid that attention needs ---------------------------------------------------------
 
 class RopeScatter(Function):
-    """Rotates the first n_rot heads of x (T, sum(heads) hd) and puts each row at its place of a zero-filled
+    """Rotates the first n_rot heads of x (T, sum(heads) hd) and puts row t at places[t] of a zero-filled
     grid, shape = (B, S). Returns a view of the grid for each of heads, (B, h, S, hd): their gradients then
     meet in one pass, where autograd's split would take three."""
 
     @staticmethod
-    def forward(ctx, x, cos, sin, rows, n_rot, hd, shape, heads):
-        ctx.save_for_backward(cos, sin, rows)
+    def forward(ctx, x, cos, sin, places, n_rot, hd, shape, heads):
+        ctx.save_for_backward(cos, sin, places)
         ctx.n_rot, ctx.hd = n_rot, hd
         B, S = shape
-        grid = kernels.rope_scatter(x, cos, sin, rows, n_rot, hd, B * S)  # (B*S, sum(heads) hd)
+        grid = kernels.rope_scatter(x, cos, sin, places, n_rot, hd, B * S)  # (B*S, sum(heads) hd)
         return grid.view(B, S, -1, hd).transpose(1, 2).split(heads, 1)
 
     @staticmethod
     def backward(ctx, *dparts):
-        cos, sin, rows = ctx.saved_tensors
+        cos, sin, places = ctx.saved_tensors
         # (B*S, sum(heads) hd)
         dgrid = torch.cat([d.transpose(1, 2) for d in dparts], 2).flatten(2).flatten(0, 1)
-        dx = kernels.rope_gather_backward(dgrid, cos, sin, rows, ctx.n_rot, ctx.hd)
+        dx = kernels.rope_gather_backward(dgrid, cos, sin, places, ctx.n_rot, ctx.hd)
         return dx, None, None, None, None, None, None, None
 
 
 class Gather(Function):
-    """grid (B*S, N) -> its rows (T, N); backward puts them back into zeros (rows are unique, so no
-    sum is needed)."""
+    """grid (B*S, N) -> its rows at places (T,), (T, N); backward puts them back into zeros (no place comes
+    twice, so no sum is needed)."""
 
     @staticmethod
-    def forward(ctx, grid, rows):
-        ctx.save_for_backward(rows)
+    def forward(ctx, grid, places):
+        ctx.save_for_backward(places)
         ctx.grid_rows = grid.shape[0]
-        return grid.index_select(0, rows)
+        return grid.index_select(0, places)
 
     @staticmethod
     def backward(ctx, dy):
-        (rows,) = ctx.saved_tensors
-        return dy.new_zeros(ctx.grid_rows, dy.shape[1]).index_copy_(0, rows, dy), None
+        [places] = ctx.saved_tensors
+        return dy.new_zeros(ctx.grid_rows, dy.shape[1]).index_copy_(0, places, dy), None
 
 
 class CausalAttention(Function):

@@ -46,7 +46,7 @@ def mlp(model, predictor, n, t, need, full):
     if predictor is not None:
         work = n * predictor.c + (t - n) * I
         f += predictor.flops(n)
-        f += 2 * n * predictor.map_rank_now() * 2 * D * (1 + need)  # (x U) V, and (dy V.T) U.T
+        f += 2 * n * predictor.rank_of_map() * 2 * D * (1 + need)  # (x U) V, and (dy V.T) U.T
     f += 2 * D * work * (4 + 2 * need + 3 * full)  # forward 3 products, dh 1, dx 2, weights 3
     for target in ("gate", "up"):
         if target in model.lora_targets:

@@ -46,8 +46,8 @@ def prompt_batch(prompts, device):
     at += [(i, j) for i, n in enumerate(lengths) for j in range(n - 1)]  # (prompt, position) of each row
     tokens = torch.tensor([prompts[i][j] for i, j in at], device=device)
     positions = torch.tensor([j for _, j in at], device=device)
-    rows = torch.tensor([i * S + j for i, j in at], device=device)
-    return data.Batch(tokens, None, None, positions, rows, 0, slice(0, B), lengths)
+    places = torch.tensor([i * S + j for i, j in at], device=device)
+    return data.Batch(tokens, None, None, positions, places, 0, slice(0, B), lengths)
 
 
 def at_once(model, tokens):

@@ -75,28 +75,30 @@ class Log:
         if self.pending is None:
             self.since = time.perf_counter()
 
-    def step(self, metrics, batch, **known):
-        """metrics (3,): loss, gradient norm, steps skipped in a row. batch: numbers of the step's examples. known: what
-        else belongs to the line: step, lr, scale, tokens, flops, dense_flops."""
+    def step(self, metrics, numbers, **known):
+        """metrics (3,): loss, gradient norm, steps skipped in a row. numbers: of the step's examples. known: what else
+        belongs to the line: step, lr, sparse, tokens, flops, dense_flops."""
         metrics = read_later(metrics)
         self.flush()
-        self.pending = metrics, batch, known
+        self.pending = metrics, numbers, known
 
     def flush(self):
         """Waits for the pending step's metrics, writes them and its seconds, and every log_interval steps prints a
         line. UserError: three steps in a row could not be made."""
         if self.pending is None:
             return
-        (metrics, batch, m), self.pending = self.pending, None
+        metrics, numbers, m = self.pending
+        self.pending = None
         (m["loss"], m["grad_norm"], skipped), now = metrics()
-        m["seconds"], self.since = now - self.since, now
+        m["seconds"] = now - self.since
+        self.since = now
         self.info["seconds"] += m["seconds"]
         self.last_loss = m["loss"]
         if self.info["first_loss"] is None:
             self.info["first_loss"] = m["loss"]
         self.record(m)
         if skipped:
-            self.skipped(m, skipped, batch)
+            self.skipped(m, skipped, numbers)
         every = self.cfg.log_interval
         if every and (m["step"] % every == 0 or m["step"] == self.max_steps - 1):
             say(self.line(m))
@@ -110,14 +112,14 @@ class Log:
         except OSError as e:
             say(f"warning: metrics.jsonl could not be written ({e.strerror})")
 
-    def skipped(self, m, in_a_row, batch):
+    def skipped(self, m, in_a_row, numbers):
         self.info["skipped"] += 1
         say(f"step {m['step']}: loss {m['loss']} or gradient norm {m['grad_norm']} is not finite; "
             "the step is skipped")
         if in_a_row < 3:
             return
         if dist.rank() == 0:
-            lines = [json.dumps(text) + "\n" for text in self.texts(batch)]
+            lines = [json.dumps(text) + "\n" for text in self.texts(numbers)]
             write_text(self.folder / "bad_batch.jsonl", "".join(lines))
         raise UserError("three steps in a row were not finite; "
                         f"the last batch is in {self.folder}/bad_batch.jsonl: lower the learning rate "
@@ -126,7 +128,7 @@ class Log:
     def line(self, m):
         """The log line of a step."""
         left = self.info["seconds"] / (m["step"] + 1) * (self.max_steps - m["step"] - 1)
-        kind = "sparse" if m["scale"] else "dense "
+        kind = "sparse" if m["sparse"] else "dense "
         saved = 1 - m["flops"] / m["dense_flops"]
         return (f"step {m['step']:4d}/{self.max_steps} {kind} loss {m['loss']:.4f} grad {m['grad_norm']:.2f} "
                 f"lr {m['lr']:.1e} | {m['tokens'] / m['seconds']:,.0f} tok/s {m['seconds'] * 1e3:.0f} ms, "

@@ -215,7 +215,7 @@ def read(out):
         r["rise_at_end"] = r["sparse_loss"] - r["dense_loss"]
     r["steps"] = len(steps)
     r["losses"] = [m["loss"] for m in steps]
-    r["sparse"] = [m["scale"] > 0 for m in steps]
+    r["sparse"] = [m["sparse"] for m in steps]
     # up to each step, in dense steps. A sparse one counts time_ratio: the two were timed in turn, so what
     # else the machine did meanwhile hit both
     r["times"] = list(accumulate((r["time_ratio"] if sparse else 1.0 for sparse in r["sparse"]), initial=0.0))

@@ -214,12 +214,6 @@ def rows(name, shape, bits=16):
         yield f"| {name} | {gpus} | {frozen / 1e9:.1f} + {lora / 1e9:.1f} | " + " | ".join(cells) + " |"
 
 
-def map_sums(shape):
-    """Bytes of predictor.py's sums xx (D+1, D+1) and xh (D+1, I) of one layer, fp32."""
-    D, I = shape["hidden_size"], shape["intermediate_size"]
-    return 4 * (D + 1) * (D + 1 + I)
-
-
 def small_card():
     """What LLaMA-3-8B takes of 24 GB, part by part."""
     dense, sparse = two_models(MODELS["8B"])
@@ -228,9 +222,7 @@ def small_card():
     parts = {"weights, bf16": frozen, "LoRA r 32 on q, k, v, o: weights, gradient, two moments in fp32": lora,
              "a step of 8 x 512 tokens with recompute, dense": step,
              "(the same step, sparse)": step_bytes(sparse, 8, True), "CUDA context and gaps": RESERVE,
-             "all, dense": frozen + lora + step + RESERVE,
-             "besides, until the switch: what `measured` sums for the maps of blocks 1 to 30":
-                 30 * map_sums(MODELS["8B"])}
+             "all, dense": frozen + lora + step + RESERVE}
     return [f"| {what} | {n / 1e9:.2f} GB |" for what, n in parts.items()]
 
 

@@ -4,8 +4,8 @@ gradient. The central figure.
     python -m results.selection config/smollm2.py --model=DIR --name=smollm2 --lora_r=8 --dtype=bfloat16
 
     --name=smollm2         of this model and task in the tables; without it they are only written anew
-    --kinds=in_turn,svd    predictors; with --ratios=.5,.75,.9,.97,.99 and --ranks=0,16,64,256. in_turn: measured,
-                           with maps that were fitted block after block, as a run has them; measured: before that
+    --kinds=measured,svd   predictors; with --ratios=.5,.75,.9,.97,.99 and --ranks=0,16,64,256. alone: measured, but each
+                           map fitted as if no other part were sparse
     --blocks=LO-HI         where the MLPs are sparse; default: all inner blocks but the first
     --fit=8 --test=4       batches to measure on, and others to look at
     --option=value         everything else is train.py's
@@ -27,7 +27,7 @@ from lib.files import write_text
 from tools import sensitivity
 
 HERE = Path(__file__).resolve().parent
-OWN = dict(name="", kinds="in_turn,svd", ratios=".5,.75,.9,.97,.99", ranks="0,16,64,256", blocks="", fit=8, test=4)
+OWN = dict(name="", kinds="measured,svd", ratios=".5,.75,.9,.97,.99", ranks="0,16,64,256", blocks="", fit=8, test=4)
 
 
 # ---- measuring ---------------------------------------------------------------------------------------------
@@ -37,7 +37,7 @@ def settings(own):
     out = []
     for kind in own["kinds"].split(","):
         ranks = [0]
-        if kind in ("measured", "in_turn"):
+        if kind in ("measured", "alone"):
             ranks = [int(r) for r in own["ranks"].split(",")]
         out += [(kind, float(ratio), rank) for ratio in own["ratios"].split(",") for rank in ranks]
     return out
@@ -86,18 +86,16 @@ def measure_all(cfg, own, store):
         if kind != attached:
             attached = kind
             ratios = [ratio if lo <= i <= hi else 0.0 for i in range(L)]
-            most = max(rank for k, _, rank in todo if k == kind)
-            how = "measured" if kind == "in_turn" else kind
-            predictor.attach(model, ratios, 0.0, cfg.predictor_rank, how, most, cfg.seed)
+            how = "measured" if kind == "alone" else kind
+            predictor.attach(model, ratios, 0.0, cfg.predictor_rank, how, rank, cfg.seed)
             if predictor.measuring(model):
                 predictor.measure_more(model, fit)
         for _, p in predictor.predictors(model):
             p.ratio, p.map_rank = ratio, rank
-            p.set_scale(1.0)
+            p.switch(True)
             if p.measures():
                 p.fix()
-        if kind == "in_turn":
-            predictor.fit_in_turn(model, fit)
+        predictor.fit_maps(model, fit, alone=kind == "alone")
         r = store[key(kind, ratio, rank)] = dict(look(model, test, dense), **about)
         write_text(HERE / "selection.json", as_lines(store))
         print(f"{kind} {ratio:g} map {rank}: rise {r['rise']:+.4f}, cosine {r['cosine']:.3f}, "
@@ -119,9 +117,9 @@ def grouped(store):
         if kind == "measured" and int(rank) == 0:
             kind = "measured, no map"
         elif kind == "measured":
-            kind = f"measured, map {rank} at once"
-        elif kind == "in_turn":
-            kind = f"measured, map {rank} in turn"
+            kind = f"measured, map {rank}"
+        elif kind == "alone":
+            kind = f"measured, map {rank} fitted alone"
         groups.setdefault((name, blocks), {}).setdefault(kind, {})[float(ratio)] = v
     return groups
 

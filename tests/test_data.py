@@ -536,7 +536,7 @@ def test_collate_layout(split, dense_first):
         scored = [r for r in rows if r[4] > 0]
         first, last = min(r[1] for r in scored), max(r[1] for r in scored)
         if split == "random":  # which rows is up to the seed: take them from the batch, check their number
-            dense = {int(r) for r in batch.rows[batch.n_sparse:]}
+            dense = {int(r) for r in batch.places[batch.n_sparse:]}
             n_first = sum(r[1] < dense_first for r in rows)
             assert len(dense) == n_first + min(len(scored), len(rows) - n_first)
             assert all(r[0] * S + r[1] in dense for r in rows if r[1] < dense_first)
@@ -545,14 +545,14 @@ def test_collate_layout(split, dense_first):
                                                        "rectangle": first <= r[1] <= last}[split] or r[1] < dense_first}
         key = lambda r: (r[0] * S + r[1] in dense, (r[4] > 0) != (r[0] * S + r[1] in dense))
         expected = sorted(rows, key=key)  # stable
-        assert torch.stack([batch.rows, batch.positions, batch.tokens], 1).tolist() == \
+        assert torch.stack([batch.places, batch.positions, batch.tokens], 1).tolist() == \
             [[r[0] * S + r[1], r[1], r[2]] for r in expected]
         in_loss = expected[batch.loss]
         assert all(r[4] > 0 for r in in_loss) and len(in_loss) == len(scored)
         assert batch.targets.tolist() == [r[3] for r in in_loss]
         assert torch.equal(batch.weights, torch.tensor([r[4] for r in in_loss], dtype=torch.float32))
         assert batch.n_sparse == len(rows) - len(dense) and batch.shape == (len(examples), S)
-        assert all(x.dtype == torch.int64 for x in (batch.tokens, batch.targets, batch.positions, batch.rows))
+        assert all(x.dtype == torch.int64 for x in (batch.tokens, batch.targets, batch.positions, batch.places))
 
 
 def test_the_usual_split_has_two_groups():
@@ -566,7 +566,7 @@ def test_the_usual_split_has_two_groups():
 
 def test_random_split_is_its_seeds():
     examples = tokenized(3)
-    a, b, c = (data.collate(examples, "random", seed=s).rows.tolist() for s in (0, 0, 1))
+    a, b, c = (data.collate(examples, "random", seed=s).places.tolist() for s in (0, 0, 1))
     assert a == b != c
     with pytest.raises(UserError, match="split has to be"):
         data.collate(examples, "outputs")

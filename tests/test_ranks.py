@@ -62,7 +62,7 @@ def assert_close_runs(a, b):
     ma, mb = ([m for m in metrics(x) if "loss" in m] for x in (a, b))
     assert len(ma) == len(mb) > 0
     for x, y in zip(ma, mb):
-        assert (x["step"], x["scale"], x["lr"], x["tokens"]) == (y["step"], y["scale"], y["lr"], y["tokens"])
+        assert (x["step"], x["sparse"], x["lr"], x["tokens"]) == (y["step"], y["sparse"], y["lr"], y["tokens"])
         assert x["loss"] == pytest.approx(y["loss"], rel=1e-5) and x["grad_norm"] == pytest.approx(y["grad_norm"], rel=1e-3)
     wa, wb = weights(a), weights(b)
     assert wa.keys() == wb.keys()

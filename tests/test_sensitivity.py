@@ -213,7 +213,7 @@ def test_what_is_known_of_other_seeds_stays(tmp_path, monkeypatch):
         out = ablations.run_of(base, "t", lines[label], seed).out
         out.mkdir(parents=True)
         (out / "result.json").write_text(json.dumps(dict(after=after, flops=2, dense_flops=4, time_ratio=.5)))
-        (out / "metrics.jsonl").write_text("".join(json.dumps(dict(step=i, loss=1 - after, scale=i % 2)) + "\n" for i in range(4)))
+        (out / "metrics.jsonl").write_text("".join(json.dumps(dict(step=i, loss=1 - after, sparse=bool(i % 2))) + "\n" for i in range(4)))
 
     def collect(known):
         return json.loads(json.dumps(ablations.collect(base, "t", rows, known)))

@@ -180,7 +180,6 @@ class Ours:
         predictor.attach(model, mlp, attn, shared.cfg.predictor_rank, kind, map_rank)
         if kind == "measured":
             predictor.measure(model, measure_on)
-            predictor.free(model)
         self.own = {part: part.predictor for b in model.blocks for part in (b.attn, b.mlp)}
 
     def select(self):

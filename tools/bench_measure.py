@@ -187,7 +187,7 @@ def product_times(model, rows=ROWS, repeats=20):
     cases = [(T, name, N, ratio) for T in rows for name, N, ratios in weights for ratio in ratios]
     for T, name, N, ratio in cases:
         x, w, wide = (like.new_empty(shape).normal_() for shape in ((T, D), (N, D), (T, N)))
-        idx = predictor.top(torch.rand(N, device=w.device), predictor.count(N, ratio))
+        idx = predictor.top(torch.rand(N, device=w.device), predictor.number_kept(N, ratio))
         copy, narrow = w[idx], kernels.columns(wide, idx)  # (C, D), (T, C)
         nt = dict(ours=lambda: kernels.gather_matmul_nt(x, w, idx),
                   library=lambda: kernels.gather_matmul_nt_ref(x, w, idx),

@@ -83,7 +83,7 @@ def setup(cfg, n):
     attn = 0.0 if model.config.qk_norm else .5
     predictor.attach(model, .5, attn, cfg.predictor_rank, cfg.predictor, cfg.map_rank, cfg.seed)
     if warm:
-        predictor.measure_more(model, batches[:warm])  # each part is sparse alone: no maps in turn
+        predictor.measure_more(model, batches[:warm])
         predictor.fix(model)
     return model, batches[:warm], batches[warm:warm + n], batches[warm + n:]
 
@@ -102,7 +102,7 @@ def calibration(cfg, tokenizer, n, device):
 
 def fingerprint(model, cfg, warm):
     """A hash of all that a measurement depends on but the batch: the weights and the predictor."""
-    key = hashlib.sha256(f"3 {cfg.predictor} {cfg.predictor_rank} {cfg.map_rank} {cfg.seed} {cfg.dtype} "
+    key = hashlib.sha256(f"4 {cfg.predictor} {cfg.predictor_rank} {cfg.map_rank} {cfg.seed} {cfg.dtype} "
                          f"{list(map(digest, warm))}".encode())
     for name, p in model.named_parameters():
         if not name.endswith("/A"):  # with B = 0 an adapter changes nothing; with a trained B, B differs too
@@ -112,20 +112,37 @@ def fingerprint(model, cfg, warm):
 
 def digest(batch):
     key = hashlib.sha256(f"{batch.shape} {batch.n_sparse} {batch.loss}".encode())
-    for t in (batch.tokens, batch.rows, batch.targets, batch.weights):
+    for t in (batch.tokens, batch.places, batch.targets, batch.weights):
         key.update(t.cpu().numpy().tobytes())
     return key.hexdigest()[:16]
 
 
 # ---- measure -----------------------------------------------------------------------------------------------
 
-def analyse(model, batches, ratios, by, done, save):
+def maps_alone(model, warm, ratios):
+    """{(part, ratio): the map of its dropped channels where no other part is sparse}."""
+    maps = {}
+    for r in ratios:
+        predictor.set_ratios(model, {name: r for name, _ in predictor.predictors(model)})
+        predictor.fit_maps(model, warm, alone=True)
+        maps.update({(name, r): p.map for name, p in predictor.predictors(model) if p.map is not None})
+    return maps
+
+
+def sparse_alone(model, name, r, maps):
+    predictor.set_ratios(model, {name: r})
+    if (name, r) in maps:
+        dict(predictor.predictors(model))[name].set_map(maps[name, r])
+
+
+def analyse(model, warm, batches, ratios, by, done, save):
     """Fills done, {batch: {"dense": loss, "3.mlp 0.9": loss, ...}}, losses per scored token, and by the gradient also
     "3.mlp 0.9 cosine"; what is there is not measured again."""
     jobs = [(name, r, f"{name} {r}" + " cosine" * (by == "gradient"))
             for name, _ in predictor.predictors(model) for r in ratios]
     todo = sum(key not in done.get(digest(b), {}) for b in batches for _, _, key in jobs)
     bar = Progress("measuring", todo)
+    maps = maps_alone(model, warm, ratios) if todo else {}
     for b in batches:
         seen, total = done.setdefault(digest(b), {}), b.weights.sum().item()
         if all(key in seen for _, _, key in jobs):
@@ -140,7 +157,7 @@ def analyse(model, batches, ratios, by, done, save):
         for name, r, key in jobs:
             if key in seen:
                 continue
-            predictor.set_ratios(model, {name: r})
+            sparse_alone(model, name, r, maps)
             if by == "loss":
                 i = int(name.split(".")[0])
                 with torch.no_grad():
@@ -403,7 +420,7 @@ def main(argv):
     store, key = load_json(path), fingerprint(model, cfg, warm)
     done = store.setdefault(key, {})
     by = own["by"]
-    analyse(model, batches, ratios, by, done, lambda: write_text(path, json.dumps(store)))
+    analyse(model, warm, batches, ratios, by, done, lambda: write_text(path, json.dumps(store)))
     change = changes(done, batches, by)
     show(rises(done, batches), change, ratios, L)
     curves = {k: [(r, at[0.0][k] - at[r][k], change[f"{k} {r}"]) for r in ratios] for k in names}
@@ -421,7 +438,7 @@ def main(argv):
     command, first = "python -m tools.sensitivity " + " ".join(argv), 0.0
     for name, pattern in rows.items():
         predictor.set_ratios(model, pattern)
-        predictor.fit_in_turn(model, warm)
+        predictor.fit_maps(model, warm)
         mean, error = mean_and_error([s - d for s, d in zip(losses(model, fresh, pattern), dense)])
         share = sum(flops(model, fresh, pattern).values()) / base
         first = share if name == "chosen" else first
