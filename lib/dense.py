@@ -4,6 +4,8 @@ grid and back, attention on a CPU, and the loss. Autograd functions of tensors; 
     T rows    B examples    S longest example    H query heads    K key/value heads    hd head dim
     D model width    V vocabulary
 """
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 from torch.autograd import Function
@@ -111,9 +113,8 @@ class CausalAttention(Function):
         dv = P.T do    dP = do v.T    dS = P (dP - rowsum(P dP))    dq = dS k / sqrt(hd)    dk = dS.T q / sqrt(hd)
 
     Where q is half the forward is torch's, an example at a time (4 of 512 tokens, 14/2 heads, AMX: 16 ms, in blocks
-    35), and of the backward's products the scores and dP are in fp32: in bf16 a score of 10 is off by .02, and dP loses
-    in P (dP - rowsum) what its rounding cost. dq, dk and dv are off by .0024, .0029 and .0029 against fp64, torch's by
-    .0025, .0090 and .0091 (the log has the times)."""
+    35). The backward is written in fp32; where q is bf16, oneDNN multiplies in bf16 and adds up in fp32, which for q, k,
+    v and do is exact. So dq, dk and dv are off by .0023 each against fp64, torch's by .0025, .0090 and .0091."""
     BLOCK = 128  # queries
 
     @staticmethod
@@ -130,22 +131,34 @@ class CausalAttention(Function):
 
     @staticmethod
     def blocks(q, k, v, lengths):
-        """Yields for each block of m queries: its index into (B, h, S, hd) and that of its keys, m, its
-        queries (K, G m, hd) for G query heads in each of K groups, and the keys and values that they see,
-        (K, j, hd)."""
+        """Yields for each block of m queries: its index into (B, h, S, hd) and that of its keys, its queries
+        (K, G m, hd) for G query heads in each of K groups, and the keys and values that they see, (K, j, hd); in fp32
+        where q is half."""
+        high = torch.promote_types(q.dtype, torch.float32)
         for b, i, j in CausalAttention.ranges(lengths):
-            rows, seen = (b, slice(None), slice(i, j)), (b, slice(None), slice(0, j))
-            yield rows, seen, j - i, q[rows].reshape(k.shape[1], -1, q.shape[3]), k[seen], v[seen]
+            rows = (b, slice(None), slice(i, j))
+            seen = (b, slice(None), slice(0, j))
+            queries = q[rows].reshape(k.shape[1], -1, q.shape[3])
+            yield rows, seen, queries.to(high), k[seen].to(high), v[seen].to(high)
 
     @staticmethod
-    def weights(q, k, m):
-        """q (K, G m, hd), the last m positions of k (K, j, hd) -> the softmax of their scores, (K, G m, j), 0 where
-        the key is later than the query; fp32 where q is half."""
+    def buffer(q, lengths):
+        """Room for the scores of one block, which all blocks use in turn: 2 MB of fresh memory for each product cost a
+        page fault for every 4 KB (4 of 512 tokens, 9/3 heads: 80 instead of 52 ms)."""
         high = torch.promote_types(q.dtype, torch.float32)
-        s = torch.bmm(q.to(high) * q.shape[2] ** -.5, k.to(high).transpose(1, 2))
+        return q.new_empty(q.shape[1] * CausalAttention.BLOCK * max(lengths), dtype=high)
+
+    @staticmethod
+    def weights(q, k, scale, buffer):
+        """q (K, G m, hd), of which the m queries are the last of k's j positions, k (K, j, hd) -> P (K, G m, j), 0 where
+        the key is later than the query. Lies in the buffer."""
+        K, j, _ = k.shape
+        p = buffer[:K * q.shape[1] * j].view(K, -1, j)
+        torch.bmm(q, k.transpose(1, 2), out=p).mul_(scale)
+        m = (j - 1) % CausalAttention.BLOCK + 1
         later = torch.ones(m, m, dtype=torch.bool, device=q.device).triu(1)
-        s.unflatten(1, (-1, m))[..., -m:].masked_fill_(later, float("-inf"))
-        return s.softmax(2)
+        p.unflatten(1, (-1, m))[..., -m:].masked_fill_(later, float("-inf"))
+        return torch.softmax(p, 2, out=p)
 
     @staticmethod
     def forward(ctx, q, k, v, lengths):
@@ -156,8 +169,10 @@ class CausalAttention(Function):
                 rows = slice(b, b + 1), slice(None), slice(0, n)
                 out[rows] = F.scaled_dot_product_attention(q[rows], k[rows], v[rows], is_causal=True, enable_gqa=True)
         else:
-            for rows, _, m, qs, ks, vs in CausalAttention.blocks(q, k, v, lengths):
-                out[rows] = torch.bmm(CausalAttention.weights(qs, ks, m), vs).view_as(out[rows])
+            buffer = CausalAttention.buffer(q, lengths)
+            for rows, _, qs, ks, vs in CausalAttention.blocks(q, k, v, lengths):
+                p = CausalAttention.weights(qs, ks, q.shape[3] ** -.5, buffer)
+                out[rows] = torch.bmm(p, vs).view_as(out[rows])
         ctx.save_for_backward(q, k, v)
         ctx.lengths = lengths
         return out
@@ -170,16 +185,34 @@ class CausalAttention(Function):
         dq = torch.zeros_like(q)
         dk = torch.zeros_like(k, dtype=high)  # sums over the blocks
         dv = torch.zeros_like(v, dtype=high)
-        for rows, seen, m, qs, ks, vs in CausalAttention.blocks(q, k, v, ctx.lengths):
-            do = dout[rows].reshape_as(qs)
-            p = CausalAttention.weights(qs, ks, m)  # (K, G m, j)
-            # a product that is added: baddbmm_ takes a strided slice head by head, on two threads half as fast
-            dv[seen] += torch.bmm(p.to(q.dtype).transpose(1, 2), do)
-            dp = torch.bmm(do.to(high), vs.to(high).transpose(1, 2))
-            ds = torch._softmax_backward_data(dp, p, 2, high).to(q.dtype)
-            dk[seen] += torch.bmm(ds.transpose(1, 2), qs)
-            dq[rows] = torch.bmm(ds, ks).mul_(scale).view_as(dq[rows])
+        p_buffer = CausalAttention.buffer(q, ctx.lengths)
+        dp_buffer = CausalAttention.buffer(q, ctx.lengths)
+        with products_in_bf16(q.dtype == torch.bfloat16):
+            for rows, seen, qs, ks, vs in CausalAttention.blocks(q, k, v, ctx.lengths):
+                do = dout[rows].reshape_as(qs).to(high)
+                p = CausalAttention.weights(qs, ks, scale, p_buffer)  # (K, G m, j)
+                dp = dp_buffer[:p.numel()].view_as(p)
+                torch.bmm(do, vs.transpose(1, 2), out=dp)
+                # a product that is added: baddbmm_ takes a strided slice head by head, on two threads half as fast
+                dv[seen] += torch.bmm(p.transpose(1, 2), do)
+                ds = torch._softmax_backward_data(dp, p, 2, high, grad_input=dp)
+                dk[seen] += torch.bmm(ds.transpose(1, 2), qs)
+                dq[rows] = torch.bmm(ds, ks).mul_(scale).view_as(dq[rows])
         return dq, dk.mul_(scale).to(q.dtype), dv.to(q.dtype), None
+
+
+@contextmanager
+def products_in_bf16(wanted):
+    """Products of fp32 tensors on a CPU that has bf16 in hardware: their operands are rounded to bf16, and what they
+    add up to stays in fp32. torch's own bf16 product rounds its result to bf16 too."""
+    matmul = torch.backends.mkldnn.matmul
+    before = matmul.fp32_precision
+    if wanted:
+        matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
 
 
 # ---- loss --------------------------------------------------------------------------------------------------
