@@ -17,6 +17,7 @@ three whole ones at a time.
 Numbers that the host needs go over gloo, on the CPU, so that no host waits for a device.
 """
 import contextlib
+import ctypes
 import json
 import os
 import re
@@ -65,6 +66,20 @@ def setup(cfg):
     return device
 
 
+def keep_memory():
+    """Lets a process keep what it has freed. glibc gives blocks of 128 KB and more back to the kernel, and each of their
+    pages costs a fault when it comes again: a quarter of a step of SmolLM2 (4 x 512 tokens, bf16, one thread: 9.2 s
+    instead of 6.7). Does nothing where there is no glibc."""
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return
+    trim_threshold, top_pad, mmap_threshold = -1, -2, -3  # malloc.h
+    mallopt(mmap_threshold, 2 ** 30)
+    mallopt(trim_threshold, 2 ** 31 - 1)
+    mallopt(top_pad, 2 ** 28)
+
+
 def use(name, dtype):
     """name: cpu, cuda or cuda:N -> its torch.device, the current one from now on: Triton launches there,
     whatever its tensors say. UserError: it is not there, or cannot compute in dtype (a name)."""
@@ -72,6 +87,7 @@ def use(name, dtype):
         raise UserError(f"device = {name!r} has to be auto, cpu, cuda or cuda:N")
     device = torch.device(name)
     if device.type == "cpu":
+        keep_memory()
         return device
     if not torch.cuda.is_available():
         raise UserError(f"device = {name!r}, but torch sees no CUDA GPU here: use --device=cpu, "
