@@ -17,7 +17,8 @@ KINDS = "oracle", "measured", "energy", "svd", "random", "worst"  # from the bes
 HEAD = """# Ablations
 
 Made by results/ablations.py; every run is a line of ablations.json, with its commit. Mean ± standard error
-over n seeds.
+over n seeds. All runs are of predictors before 2026-11-26; tiny, lists, qwen3 and multihead are of the embedded
+base and task before 2026-11-28, with short problems (`git checkout 749cdb0` has them).
 
 * accuracy: greedy answers to test problems, after training, dense; against dense: difference of the means, as
   of independent runs; above dense LoRA's: difference of validation losses

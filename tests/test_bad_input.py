@@ -171,7 +171,7 @@ BAD = {
     "activation": (base(raw(hidden_act="gelu")), "only SwiGLU"),
     "rope_theta as text": (base(raw(rope_theta="big")), "rope_theta must be a positive number"),
     "eos as text": (base(raw(eos_token_id="</s>")), "eos_token_id has to be a token"),
-    "eos outside the vocabulary": (base(raw(eos_token_id=5000)), "eos_token_id has to be a token of the vocabulary of 768"),
+    "eos outside the vocabulary": (base(raw(eos_token_id=5000)), "eos_token_id has to be a token of the vocabulary of 832"),
     "sliding window": (base(raw(model_type="mistral", sliding_window=32)), "max_seq_len = 64 is longer than the model's sliding window of 32"),
     "sliding window as text": (base(raw(model_type="mistral", sliding_window="32")), "sliding_window has to be a whole number, not '32'"),
     "layer types for fewer layers": (base(raw(model_type="qwen2", layer_types=["full_attention"])), "layer_types has to name .* of the 3 layers"),
@@ -205,7 +205,7 @@ BAD = {
     "tokenizer of another kind": (base(tokenizer('{"model": {"type": "Unigram", "vocab": []}}')), "tokenizer.json is not a byte-level BPE"),
     "tokenizer of the wrong form": (base(tokenizer("[]")), "tokenizer.json"),
     "tokenizer does not fit": (base(lambda m: (raw(vocab_size=700, eos_token_id=0)(m), tensors(lambda w: w.update({"model.embed_tokens.weight": w["model.embed_tokens.weight"][:700]}))(m))),
-                               "the tokenizer of .* has 7.. tokens, the model's vocab_size is 700"),
+                               "the tokenizer of .* has 8.. tokens, the model's vocab_size is 700"),
     "chat format without its tokens": (flags("--prompt_format=llama3"), "needs the special token .*--prompt_format=plain"),
     # data
     "no such data": (flags("--dataset=/nowhere/d.jsonl"), "nowhere/d.jsonl"),

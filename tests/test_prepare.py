@@ -267,18 +267,18 @@ def test_generator_is_deterministic(tiny, generated):
 
 
 PINNED = {
-    "base_test": "66f165b630d3ac9e",
-    "base_train": "64b2a70ad0d3d3ab",
-    "base_val": "5734b64b9a706e4c",
+    "base_test": "27f72c391ad00f42",
+    "base_train": "81831156c1acc608",
+    "base_val": "611875668be7de85",
     "lists_base_test": "f1c60fc414fd4ffe",
     "lists_base_train": "a5a7e8a711b4b83f",
     "lists_base_val": "7c5cd4113d6ac214",
     "lists_test": "0add1118e933b127",
     "lists_train": "45a4fc2a1f73de01",
     "lists_val": "83103a9430f6f5fa",
-    "test": "500337e8fd04d572",
-    "train": "12612718aa343585",
-    "val": "17b3d08e7ff45d63",
+    "test": "5588f28a9cf3074b",
+    "train": "7aa638e9e316c945",
+    "val": "9d5afec1c9996bcd",
 }
 
 
@@ -352,8 +352,8 @@ def test_tokenizer_of_the_base():
     folder = os.path.join(ROOT, "data", "tiny", "base")
     tokenizer = tokenizers.AutoTokenizer.from_pretrained(folder)
     config = tokenizers.AutoConfig.from_pretrained(folder)
-    assert tokenizer.eos_token_id == config.eos_token_id == len(tokenizer) - 1 < config.vocab_size == 768
-    assert 700 < len(tokenizer) < 768
+    assert tokenizer.eos_token_id == config.eos_token_id == len(tokenizer) - 1 < config.vocab_size == 832
+    assert 700 < len(tokenizer) < 832
     text = "Question: Eva has 3 jars with 45 shells. \n\n Ünïcode & 100% <|endoftext|"
     assert tokenizer.decode(tokenizer.encode(text)) == text
     assert [tokenizer.decode([i]) for i in tokenizer.encode(" 12 shells")] == [" ", "1", "2", " shells"]

@@ -1,14 +1,15 @@
-"""Grade-school word problems from a seeded generator, and all that the embedded base needs but its weights.
+"""Grade-school word problems in long stories, from a seeded generator, and all that the embedded base needs but its
+weights.
 
     python data/tiny/prepare.py        # a few seconds, no download
 
 Data sets that share their words but not their questions:
 
-    tiny_base    what config/tiny_base.py pretrains on: stories of gains and losses (50 %), bare arithmetic
-                 (32 %), and stories of the new kinds with no question (18 %), so that their words are known
-                 and their problems are not
-    tiny         what config/tiny.py fine-tunes on: groups, times as many, together, price and change, rate
-                 over days. The base answers next to none of them.
+    tiny_base    what config/tiny_base.py pretrains on: stories of gains and losses (50 %, half of them long), bare
+                 arithmetic (32 %), and stories of the new kinds with no question (18 %), so that their words are
+                 known and their problems are not
+    tiny         what config/tiny.py fine-tunes on, all in long stories: groups, times as many, together, price and
+                 change, rate over days. The base answers next to none of them.
     tiny_lists   for evidence that does not rest on arithmetic: a list of words backwards, from Z to A, its
                  first word in order, the list without one of them. Its base learns tiny_lists_base, to put
                  a list in order: python train.py config/tiny_base.py --model=data/tiny/base
@@ -16,9 +17,13 @@ Data sets that share their words but not their questions:
 
 An example is {"prompt", "response", "answer"}; the steps are worked, the answer follows "####":
 
-    Question: Eva has 3 jars with 4 shells in each. Eva buys 5 more. How many shells does Eva have now?
+    Question: Eva has 3 jars with 4 shells in each. The bus to the farm is late. Eva buys 5 more. How many shells does
+    Eva have now?
     Answer: 3 * 4 = 12. 12 + 5 = 17.
     #### 17
+
+A long story has 14 to 22 such sentences that are beside the point, so that 86 % of the tokens are context, as where
+one fine-tunes on long prompts with short answers.
 
 This writes tiny's train.jsonl, val.jsonl and test.jsonl; the others have a prepare.py of their own. No prompt
 is in two files of a set. base/ and untrained/ get config.json, generation_config.json, tokenizer.json and
@@ -50,10 +55,19 @@ PLACES = "beach fair farm lake library market park school station zoo".split()
 TIMES = {2: "twice", 3: "three times", 4: "four times", 5: "five times"}
 OPERATIONS = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b}
 
+# beside the point, though some have a number
 ASIDES = ["It is a warm day.", "It rains in the morning.", "Today is Sunday.", "{other} is a good friend.",
-          "{other} waits at the {place}.", "{other} likes to sing.", "{name} is not in a hurry.",
-          "The {place} is very quiet.", "The bus to the {place} is late.",
-          "{name} sees a dog near the {place}."]
+          "{other} waits at the {far}.", "{third} likes to sing.", "{name} is not in a hurry.",
+          "The {far} is very quiet.", "The bus to the {far} is late.", "{name} sees a dog near the {place}.",
+          "{third} walks to the {far} with {other}.", "{third} looks for the old {stuff}.",
+          "The {stuff} of {third} are very old.", "{other} asks {third} about the {far}.",
+          "At the {far} {third} sees a bird.", "{third} sits near the {far} and sings.", "It is cold at the {far}.",
+          "{third} would like some {stuff}, but the {far} is closed.", "{other} tells {third} a long story.",
+          "{third} opens the door of the {far}.", "Later {third} reads a book about {stuff}.",
+          "The dog of {third} runs to the {far}.", "{name} waves to {third}.",
+          "{third} paints a picture of the {stuff}.", "Nobody knows where {third} is.",
+          "{third} drinks tea and looks at the {stuff}.", "{third} is {k} years old.", "The {far} opens at {k}.",
+          "Bus {k} goes to the {far}."]
 START = ["{name} has {a} {things}.", "{name} finds {a} {things} at the {place}.",
          "At first {name} has {a} {things}.", "There are {a} {things} on the desk of {name}.",
          "{name} takes {a} {things} to the {place}."]
@@ -82,7 +96,7 @@ DAILY = ["{name} makes {a} {things} every day for {b} days.",
 USED = ["Then {name} gives {used} of the {things} to {other}.", "{other} uses {used} of the {things}."]
 
 
-# --- problems: each function draws one as (sentences, question, steps); a step is (a, "+", b)
+# --- problems: each function draws one as (who, sentences, question, steps); a step is (a, "+", b)
 
 def cast(r):
     """Who and what a story is about."""
@@ -112,7 +126,7 @@ def gains_and_losses(r):
         sentences.append(sentence)
         steps.append(step)
         have = result(step)
-    return aside(r, sentences, who, .5), say(r, HOW_MANY, who), steps
+    return who, sentences, say(r, HOW_MANY, who), steps
 
 
 def bare(r):
@@ -123,14 +137,14 @@ def bare(r):
         a = r.randint(2, 60)
         b = r.randint(1, min(a - 1, 12) if operation == "-" else 12)
     question = r.choice(["What is {} {} {}?", "Work out {} {} {}.", "{} {} {} is what?"])
-    return [], question.format(a, operation, b), [(a, operation, b)]
+    return None, [], question.format(a, operation, b), [(a, operation, b)]
 
 
 def groups(r):
     who, a, b = cast(r), r.randint(2, 9), r.randint(2, 6)
     sentence, step = gain_or_loss(r, who, a * b)
     sentences = [say(r, GROUPS, who, a=a, b=b), sentence]
-    return aside(r, sentences, who, .7), say(r, HOW_MANY, who), [(a, "*", b), step]
+    return who, sentences, say(r, HOW_MANY, who), [(a, "*", b), step]
 
 
 def times_as_many(r):
@@ -140,7 +154,7 @@ def times_as_many(r):
         question, steps = ["How many {things} does {other} have?"], [(a, "*", m)]
     else:
         question, steps = IN_ALL, [(a, "*", m), (a * m, "+", a)]
-    return aside(r, sentences, who, .7), say(r, question, who), steps
+    return who, sentences, say(r, question, who), steps
 
 
 def together(r):
@@ -148,7 +162,7 @@ def together(r):
     more = b >= a or r.random() < .6
     sentences = [say(r, START[:2], who, a=a), say(r, MORE if more else FEWER, who, b=b)]
     step = (a, "+" if more else "-", b)
-    return aside(r, sentences, who, .7), say(r, IN_ALL, who), [step, (result(step), "+", a)]
+    return who, sentences, say(r, IN_ALL, who), [step, (result(step), "+", a)]
 
 
 def price(r):
@@ -159,21 +173,24 @@ def price(r):
     else:
         deal, question, step = FARE, "How many dollars does {name} spend?", (cost, "+", fare)
     sentences = [say(r, PRICE, who, b=b), say(r, deal, who, a=a, paid=paid, fare=fare)]
-    return aside(r, sentences, who, .7), say(r, [question], who), [(a, "*", b), step]
+    return who, sentences, say(r, [question], who), [(a, "*", b), step]
 
 
 def rate(r):
     who, a, b = cast(r), r.randint(2, 9), r.randint(2, 6)
     used = r.randint(2, min(a * b - 1, 12))
     sentences = [say(r, DAILY, who, a=a, b=b), say(r, USED, who, used=used)]
-    return aside(r, sentences, who, .7), say(r, HOW_MANY, who), [(a, "*", b), (a * b, "-", used)]
+    return who, sentences, say(r, HOW_MANY, who), [(a, "*", b), (a * b, "-", used)]
 
 
-def aside(r, sentences, who, share):
-    """Now and then a sentence that has nothing to do with the question, anywhere but last."""
-    if r.random() < share:
-        sentences.insert(r.randrange(len(sentences)), say(r, ASIDES, who))
-    return sentences
+def among_asides(r, sentences, who, n):
+    """The sentences, in their order, among n others that have nothing to do with the question."""
+    told = list(sentences)
+    for template in r.sample(ASIDES, n):
+        third = r.choice([name for name in NAMES if name not in (who["name"], who["other"])])
+        aside = template.format(**who, third=third, far=r.choice(PLACES), stuff=r.choice(THINGS), k=r.randint(5, 12))
+        told.insert(r.randrange(len(told) + 1), aside)
+    return told
 
 
 def result(step):
@@ -242,8 +259,14 @@ def about(r, words, question, answer):
 NEW = [groups, groups, times_as_many, together, price, rate]
 
 
-def problem(r, kind):
-    sentences, question, steps = kind(r)
+SHORT = 0, 2  # how many sentences of a story are beside the point
+LONG = 14, 22
+
+
+def problem(r, kind, asides=SHORT):
+    who, sentences, question, steps = kind(r)
+    if who:
+        sentences = among_asides(r, sentences, who, r.randint(*asides))
     worked = " ".join(f"{a} {operation} {b} = {result((a, operation, b))}." for a, operation, b in steps)
     return example(sentences, question, worked, str(result(steps[-1])))
 
@@ -257,13 +280,24 @@ def puzzle(r, kind):
     return example(*kind(r))
 
 
+def long_problem(r, kind):
+    return problem(r, kind, LONG)
+
+
 def story(r, kind):
-    """The facts alone, with no question and no answer."""
+    """With no question and no answer."""
+    who, sentences, *_ = kind(r)
+    sentences = among_asides(r, sentences, who, r.randint(*SHORT))
+    return {"prompt": "Story: " + " ".join(sentences), "response": ""}
+
+
+def facts(r, kind):
+    """Of a puzzle: no question and no answer."""
     return {"prompt": "Story: " + " ".join(kind(r)[0]), "response": ""}
 
 
 def draw_new(r):
-    return problem, r.choice(NEW)
+    return long_problem, r.choice(NEW)
 
 
 def draw_lookup(r):
@@ -272,9 +306,15 @@ def draw_lookup(r):
 
 def draw_base(r):
     u = r.random()
+    if u < .25:
+        return problem, gains_and_losses
+    if u < .50:
+        return long_problem, gains_and_losses
     if u < .82:
-        return problem, gains_and_losses if u < .50 else bare
-    return story, r.choice(NEW) if u < .97 else lookup
+        return problem, bare
+    if u < .97:
+        return story, r.choice(NEW)
+    return facts, lookup
 
 
 def splits(draw, sizes, seed, repeats=False):
@@ -298,7 +338,7 @@ def splits(draw, sizes, seed, repeats=False):
 
 PATTERN = r" ?[A-Za-z]+|[0-9]| ?[^\sA-Za-z0-9]+|\s+"  # a word with its space, a digit, a run of signs, space
 END_OF_TEXT = "<|endoftext|>"
-VOCABULARY = 768  # rows of the embedding: a multiple of 64; the tokens that the words need are fewer
+VOCABULARY = 832  # rows of the embedding: a multiple of 64; the tokens that the words need are fewer
 
 
 def train_bpe(texts, limit):
@@ -343,7 +383,7 @@ def write_base(folder):
     end = 256 + len(merges)
     config = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": VOCABULARY,
-        "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 6, "num_attention_heads": 4,
+        "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 6, "num_attention_heads": 4,
         "num_key_value_heads": 2, "head_dim": 32, "hidden_act": "silu", "max_position_embeddings": 512,
         "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "rope_scaling": None, "tie_word_embeddings": True,
         "attention_bias": False, "mlp_bias": False, "initializer_range": 0.02,
