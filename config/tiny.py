@@ -17,12 +17,12 @@ learning_rate = 5e-3  # high: the base is small, and what it adapts to is new
 lr_schedule = "linear"
 warmup_steps = 10
 beta2 = 0.99
-eval_interval = 60
+eval_interval = 80
 eval_examples = 64
 save_interval = 60
 log_interval = 20
 test_examples = 400
-max_new_tokens = 48
+max_new_tokens = 32
 
 lora_r = 16
 lora_alpha = 32
