@@ -1,6 +1,6 @@
 """SparseLoRA fine-tuning. The one training loop: load, dense warm-up, sparse, evaluate, save.
 
-    python train.py                                  the embedded default on a CPU, about two minutes
+    python train.py                                  the embedded default on a CPU, about three minutes
     python train.py config/math.py                   LLaMA-3-8B on a GPU
     python train.py config/math.py --model=DIR --batch_size=4 --resume=True
     python train.py -h                               every option with its default

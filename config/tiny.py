@@ -1,5 +1,5 @@
 # What `python train.py` runs: an embedded base of 1.6 M parameters learns kinds of word problems that it has not seen,
-# each in a long story (86 % context). A CPU, no download, some two minutes on one core. Problems and base:
+# each in a long story (86 % context). A CPU, no download, some three minutes on one core. Problems and base:
 # data/tiny/prepare.py.
 
 model = "data/tiny/base"
