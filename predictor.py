@@ -619,7 +619,11 @@ def fit_block(block, batches, middle, wanted):
         xe.addmm_(weighted, zero_where_bad(to_fit))
     dist.all_reduce(xx)
     dist.all_reduce(xe)
-    p.set_map(fit_map(xx, xe, p.map_rank))
+    try:
+        p.set_map(fit_map(xx, xe, p.map_rank))
+    except torch.linalg.LinAlgError:
+        raise UserError("no map can be fitted to an MLP whose activations are 0 or not finite on all context rows: the "
+                        "run has diverged before it was sparse; lower learning_rate") from None
 
 
 @torch.no_grad()

@@ -365,9 +365,15 @@ def test_json_has_no_nan():
 def test_a_run_that_diverged_says_so(home, tmp_path, capsys):
     train.main(options(home, out_dir=tmp_path / "a", eval_interval=0, test_examples=0))
     assert "the run diverged" not in capsys.readouterr().out
-    train.main(options(home, out_dir=tmp_path / "b", eval_interval=0, test_examples=0, learning_rate=100.0, grad_clip=0.0, warmup_steps=0))
+    train.main(options(home, out_dir=tmp_path / "b", eval_interval=0, test_examples=0, learning_rate=100.0, grad_clip=0.0, warmup_steps=0, seed=2))
     assert re.search(r"warning: the loss went from 6\.\d+ to [\d.]+, and a model that knows nothing has 6.72: the run diverged",
                      capsys.readouterr().out)
+
+
+def test_a_run_that_diverged_before_the_switch_says_so(home, tmp_path):
+    """Then no map can be fitted."""
+    with pytest.raises(UserError, match="no map can be fitted"):
+        train.main(options(home, out_dir=tmp_path / "a", eval_interval=0, test_examples=0, learning_rate=1000.0, grad_clip=0.0, warmup_steps=0))
 
 
 def test_output_that_cannot_show_a_character(home, tmp_path):
