@@ -257,8 +257,6 @@ def about(r, words, question, answer):
 # --- examples
 
 NEW = [groups, groups, times_as_many, together, price, rate]
-
-
 SHORT = 0, 2  # how many sentences of a story are beside the point
 LONG = 14, 22
 
