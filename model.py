@@ -42,6 +42,7 @@ from lib.architecture import ModelConfig
 from lib.files import load_weights, read_adapter, resolve, weight_files, write_safetensors, write_text
 from lib.flops import flops_by_part
 from lib.generate import generate
+from sparse import SkipQueries
 
 # cuDNN's attention, torch's first choice on an H100 since 2.11, makes a plan for every new shape, and here
 # nearly every batch and every generated token has one (tens of ms each, others say; UNMEASURED here).
@@ -173,8 +174,10 @@ class Attention(Part):
                                        heads)
 
     def forward(self, x, batch, rope, keep, measurer, last, cache):
-        """x (T, D) -> (T, D), in the last block (T_loss, D). rope: cos, sin (T, hd/2). keep: KeepAttention or
-        None. measurer: as in sparse.py. cache: a BlockCache to fill (generation), or None."""
+        """x (T, D) -> (T, D), in the last block (T_loss, D). rope: cos, sin (T, hd/2). keep: KeepAttention, SkipQueries
+        or None. measurer: as in sparse.py. cache: a BlockCache to fill (generation), or None."""
+        if isinstance(keep, SkipQueries):
+            return self.skip_queries(x, batch, rope, keep)
         H, K, n = self.n_heads, self.n_kv_heads, batch.n_sparse
         every = slice(0, len(x))
         wanted = every
@@ -191,6 +194,21 @@ class Attention(Part):
         a = a.transpose(1, 2).flatten(2).flatten(0, 1)  # (B S, Nq)
         rows = dense.Gather.apply(a, batch.places[wanted])  # (T, Nq), in the last block (T_loss, Nq)
         return self.output(rows, keep, n)  # in the last block keep is None
+
+    def skip_queries(self, x, batch, rope, keep):
+        """x (T, D) -> (T, D): only the dense rows have queries, in a grid of their own (B, Sd)."""
+        H, K, n = self.n_heads, self.n_kv_heads, batch.n_sparse
+        U, V, b = keep.map
+        instead = torch.addmm(b, x[:n] @ U, V)  # (n, D)
+        cos, sin = rope
+        [q] = dense.RopeScatter.apply(self.project(x[n:], "q"), cos[n:], sin[n:], batch.dense_places, H, self.head_dim,
+                                      batch.dense_positions.shape, (H,))  # (B, H, Sd, hd)
+        every = slice(0, len(x))
+        k, v = self.grid(self.project(x, "kv"), batch, rope, every, (K, K), K)  # (B, K, S, hd)
+        a = attend(q, k, v, batch.dense_lengths, batch.dense_positions)  # (B, H, Sd, hd)
+        a = a.transpose(1, 2).flatten(2).flatten(0, 1)  # (B Sd, Nq)
+        y = self.output(dense.Gather.apply(a, batch.dense_places))  # (T - n, D)
+        return torch.cat([instead, y])
 
     def decode(self, x, rope, cache):
         """One new token for each of B texts: x (B, D) -> (B, D). cache: this block's keys and values."""
@@ -217,11 +235,13 @@ class Attention(Part):
             yield kernels.unpacked(self.qkv[lo:hi])
 
 
-def attend(q, k, v, lengths):
+def attend(q, k, v, lengths, positions=None):
     """Causal attention, q (B, H, S, hd), k and v (B, K, S, hd). Rows behind an example's end are zero and
-    come later: no mask."""
+    come later: no mask. positions (B, Sq): q (B, H, Sq, hd) has the queries of some tokens only, of those there."""
     if q.device.type == "cpu":
-        return dense.CausalAttention.apply(q, k, v, lengths)
+        return dense.CausalAttention.apply(q, k, v, lengths, positions)
+    if positions is not None:
+        return dense.attend_from(q, k, v, positions)
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
 
 

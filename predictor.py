@@ -42,6 +42,12 @@ batches, rise of the loss / cosine of the gradient with the dense model's: fitte
 Sinks: the first tokens of each text have MLP outputs of up to 100,000 times the others'. data.collate makes them dense
 rows (dense_first), so they neither vote nor enter the fit.
 
+No queries. A layer's keys and values are all that the dense rows need of a context token. What the token itself reads from
+others shapes only its own keys and values in the layers above, and in the upper half of a network that hardly counts
+any more. With a ratio of 1 an attention's sparse rows make keys and values in full, and neither a query nor an output:
+a map of its normed input, fitted in the same way to all that attention would have added (E, w = 1 / |E|), stands in.
+That saves q, o and, for those rows, the products of queries and keys.
+
 Attention's channels hang together: q and k are kept in rotary pairs (d, d + hd/2) of a key/value head, the
 same for every query head that reads it; a value channel's output-projection rows are those of every query
 head of its group (keep_attention).
@@ -57,7 +63,7 @@ import kernels
 from config import UserError
 from lib import dist
 from lib.factors import factors
-from sparse import Keep, KeepAttention, KeepMLP, lora_forward
+from sparse import Keep, KeepAttention, KeepMLP, SkipQueries, lora_forward
 
 KINDS = ("svd", "measured", "energy", "oracle", "random", "worst")
 
@@ -246,6 +252,11 @@ class Predictor:
         self.fixed = None  # what fix() chose: KeepMLP or KeepAttention
         self.selections = None  # watch() puts a list here: select() appends what it is given and what it keeps
 
+    @property
+    def no_queries(self):
+        """Whether this is an attention whose sparse rows make keys and values only: attn_sparsity = 1."""
+        return not self.is_mlp and self.ratio == 1
+
     def measures(self):
         """True for the kinds whose channels are measured in dense steps and then fixed."""
         return self.kind in ("measured", "energy")
@@ -264,14 +275,14 @@ class Predictor:
 
     @property
     def map(self):
-        """(U (D, r), V (r, D), b (D,)) of the dropped channels, or None."""
-        if self.is_mlp and self.fixed is not None:
+        """(U (D, r), V (r, D), b (D,)) of what is dropped, or None."""
+        if isinstance(self.fixed, (KeepMLP, SkipQueries)):
             return self.fixed.map
         return None
 
     def rank_of_map(self):
         """The rank of the map that a sparse forward adds, 0: none. Also before it is fitted."""
-        if self.kind != "measured" or not self.is_mlp or not self.c:
+        if self.kind != "measured" or not self.c or not (self.is_mlp or self.no_queries):
             return 0
         return min(self.map_rank, self.part.main_weight().shape[1])
 
@@ -293,6 +304,8 @@ class Predictor:
         if not self.measures():
             return
         self.rows += len(y)
+        if self.no_queries:
+            return
         if self.kind == "measured":
             self.measured += taylor_attention(self.part, y, dy)
             return
@@ -306,18 +319,23 @@ class Predictor:
         if self.is_mlp:
             self.set_fixed(top(self.measured, self.c))
             return
+        if self.no_queries:
+            self.set_fixed()
+            return
         scores = self.measured
         if self.kind == "energy":
             scores = attention_scores(self.part, scores)
         self.set_fixed(*top_attention(self.part, scores, self.c))
 
     def set_fixed(self, *channels):
-        """Fixes these channels, of an MLP or of k and of v. Copying the kept rows out once turns every sparse product
+        """Fixes these channels, of an MLP or of k and of v; none where there are no queries. Copying the kept rows out once turns every sparse product
         into a plain matmul of fixed shape, for c / N of the weight's memory (of a packed weight's four times as much):
         worth it up to a half. A weight that is sharded over ranks has no rows to copy."""
         copy = 2 * self.c <= self.n_channels and not self.sharded
         if self.is_mlp:
             self.fixed = keep_mlp(self.part, *channels, copy)
+        elif self.no_queries:
+            self.fixed = SkipQueries()
         else:
             self.fixed = keep_attention(self.part, *channels, copy)
 
@@ -347,7 +365,9 @@ class Predictor:
     def switch(self, on):
         """Sparse from now on, or dense. Channels that were measured are chosen anew where the ratio has changed."""
         self.c = 0
-        if on and self.ratio > 0:
+        if on and self.no_queries:
+            self.c = self.n_channels
+        elif on and self.ratio > 0:
             self.c = number_kept(self.n_channels, self.ratio)
         if self.c and self.fixed is not None and self.c != self.n_kept():
             if not self.rows:
@@ -358,6 +378,8 @@ class Predictor:
     def n_kept(self):
         if self.is_mlp:
             return len(self.fixed.channels)
+        if isinstance(self.fixed, SkipQueries):
+            return self.n_channels
         return len(self.fixed.channels[1])
 
     def scores(self, x):
@@ -379,7 +401,7 @@ class Predictor:
 
     @torch.no_grad()
     def select(self, x):
-        """x (n, D), the sparse rows -> KeepMLP or KeepAttention. Nothing here waits for the device."""
+        """x (n, D), the sparse rows -> KeepMLP, KeepAttention or SkipQueries. Nothing here waits for the device."""
         if self.measures() and self.fixed is None:
             raise UserError(f"predictor={self.kind} has measured nothing yet: call predictor.measure(model, batches) "
                             "before a sparse forward")
@@ -417,16 +439,20 @@ class Predictor:
 def attach(model, mlp_sparsity, attn_sparsity, rank=8, kind="svd", map_rank=64, seed=0):
     """Gives every block but the last a ratio and a way to choose channels, and switches sparsity fully on.
 
-    mlp_sparsity, attn_sparsity: a float for all blocks, or a list of n_layers floats in [0, 1). rank: of the
-    SVD. kind: one of KINDS. map_rank: of the map that `measured` fits, 0: none. The last block stays dense: only its
-    loss rows compute anything but keys and values. Errors: UserError for an unknown kind, a bad ratio, or attention
-    sparsity in a model with q/k norms, which would rescale what is left of a query."""
+    mlp_sparsity, attn_sparsity: a float for all blocks, or a list of n_layers floats in [0, 1), for attention [0, 1].
+    rank: of the SVD. kind: one of KINDS. map_rank: of the map that `measured` fits, 0: none. The last block stays dense:
+    only its loss rows compute anything but keys and values. Errors: UserError for an unknown kind, a bad ratio, no
+    queries without a map, or attention channels dropped in a model with q/k norms, which would rescale what is left of
+    a query."""
     n = len(model.blocks)
     mlp = ratio_list(mlp_sparsity, n, "mlp_sparsity")
     attn = ratio_list(attn_sparsity, n, "attn_sparsity")
     if kind not in KINDS:
         raise UserError(f"predictor = {kind!r} is none of {', '.join(KINDS)}")
-    if any(attn) and model.config.qk_norm:
+    if 1 in attn and (kind != "measured" or not map_rank):
+        raise UserError(f"attn_sparsity = 1 needs a map that stands in for the queries, but predictor = {kind!r} and "
+                        f"map_rank = {map_rank}: set predictor = 'measured' and map_rank = 64, or a ratio below 1")
+    if any(0 < ratio < 1 for ratio in attn) and model.config.qk_norm:
         raise UserError(f"attn_sparsity = {max(attn)} cannot be used with a {model.config.model_type} model: "
                         "its q/k norms would rescale the channels that are left; set attn_sparsity = 0 (MLP "
                         "sparsity works)")
@@ -457,7 +483,7 @@ def ratio_list(ratios, n, name):
         ratios = [ratios] * n
     if len(ratios) != n:
         raise UserError(f"{name} has {len(ratios)} ratios, but the model has {n} blocks: give one a block")
-    if not all(0 <= r < 1 for r in ratios):
+    if not all(0 <= r < 1 or r == 1 and name == "attn_sparsity" for r in ratios):
         raise UserError(f"{name} = {ratios} holds a ratio outside [0, 1): 0 is dense, .9 keeps a tenth")
     return ratios
 
@@ -546,16 +572,19 @@ def fit_maps(model, batches, alone=False):
     diverged = False  # whether a block so far is sparse, and the two differ
     for block in model.blocks[:-1]:
         with dist.whole(block):
-            middle, dense = dense_halves(block, batches, ropes, dense)
+            before = dense
+            dense_middle, dense = dense_halves(block, batches, ropes, before)
             if alone:
-                fit_block(block, batches, middle, None)
+                fit_attention(block, batches, ropes, before, None)
+                fit_mlp(block, batches, dense_middle, None)
                 continue
             diverged = diverged or any(p.ratio > 0 for p in predictors_of(block))
             if not diverged:
                 sparse = dense
                 continue
+            fit_attention(block, batches, ropes, sparse, dense_middle)
             middle = attention_halves(block, batches, ropes, sparse)
-            fit_block(block, batches, middle, dense)
+            fit_mlp(block, batches, middle, dense)
             sparse = mlp_halves(block, batches, middle)
 
 
@@ -586,18 +615,14 @@ def mlp_halves(block, batches, xs):
     return [block.mlp_half(x, b.n_sparse, measure=False, chosen={}) for x, b in zip(xs, batches)]
 
 
-def fit_block(block, batches, middle, wanted):
+def fit_mlp(block, batches, middle, wanted):
     """Fits the map of one block's MLP, if it has one. middle: what enters the block's MLP half; wanted: what leaves it
     in the dense model, or None, where nothing below is sparse; (T, D) for each batch."""
     mlp, p = block.mlp, block.mlp.predictor
     if p is None or not p.rank_of_map():
         return
     kept = p.fixed.channels
-    like = middle[0]
-    D = like.shape[1]
-    high = torch.promote_types(like.dtype, torch.float32)
-    xx = torch.zeros(D + 1, D + 1, dtype=high, device=like.device)  # sum of w [x 1].T [x 1]
-    xe = torch.zeros(D + 1, D, dtype=high, device=like.device)  # sum of w [x 1].T E
+    sums = Sums(middle[0])
     for i, b in enumerate(batches):
         before = middle[i][:b.n_sparse]  # (n, D)
         x = block.norm(before, block.mlp_norm)  # (n, D)
@@ -605,25 +630,60 @@ def fit_block(block, batches, middle, wanted):
         h_dropped = h.index_fill(1, kept, 0)
         down = kernels.unpacked(mlp.down)  # only now, for the buffer holds one weight at a time
         dropped = h_dropped @ down  # E (n, D)
-        to_fit = dropped.to(high)
+        missing = 0.0
         if wanted is not None:
             # What is missing even with the MLP's whole output: the blocks below, and this one's attention, left that.
             whole = dropped + h[:, kept] @ down[kept]
-            lora_forward(h, whole, [(0, D)], mlp.lora_of(["down"]), mlp.lora_scale)
-            missing = wanted[i][:b.n_sparse].to(high) - before - whole  # (n, D)
-            to_fit += PULL * missing
-        w = zero_where_bad(1 / torch.linalg.vector_norm(h, dim=1, dtype=high))  # (n,)
-        x1 = zero_where_bad(with_ones(x.to(high)))  # (n, D+1)
+            lora_forward(h, whole, [(0, whole.shape[1])], mlp.lora_of(["down"]), mlp.lora_scale)
+            missing = wanted[i][:b.n_sparse].to(sums.dtype) - before - whole  # (n, D)
+        sums.add(x, dropped + PULL * missing, like=h)
+    sums.fit(p)
+
+
+def fit_attention(block, batches, ropes, entering, wanted):
+    """Fits the map of one block's attention, if its sparse rows have no queries. entering: what enters the block; wanted:
+    what leaves its attention half in the dense model, or None, where nothing below is sparse; (T, D) for each batch."""
+    p = block.attn.predictor
+    if p is None or not p.rank_of_map():
+        return
+    sums = Sums(entering[0])
+    for i, b in enumerate(batches):
+        n = b.n_sparse
+        x = block.norm(entering[i], block.attn_norm)  # (T, D)
+        whole = block.attn(x, b, ropes[i], keep=None, measurer=None, last=False, cache=None)[:n]  # E (n, D), with LoRA
+        missing = 0.0
+        if wanted is not None:
+            missing = (wanted[i] - entering[i])[:n].to(sums.dtype) - whole  # (n, D)
+        sums.add(x[:n], whole + PULL * missing, like=whole)
+    sums.fit(p)
+
+
+class Sums:
+    """What a map is fitted from: sums over context rows of w [x 1].T [x 1] and w [x 1].T E. In fp32, or fp64 for fp64."""
+
+    def __init__(self, like):
+        D = like.shape[1]
+        self.dtype = torch.promote_types(like.dtype, torch.float32)
+        self.xx = torch.zeros(D + 1, D + 1, dtype=self.dtype, device=like.device)
+        self.xe = torch.zeros(D + 1, D, dtype=self.dtype, device=like.device)
+
+    def add(self, x, to_fit, like):
+        """x and to_fit (n, D). like (n, N): each row weighs 1 / its norm."""
+        w = zero_where_bad(1 / torch.linalg.vector_norm(like, dim=1, dtype=self.dtype))  # (n,)
+        x1 = zero_where_bad(with_ones(x.to(self.dtype)))  # (n, D+1)
         weighted = (x1 * w[:, None]).T  # (D+1, n)
-        xx.addmm_(weighted, x1)
-        xe.addmm_(weighted, zero_where_bad(to_fit))
-    dist.all_reduce(xx)
-    dist.all_reduce(xe)
-    try:
-        p.set_map(fit_map(xx, xe, p.map_rank))
-    except torch.linalg.LinAlgError:
-        raise UserError("no map can be fitted to an MLP whose activations are 0 or not finite on all context rows: the "
-                        "run has diverged before it was sparse; lower learning_rate") from None
+        self.xx.addmm_(weighted, x1)
+        self.xe.addmm_(weighted, zero_where_bad(to_fit.to(self.dtype)))
+
+    def fit(self, p):
+        """Gives the predictor p its map. All ranks get the same."""
+        dist.all_reduce(self.xx)
+        dist.all_reduce(self.xe)
+        try:
+            p.set_map(fit_map(self.xx, self.xe, p.map_rank))
+        except torch.linalg.LinAlgError:
+            raise UserError("no map can be fitted to a part whose activations are 0 or not finite on all context rows: "
+                            "the run has diverged before it was sparse; lower learning_rate") from None
 
 
 @torch.no_grad()
@@ -632,7 +692,7 @@ def watch(model, batch):
     share of the true energy that the kept channels hold}}, and of an MLP also "residual": how much of its output is
     missing, |y - y'|^2 / |y|^2, mean over the rows; "without_map": the same without the map; "loudest": the largest
     |y|^2 of a row over the median. A share near 1 - ratio means that the selection is no better than chance."""
-    watched = predictors(model)
+    watched = [(name, p) for name, p in predictors(model) if not p.no_queries]
     for _, p in watched:
         p.selections = []
     try:
@@ -693,6 +753,7 @@ def state(model):
             continue
         channels = [p.fixed.channels]
         if not p.is_mlp:
+            # () where there are no queries
             channels = p.fixed.channels[1:]  # those of k and v say all
         out.update({f"{name}.channels.{i}": t for i, t in enumerate(channels)})
         out.update({f"{name}.map.{i}": t for i, t in enumerate(p.map or ())})
@@ -707,9 +768,10 @@ def load_state(model, tensors, first_rank=True):
         channels = tensors_of(tensors, f"{name}.channels.")
         fitted = tensors_of(tensors, f"{name}.map.")
         rows = tensors.get(f"{name}.sums.rows")
-        if channels:
+        if channels or fitted:
             device = p.part.main_weight().device
-            p.c = len(channels[0])
+            if channels:
+                p.c = len(channels[0])
             with dist.whole(p.block):
                 p.set_fixed(*(c.to(device) for c in channels))
             if fitted:

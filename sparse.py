@@ -14,6 +14,7 @@ rows of W:
 
     qkv      W (N, D)     dense  y = x W.T + b       sparse  y = b;  y[:, idx] += x W[idx].T
     o        W (N, D)     dense  y = x W             sparse  y = x[:, idx] W[idx]
+             where sparse rows have no queries (predictor.py), a map of the attention's input is all: y = (x U) V + b
     MLP      Wg, Wu (I, D) in one tensor, Wd (I, D)  dense: idx = all
                           g = x Wg[idx].T    u = x Wu[idx].T    h = silu(g) u    y = h Wd[idx]
              where the dropped channels have a map (predictor.py), frozen and of low rank  y += (x U) V + b
@@ -63,6 +64,13 @@ class KeepAttention(NamedTuple):
     channels: tuple
     qkv: Keep  # the same as rows of the fused qkv weight
     o: Keep  # the rows of o that read the kept values
+
+
+class SkipQueries(NamedTuple):
+    """An attention whose sparse rows make keys and values only, for the dense rows to read. What they would have read
+    themselves is replaced by a map of their normed input."""
+    map: Optional[tuple] = None  # U (D, r), V (r, D), b (D,): (x U) V + b stands in
+    channels: tuple = ()
 
 
 class KeepMLP(NamedTuple):

@@ -117,7 +117,11 @@ class Masked:
         return x * self.cos + torch.cat([-x2, x1], -1) * self.sin
 
     def attention(self, i, x, kept):
-        """x (T, D), kept: channels of q, k and v, or None -> (T, D)"""
+        """x (T, D), kept: channels of q, k and v, None, or (), where sparse rows have no queries -> (T, D)"""
+        if kept == ():
+            U, V, b = self.m.blocks[i].attn.predictor.map
+            n = self.batch.n_sparse
+            return torch.cat([x[:n] @ (U @ V) + b, self.attention(i, x, None)[n:]])
         H, K, hd = self.c.num_attention_heads, self.c.num_key_value_heads, self.c.head_dim
         at = f"model.layers.{i}.self_attn."
         qkv = []
@@ -204,6 +208,28 @@ def test_map_equals_masked_dense(kind, targets):
     assert abs(own - ref) < 1e-9 * ref and (mine - theirs).abs().max() < 1e-9 * theirs.abs().max()
 
 
+@pytest.mark.parametrize("targets", [ALL, "q,k,v,o", "k", "down"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_queries_equals_masked_dense(kind, targets):
+    """attn_sparsity = 1: context rows make keys and values, and a map stands in for what they would have read."""
+    m, batch = build(targets=targets, **KINDS[kind]), batch_of(dense_first=2)
+    predictor.attach(m, [.6, 0, 0], [1, 1, 0], kind="measured", map_rank=5)
+    predictor.measure(m, [batch, batch_of(seed=1, dense_first=2)])
+    U, V, b = m.blocks[1].attn.predictor.map
+    assert U.shape == (48, 5) and V.shape == (5, 48) and b.abs().min() > 0
+    assert_same(m, batch)
+
+
+@pytest.mark.parametrize("split", ["output", "none", "random", "rectangle"])
+@pytest.mark.parametrize("dense_first", [0, 3])
+def test_no_queries_in_every_split(split, dense_first):
+    """Texts without a dense row among them: none has one in split none with dense_first 0."""
+    m, batch = build(), batch_of(((9, 4), (6, 3), (70, 140)), split=split, dense_first=dense_first)
+    predictor.attach(m, 0, [1, 1, 0], kind="measured", map_rank=5)
+    predictor.measure(m, [batch])
+    assert_same(m, batch)
+
+
 @pytest.mark.parametrize("split", ["output", "none", "random", "rectangle"])
 @pytest.mark.parametrize("dense_first", [0, 3])
 def test_every_split_equals_masked_dense(split, dense_first):
@@ -227,6 +253,9 @@ def test_qwen3_dense_gradients_and_sparse_mlp():
         predictor.attach(m, 0, .5)
     predictor.attach(m, .5, 0, kind="oracle")
     assert m.loss(batch_of()).isfinite()
+    predictor.attach(m, 0, 1, kind="measured", map_rank=4)  # without queries there are none to rescale
+    predictor.measure(m, [batch_of()])
+    assert all(g.isfinite().all() for g in grads(m.loss(batch_of()), m).values() if g is not None)
 
 
 # ---- one code path: dense, micro-batches, recompute --------------------------------------------------------
@@ -276,13 +305,13 @@ def test_what_is_measured_does_not_depend_on_micro_batches_or_recomputation(kind
             assert torch.allclose(t, other[k], rtol=1e-9, atol=1e-9 * t.abs().max()), k
 
 
-@pytest.mark.parametrize("kind", predictor.KINDS)
-def test_recompute_changes_nothing(kind):
+@pytest.mark.parametrize("kind, attn", [*((kind, .5) for kind in predictor.KINDS), ("measured", 1)])
+def test_recompute_changes_nothing(kind, attn):
     """Block inputs are kept, the rest is computed again, with the same channels (`random` would draw
     others)."""
     def run(recompute):
         m, batch = build(), batch_of()
-        predictor.attach(m, .6, .5, kind=kind, seed=3)
+        predictor.attach(m, .6, attn, kind=kind, seed=3)
         m.recompute = recompute
         if kind in ("measured", "energy"):
             predictor.measure(m, [batch])
@@ -322,6 +351,34 @@ def test_attention_in_blocks_equals_torch(heads, dtype, tol):
     grads = [torch.autograd.grad(y, x, d) for y, x, d in ((mine, qkv, dy.to(dtype)), (ref, exact, dy))]
     for a, b in zip([mine, *grads[0]], [ref, *grads[1]]):
         assert a.dtype == dtype and (a - b).abs().max() < tol * b.abs().max()
+
+
+@pytest.mark.parametrize("dtype, tol", [(torch.float64, 1e-11), (torch.bfloat16, .05)])
+@pytest.mark.parametrize("heads", [(6, 2), (3, 3)])
+def test_attention_of_some_queries_equals_torch(heads, dtype, tol):
+    """Scattered queries, more than a block of them in one text and none in another, against rows of the whole."""
+    torch.manual_seed(0)
+    (H, K), lengths, S, hd = heads, [300, 7, 5, 290], 300, 8
+    some = [sorted(random.Random(b).sample(range(n), count)) for b, (n, count) in enumerate(zip(lengths, (150, 7, 0, 1)))]
+    positions = torch.zeros(4, 150, dtype=torch.long)
+    for b, where in enumerate(some):
+        positions[b, :len(where)] = torch.tensor(where, dtype=torch.long)
+    exact = [torch.randn(4, h, S, hd, dtype=torch.float64).to(dtype).double().requires_grad_() for h in (H, K, K)]
+    wanted = torch.zeros(4, 1, 150, 1, dtype=torch.float64)
+    for b, where in enumerate(some):
+        wanted[b, :, :len(where)] = 1
+    at = positions[:, None, :, None].expand(-1, H, -1, hd)
+    ref = F.scaled_dot_product_attention(*exact, is_causal=True, enable_gqa=True).gather(2, at) * wanted
+    q, k, v = (t.detach().to(dtype).requires_grad_() for t in (exact[0].gather(2, at), *exact[1:]))
+    mine = dense_ops.CausalAttention.apply(q, k, v, [len(where) for where in some], positions)
+    dy = torch.randn_like(ref).to(dtype).double() * wanted
+    dq, dk, dv = torch.autograd.grad(mine, (q, k, v), dy.to(dtype))
+    rq, rk, rv = torch.autograd.grad(ref, exact, dy)
+    for a, b in zip((mine, dq, dk, dv), (ref, rq.gather(2, at) * wanted, rk, rv)):
+        assert a.dtype == dtype and (a - b).abs().max() < tol * b.abs().max()
+    # what a GPU does: a mask, no blocks
+    masked = dense_ops.attend_from(q, k, v, positions) * wanted.to(dtype)
+    assert (masked - ref).abs().max() < tol * ref.abs().max()
 
 
 def test_attention_in_bf16_is_no_further_off_than_torch():
@@ -373,12 +430,12 @@ def build_packed(**kw):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("how", ["dense", "svd", "oracle", "measured"])
-def test_4_bits_equal_masked_dense(kind, how):
+@pytest.mark.parametrize("how, attn", [("dense", 0), ("svd", .5), ("oracle", .5), ("measured", .5), ("measured", 1)])
+def test_4_bits_equal_masked_dense(kind, how, attn):
     """On the unpacked weights; channels that are gathered, and channels that were copied out, with a map."""
     m, batch = build_packed(**KINDS[kind]), batch_of(dense_first=2)
     if how != "dense":
-        predictor.attach(m, .6, .5, rank=4, kind=how, map_rank=5)
+        predictor.attach(m, .6, attn, rank=4, kind=how, map_rank=5)
     if how == "measured":
         predictor.measure(m, [batch])
     assert_same(m, batch)
@@ -636,10 +693,11 @@ def test_maps_are_fitted_block_after_block(bits, alone):
 def test_maps_do_not_depend_on_micro_batches():
     def maps(batches):
         m = build()
-        predictor.attach(m, [.6, 0, 0], 0, kind="measured", map_rank=5)
+        predictor.attach(m, [.6, 0, 0], [1, 0, 0], kind="measured", map_rank=5)
         predictor.measure(m, batches)
-        U, V, b = m.blocks[0].mlp.predictor.map
-        return torch.cat([U @ V, b[None]])
+        maps = [p.map for _, p in predictor.predictors(m)]
+        assert len(maps) == 2
+        return torch.cat([torch.cat([U @ V, b[None]]) for U, V, b in maps])
 
     ex = examples()
     assert torch.allclose(maps([data.collate(ex)]), maps([data.collate(ex[:2]), data.collate(ex[2:])]), rtol=1e-7)
@@ -690,12 +748,12 @@ def test_the_worst_are_what_the_oracle_leaves():
         assert len(best) == len(worst) and not set(best.tolist()) & set(worst.tolist())
 
 
-@pytest.mark.parametrize("kind", ["measured", "energy"])
-def test_a_saved_choice_is_the_same_choice(kind):
+@pytest.mark.parametrize("kind, attn", [("measured", .5), ("energy", .5), ("measured", 1)])
+def test_a_saved_choice_is_the_same_choice(kind, attn):
     """Before the switch the scores, after it channels and maps: the loss of a model that took them is the same."""
     (m, batch), other = (build(), batch_of()), build()
     for model in (m, other):
-        predictor.attach(model, .6, .5, kind=kind, map_rank=4)
+        predictor.attach(model, .6, attn, kind=kind, map_rank=4)
     predictor.measure_more(m, [batch])
     predictor.load_state(other, predictor.state(m))
     for model in (m, other):
@@ -703,7 +761,7 @@ def test_a_saved_choice_is_the_same_choice(kind):
         predictor.fit_maps(model, [batch])
     assert torch.equal(m.loss(batch), other.loss(batch))
     again = build()
-    predictor.attach(again, .6, .5, kind=kind, map_rank=4)
+    predictor.attach(again, .6, attn, kind=kind, map_rank=4)
     predictor.load_state(again, {k: t.clone() for k, t in predictor.state(m).items()})
     assert torch.equal(m.loss(batch), again.loss(batch))
     shapes = [{k: t.shape for k, t in predictor.state(one).items()} for one in (again, m)]
@@ -785,6 +843,9 @@ def test_errors_of_attach():
             predictor.attach(m, *args)
     with pytest.raises(UserError, match="none of svd"):
         predictor.attach(m, .5, 0, kind="best")
+    for more in (dict(kind="svd"), dict(kind="energy"), dict(kind="measured", map_rank=0)):
+        with pytest.raises(UserError, match="attn_sparsity = 1 needs a map"):
+            predictor.attach(m, 0, 1, **more)
 
 
 # ---- transformers and PEFT ---------------------------------------------------------------------------------

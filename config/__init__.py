@@ -91,7 +91,7 @@ class Config:
 
     # sparsity: the share of channels that context tokens skip
     mlp_sparsity: Ratios = 0.0  # in [0, 1), or a list, or {"3-30": 0.99}: blocks 3 to 30
-    attn_sparsity: Ratios = 0.0  # the same, for q, k, v and o
+    attn_sparsity: Ratios = 0.0  # the same, for q, k, v and o; 1: k and v stay, and there is no query
     predictor: Literal["measured", "svd", "energy", "oracle", "random", "worst"] = "measured"  # of channels
     predictor_rank: int = option(8, at_least=1)  # of svd
     map_rank: int = 64  # measured: of the linear map that stands in for dropped MLP channels, 0: none
@@ -270,8 +270,8 @@ def check_number(name, value, at_least=0, at_most=None, above=None, below=None):
 
 def ratios(value, n_layers, name):
     """A ratio for all blocks, a list of one a block, or {"3-30": .99, "5": .5} (both ends included, the rest
-    is 0) -> [float] of n_layers. UserError: not in [0, 1), a wrong length, a block that is not there or named
-    twice. n_layers None: only the form is checked."""
+    is 0) -> [float] of n_layers. UserError: not in [0, 1), for attention not in [0, 1], a wrong length, a block that is
+    not there or named twice. n_layers None: only the form is checked."""
     if isinstance(value, dict):
         pairs = [(block, ratio) for key, ratio in value.items() for block in block_range(key, n_layers, name)]
         blocks = [block for block, _ in pairs]
@@ -280,9 +280,10 @@ def ratios(value, n_layers, name):
         value = [dict(pairs).get(block, 0.0) for block in range(n_layers or max(blocks, default=-1) + 1)]
     elif not isinstance(value, (list, tuple)):
         value = [value] * (n_layers or 1)
+    one = name == "attn_sparsity"  # 1 is a ratio too: no queries
     for ratio in value:
-        if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 <= ratio < 1:
-            raise UserError(f"{name} has the ratio {ratio!r}, which is not a number in [0, 1)")
+        if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 <= ratio < 1 + one * 1e-9:
+            raise UserError(f"{name} has the ratio {ratio!r}, which is not a number in [0, 1{']' if one else ')'}")
     if n_layers is not None and len(value) != n_layers:
         raise UserError(f"{name} lists {len(value)} ratios, but the model has {n_layers} blocks")
     return [float(ratio) for ratio in value]

@@ -13,7 +13,7 @@ the first answer token is computed sparsely, and the last, useless one densely.)
 import random
 import re
 from itertools import groupby
-from typing import NamedTuple
+from typing import NamedTuple, Optional
 
 import numpy as np
 import torch
@@ -42,6 +42,10 @@ class Batch(NamedTuple):
     n_sparse: int  # rows 0 to n_sparse are sparse
     loss: slice  # the rows in the loss
     lengths: tuple  # rows of each example
+    # where sparse rows have no queries, those of the dense rows stand in a grid of their own, (B, Sd):
+    dense_places: Optional[torch.Tensor] = None  # (T - n_sparse,) b * Sd + number among the example's dense rows
+    dense_positions: Optional[torch.Tensor] = None  # (B, Sd) place in its example
+    dense_lengths: tuple = ()  # dense rows of each example
 
     @property
     def shape(self):
@@ -306,6 +310,7 @@ def collate(tokenized, split="output", seed=0, dense_first=4):
     n_sparse = int((group < 2).sum())
     loss = slice(before_loss, before_loss + n_loss)
     in_loss = order[loss]  # (T_loss,)
+    dense_places, dense_positions, dense_lengths = grid_of_dense(dense, lengths, positions)
     return Batch(
         tokens=torch.from_numpy(tokens[order]),
         targets=torch.from_numpy(targets[in_loss]),
@@ -314,7 +319,24 @@ def collate(tokenized, split="output", seed=0, dense_first=4):
         places=torch.from_numpy(places[order]),
         n_sparse=n_sparse,
         loss=loss,
-        lengths=tuple(lengths.tolist()))
+        lengths=tuple(lengths.tolist()),
+        dense_places=torch.from_numpy(dense_places[order[n_sparse:]]),
+        dense_positions=torch.from_numpy(dense_positions),
+        dense_lengths=dense_lengths)
+
+
+def grid_of_dense(dense, lengths, positions):
+    """dense (T,): which tokens, example after example, run dense -> place of each in a grid of the dense ones, (T,), -1
+    for the others; their positions in that grid, (B, Sd); how many each example has."""
+    example = np.repeat(np.arange(len(lengths)), lengths)  # (T,)
+    counts = np.bincount(example[dense], minlength=len(lengths))  # (B,)
+    before = np.cumsum(counts) - counts  # (B,) dense tokens of earlier examples
+    number = np.cumsum(dense) - 1 - before[example]  # (T,) among those of its example
+    width = max(1, counts.max())
+    places = np.where(dense, example * width + number, -1)
+    grid = np.zeros(len(lengths) * width, dtype=np.int64)
+    grid[places[dense]] = positions[dense]
+    return places, grid.reshape(-1, width), tuple(counts.tolist())
 
 
 # ---- answers

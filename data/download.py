@@ -154,14 +154,22 @@ def write_all(prepare_file, parts):
         write(prepare_file, name, rows)
 
 
-def run(main):
-    """The command line of a prepare.py."""
+def run(main, **numbers):
+    """The command line of a prepare.py: main(source=DIR or None). numbers: other options that it has, whole numbers
+    from 1 up, and their defaults."""
     try:
-        source = None
+        given = dict(source=None, **numbers)
         for flag in sys.argv[1:]:
-            name, _, source = flag.partition("=")
-            if name != "--source" or not source:
-                raise UserError(f"unknown option {flag}; the only one is --source=DIR, where the files lie")
-        main(source=source)
+            name, _, value = flag.removeprefix("--").partition("=")
+            if name not in given or not value:
+                more = "".join(f" and --{number}={n}" for number, n in numbers.items())
+                raise UserError(f"unknown option {flag}; there is --source=DIR, where the files lie{more}")
+            if name not in numbers:
+                given[name] = value
+            elif value.isdecimal() and int(value):
+                given[name] = int(value)
+            else:
+                raise UserError(f"{flag} has to be a whole number from 1 up")
+        main(**given)
     except UserError as e:
         sys.exit(f"error: {e}")

@@ -107,7 +107,8 @@ class CausalAttention(Function):
     """softmax(q k.T / sqrt(hd), no later position) v on the grid. q (B, H, S, hd), k and v (B, K, S, hd),
     lengths: B host integers -> (B, H, S, hd), zero behind an example's end. For the CPU, whose fused
     attention works through the grid's padding too: here an example's own rows only, BLOCK queries at a time
-    against the keys up to them.
+    against the keys up to them. Where not every token has a query, q (B, H, Sq, hd) has those of some, in order,
+    positions (B, Sq) says which, int64, and lengths counts them.
 
         P = softmax(q k.T / sqrt(hd))    o = P v        (P is made again in the backward)
         dv = P.T do    dP = do v.T    dS = P (dP - rowsum(P dP))    dq = dS k / sqrt(hd)    dk = dS.T q / sqrt(hd)
@@ -118,79 +119,93 @@ class CausalAttention(Function):
     BLOCK = 128  # queries
 
     @staticmethod
-    def ranges(lengths):
-        """(example, first, end) of each block of queries; its keys are 0 .. end."""
+    def ranges(lengths, positions=None):
+        """(example, first, end, keys) of each block of queries: which they are, and how many keys they see."""
         step = CausalAttention.BLOCK
-        return [(b, i, min(i + step, length))
-                for b, length in enumerate(lengths) for i in range(0, length, step)]
+        out = []
+        for b, length in enumerate(lengths):
+            for i in range(0, length, step):
+                j = min(i + step, length)
+                keys = j
+                if positions is not None:
+                    keys = int(positions[b, j - 1]) + 1
+                out.append((b, i, j, keys))
+        return out
 
     @staticmethod
-    def pairs(lengths):
-        """How many (query, key) pairs a head computes: about half of a square grid."""
-        return sum((j - i) * j for _, i, j in CausalAttention.ranges(lengths))
+    def pairs(lengths, positions=None):
+        """How many (query, key) pairs a head computes: with all queries about half of a square grid."""
+        return sum((j - i) * keys for _, i, j, keys in CausalAttention.ranges(lengths, positions))
 
     @staticmethod
-    def blocks(q, k, v, lengths):
-        """Yields for each block of m queries: its index into (B, h, S, hd) and that of its keys, its queries
-        (K, G m, hd) for G query heads in each of K groups, and the keys and values that they see, (K, j, hd); in fp32
-        where q is half."""
+    def blocks(q, k, v, lengths, positions):
+        """Yields for each block of m queries: its index into (B, h, Sq, hd) and that of its j keys, its queries
+        (K, G m, hd) for G query heads in each of K groups, the keys and values that they see, (K, j, hd), in fp32
+        where q is half; and which of the last keys are later than which query, (m, j or less)."""
         high = torch.promote_types(q.dtype, torch.float32)
-        for b, i, j in CausalAttention.ranges(lengths):
-            rows = (b, slice(None), slice(i, j))
+        for b, i, end, j in CausalAttention.ranges(lengths, positions):
+            rows = (b, slice(None), slice(i, end))
             seen = (b, slice(None), slice(0, j))
             queries = q[rows].reshape(k.shape[1], -1, q.shape[3])
-            yield rows, seen, queries.to(high), k[seen].to(high), v[seen].to(high)
+            if positions is None:
+                later = torch.ones(end - i, end - i, dtype=torch.bool, device=q.device).triu(1)
+            else:
+                later = torch.arange(j, device=q.device) > positions[b, i:end, None]
+            yield rows, seen, queries.to(high), k[seen].to(high), v[seen].to(high), later
 
     @staticmethod
-    def buffer(q, lengths):
+    def buffer(q, k):
         """Room for the scores of one block, which all blocks use in turn: 2 MB of fresh memory for each product cost a
         page fault for every 4 KB (4 of 512 tokens, 9/3 heads: 80 instead of 52 ms)."""
         high = torch.promote_types(q.dtype, torch.float32)
-        return q.new_empty(q.shape[1] * CausalAttention.BLOCK * max(lengths), dtype=high)
+        return q.new_empty(q.shape[1] * min(CausalAttention.BLOCK, q.shape[2]) * k.shape[2], dtype=high)
 
     @staticmethod
-    def weights(q, k, scale, buffer):
-        """q (K, G m, hd), of which the m queries are the last of k's j positions, k (K, j, hd) -> P (K, G m, j), 0 where
-        the key is later than the query. Lies in the buffer."""
+    def weights(q, k, later, scale, buffer):
+        """q (K, G m, hd), k (K, j, hd), later as in blocks() -> P (K, G m, j), 0 where the key is later than the query.
+        Lies in the buffer."""
         K, j, _ = k.shape
         p = buffer[:K * q.shape[1] * j].view(K, -1, j)
         torch.bmm(q, k.transpose(1, 2), out=p).mul_(scale)
-        m = (j - 1) % CausalAttention.BLOCK + 1
-        later = torch.ones(m, m, dtype=torch.bool, device=q.device).triu(1)
-        p.unflatten(1, (-1, m))[..., -m:].masked_fill_(later, float("-inf"))
+        m, last = later.shape
+        p.unflatten(1, (-1, m))[..., -last:].masked_fill_(later, float("-inf"))
         return torch.softmax(p, 2, out=p)
 
     @staticmethod
-    def forward(ctx, q, k, v, lengths):
+    def forward(ctx, q, k, v, lengths, positions=None):
         # (B, H, S, hd), the heads of a row side by side: so it is read next
         out = torch.zeros_like(q.transpose(1, 2)).transpose(1, 2)
         if q.dtype in (torch.bfloat16, torch.float16):
             for b, n in enumerate(lengths):
                 rows = slice(b, b + 1), slice(None), slice(0, n)
-                out[rows] = F.scaled_dot_product_attention(q[rows], k[rows], v[rows], is_causal=True, enable_gqa=True)
+                if positions is None:
+                    out[rows] = F.scaled_dot_product_attention(q[rows], k[rows], v[rows], is_causal=True,
+                                                               enable_gqa=True)
+                elif n:
+                    out[rows] = attend_from(q[rows], k[b:b + 1], v[b:b + 1], positions[b:b + 1, :n])
         else:
-            buffer = CausalAttention.buffer(q, lengths)
-            for rows, _, qs, ks, vs in CausalAttention.blocks(q, k, v, lengths):
-                p = CausalAttention.weights(qs, ks, q.shape[3] ** -.5, buffer)
+            buffer = CausalAttention.buffer(q, k)
+            for rows, _, qs, ks, vs, later in CausalAttention.blocks(q, k, v, lengths, positions):
+                p = CausalAttention.weights(qs, ks, later, q.shape[3] ** -.5, buffer)
                 out[rows] = torch.bmm(p, vs).view_as(out[rows])
-        ctx.save_for_backward(q, k, v)
+        ctx.save_for_backward(q, k, v, positions)
         ctx.lengths = lengths
         return out
 
     @staticmethod
     def backward(ctx, dout):
-        q, k, v = ctx.saved_tensors
+        q, k, v, positions = ctx.saved_tensors
         scale = q.shape[3] ** -.5
         high = torch.promote_types(q.dtype, torch.float32)
         dq = torch.zeros_like(q)
         dk = torch.zeros_like(k, dtype=high)  # sums over the blocks
         dv = torch.zeros_like(v, dtype=high)
-        p_buffer = CausalAttention.buffer(q, ctx.lengths)
-        dp_buffer = CausalAttention.buffer(q, ctx.lengths)
+        p_buffer = CausalAttention.buffer(q, k)
+        dp_buffer = CausalAttention.buffer(q, k)
         with products_in_bf16(q.dtype == torch.bfloat16):
-            for rows, seen, qs, ks, vs in CausalAttention.blocks(q, k, v, ctx.lengths):
+            for rows, seen, qs, ks, vs, later in CausalAttention.blocks(q, k, v, ctx.lengths, positions):
                 do = dout[rows].reshape_as(qs).to(high)
-                p = CausalAttention.weights(qs, ks, scale, p_buffer)  # (K, G m, j)
+                p = CausalAttention.weights(qs, ks, later, scale, p_buffer)  # (K, G m, j)
                 dp = dp_buffer[:p.numel()].view_as(p)
                 torch.bmm(do, vs.transpose(1, 2), out=dp)
                 # a product that is added: baddbmm_ takes a strided slice head by head, on two threads half as fast
@@ -198,7 +213,14 @@ class CausalAttention(Function):
                 ds = torch._softmax_backward_data(dp, p, 2, high, grad_input=dp)
                 dk[seen] += torch.bmm(ds.transpose(1, 2), qs)
                 dq[rows] = torch.bmm(ds, ks).mul_(scale).view_as(dq[rows])
-        return dq, dk.mul_(scale).to(q.dtype), dv.to(q.dtype), None
+        return dq, dk.mul_(scale).to(q.dtype), dv.to(q.dtype), None, None
+
+
+def attend_from(q, k, v, positions):
+    """torch's attention of queries (B, H, Sq, hd) that stand at positions (B, Sq), each to the keys up to its own."""
+    keys = torch.arange(k.shape[2], device=q.device)
+    seen = keys <= positions[:, None, :, None]  # (B, 1, Sq, S)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=q.shape[1] != k.shape[1])
 
 
 @contextmanager

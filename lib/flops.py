@@ -75,12 +75,22 @@ def attention(model, batch, predictor, n, t, need, full):
         qkv = n * predictor.c * (G + 2) + (T - n) * (Nq + 2 * Nkv)
         o = n * predictor.c * G + (T - n) * Nq
         f += predictor.flops(n)
+    no_queries = predictor is not None and predictor.no_queries
+    if no_queries:
+        t = T - n
+        qkv = t * Nq + T * 2 * Nkv
+        o = t * Nq
+        f += 2 * n * predictor.rank_of_map() * 2 * D * (1 + need)  # (x U) V, and (dy V.T) U.T
     f += 2 * D * qkv * (1 + need + full)
     f += lora("q", t, D, Nq, need) + lora("k", T, D, Nkv, need) + lora("v", T, D, Nkv, need)
     inside = need or full or any(x in model.lora_targets for x in "qkv")
     pairs = B * S * S  # of queries and keys: the whole square, as tools.bench counts others' code too (no lengths)
     if batch.lengths is not None and model.device.type == "cpu":
         pairs = dense.CausalAttention.pairs(batch.lengths)
+        if no_queries:
+            pairs = dense.CausalAttention.pairs(batch.dense_lengths, batch.dense_positions)
+    elif no_queries:
+        pairs = B * batch.dense_positions.shape[1] * S
     f += 2 * pairs * Nq * (2 + 5 * inside)  # 2 products forward, 5 backward
     f += 2 * D * o * (1 + inside + full) + lora("o", t, Nq, D, inside)
     return f, inside or "o" in model.lora_targets

@@ -5,7 +5,7 @@ gradient. The central figure.
 
     --name=smollm2         of this model and task in the tables; without it they are only written anew
     --kinds=measured,svd   predictors; with --ratios=.5,.75,.9,.97,.99 and --ranks=0,16,64,256. alone: measured, but each
-                           map fitted as if no other part were sparse
+                           map fitted as if no other part were sparse; measured:LO-HI: and no queries in these blocks
     --blocks=LO-HI         where the MLPs are sparse; default: all inner blocks but the first
     --fit=8 --test=4       batches to measure on, and others to look at
     --option=value         everything else is train.py's
@@ -37,7 +37,7 @@ def settings(own):
     out = []
     for kind in own["kinds"].split(","):
         ranks = [0]
-        if kind in ("measured", "alone"):
+        if kind == "alone" or kind.startswith("measured"):
             ranks = [int(r) for r in own["ranks"].split(",")]
         out += [(kind, float(ratio), rank) for ratio in own["ratios"].split(",") for rank in ranks]
     return out
@@ -74,6 +74,7 @@ def measure_all(cfg, own, store):
     fit, test = fit[:own["fit"]], test[:own["test"]]
     L = len(model.blocks)
     lo, hi = (int(i) for i in (own["blocks"] or f"1-{L - 2}").split("-"))
+    among = lambda first, last: [1.0 if int(first) <= i <= int(last) else 0.0 for i in range(L)]
     key = lambda kind, ratio, rank: f"{own['name']} | {lo}-{hi} | {kind} {ratio:g} {rank}"
     todo = [s for s in settings(own) if key(*s) not in store]
     predictor.set_ratios(model, {})
@@ -85,13 +86,18 @@ def measure_all(cfg, own, store):
     for kind, ratio, rank in todo:
         if kind != attached:
             attached = kind
-            ratios = [ratio if lo <= i <= hi else 0.0 for i in range(L)]
-            how = "measured" if kind == "alone" else kind
-            predictor.attach(model, ratios, 0.0, cfg.predictor_rank, how, rank, cfg.seed)
+            how, _, blocks = kind.partition(":")
+            if kind == "alone":
+                how = "measured"
+            ratios = [ratio * one for one in among(lo, hi)]
+            attn = among(*blocks.split("-")) if blocks else 0.0
+            predictor.attach(model, ratios, attn, cfg.predictor_rank, how, rank, cfg.seed)
             if predictor.measuring(model):
                 predictor.measure_more(model, fit)
         for _, p in predictor.predictors(model):
-            p.ratio, p.map_rank = ratio, rank
+            p.map_rank = rank
+            if p.is_mlp:
+                p.ratio = ratio
             p.switch(True)
             if p.measures():
                 p.fix()
@@ -118,6 +124,8 @@ def grouped(store):
             kind = "measured, no map"
         elif kind == "measured":
             kind = f"measured, map {rank}"
+        elif kind.startswith("measured:"):
+            kind = f"measured, map {rank}, no queries in {kind.partition(':')[2]}"
         elif kind == "alone":
             kind = f"measured, map {rank} fitted alone"
         groups.setdefault((name, blocks), {}).setdefault(kind, {})[float(ratio)] = v

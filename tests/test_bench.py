@@ -99,6 +99,17 @@ def test_sparse_flops_are_torchs(targets, kind, map_rank, ratios, model_type, tm
     assert dense == counted(lambda: m.loss(b).backward()) and m.flops(b) == (dense, dense)
 
 
+@pytest.mark.parametrize("model_type", ["llama", "qwen2"])
+def test_flops_without_queries_are_torchs(model_type):
+    m, b = tiny(model_type=model_type), data.collate(batch())
+    m.add_lora(4, 8, "q,k,v,o,gate,up,down")
+    predictor.attach(m, [.5, 0, 0], [1, 1, 0], kind="measured", map_rank=5)
+    before = m.flops(b)
+    predictor.measure(m, [b])
+    dense, sparse = m.flops(b)
+    assert before == (dense, sparse) and sparse == counted(lambda: m.loss(b).backward())
+
+
 def test_memory_is_counted_without_memory():
     """results.memory: on the meta device, with stand-ins for what a GPU fuses."""
     m = memory.make_model({**TINY, "num_hidden_layers": 6}, 4)

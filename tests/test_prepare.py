@@ -59,7 +59,10 @@ def gsm8k_rows(n, word):
 def test_gsm8k_shots(tmp_path):
     """The problem itself comes last and is not among the two that are solved before it."""
     module, folder = prepare("gsm8k_shots", tmp_path)
-    module.main(originals(tmp_path, gsm8k_train__jsonl=gsm8k_rows(540, "pens"), gsm8k_test__jsonl=gsm8k_rows(5, "cups")))
+    source = originals(tmp_path, gsm8k_train__jsonl=gsm8k_rows(540, "pens"), gsm8k_test__jsonl=gsm8k_rows(5, "cups"))
+    module.main(source, shots=3)
+    assert all(row["prompt"].count("Solution: ") == 3 for row in read(folder / "test.jsonl"))
+    module.main(source)
     for split in ("train", "val", "test"):
         for row in read(folder / f"{split}.jsonl"):
             *shots, own = row["prompt"].split("\n\n")

@@ -70,7 +70,8 @@ def assert_close_runs(a, b):
         torch.testing.assert_close(wa[k], wb[k], rtol=1e-3, atol=1e-4)
 
 
-PARALLEL = {"dense": dict(mlp_sparsity=0.0, attn_sparsity=0.0), "svd": dict(predictor="svd"), "measured": {}}
+PARALLEL = {"dense": dict(mlp_sparsity=0.0, attn_sparsity=0.0), "svd": dict(predictor="svd"), "measured": {},
+            "no queries": dict(attn_sparsity=1)}
 
 
 @pytest.mark.parametrize("kind", PARALLEL)
@@ -101,7 +102,7 @@ def hook_answers(rank):
     LLaMA.generate = generate
 
 
-@pytest.mark.parametrize("kind", [pytest.param("dense", marks=pytest.mark.slow), "svd", "measured"])
+@pytest.mark.parametrize("kind", [pytest.param("dense", marks=pytest.mark.slow), "svd", "measured", "no queries"])
 def test_fsdp_equals_data_parallel(home, tmp_path, kind):
     """Bit for bit, with a rank that has one micro-batch less, and with recomputation; both ranks generate the same texts."""
     changes = dict(PARALLEL[kind], micro_batch_size=2, recompute=kind == "measured")

@@ -165,6 +165,9 @@ def traffic(model, batch):
         if p is not None:
             channels -= n * (c.intermediate_size - p.c)
         numbers += 22 * t * c.hidden_size + 8 * channels
+        p = at_work(b.attn, True, n)
+        if p is not None and p.no_queries:
+            t -= n
         numbers += 8 * c.head_dim * (t * c.num_attention_heads + T * c.num_key_value_heads)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return model.embed.element_size() * (numbers + 5 * T_loss * c.vocab_size) + 28 * trained

@@ -1,0 +1,311 @@
+"""Does it pay? SparseLoRA against dense LoRA that is stopped after the same time.
+
+    python -m results.equal_time tiny
+    python -m results.equal_time smollm2 --model=DIR
+
+    BASE            one of BASES below: which runs there are; each is a train.py command line that can be pasted
+    --seeds=0       of each run; 0: as many as BASES says
+    --jobs=2        runs at a time, one thread each, so that all of them share the machine alike
+    --dry=True      only print the command lines;  --collect=True: only collect what has finished
+    --option=value  everything else goes to every train.py
+
+Interrupted, it goes on: finished runs have a result.json, half-finished ones a state. What they wrote is collected in
+equal_time.json, a run a line, of which equal_time.md and a picture of each base are made.
+"""
+import json
+import math
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+from config import UserError
+from lib.cli import options, run
+from lib.files import write_text
+
+ROOT = Path(__file__).resolve().parent.parent
+OWN = dict(seeds=0, jobs=2, dry=False, collect=False)
+DENSE = "dense LoRA"
+
+
+class Base(NamedTuple):
+    """A model and a task."""
+    title: str
+    train: list  # train.py's arguments, of all runs
+    seeds: int
+    fewer: tuple  # dense LoRA is also stopped after so many steps
+    lines: dict  # label of a sparse run: its arguments
+    by: str = "val_loss"  # what runs are compared by: or test_loss
+
+
+BASES = dict(
+    tiny=Base("the embedded base and its word problems, 86 % context", ["config/tiny.py"], 5, (210, 195, 180), {
+        "SparseLoRA": [],
+        "svd": ["--predictor=svd"],
+        "by the loss, no map": ["--map_rank=0"],
+    }, by="test_loss"),
+    smollm2=Base(
+        "SmolLM2-135M-Instruct, GSM8K with two solved problems before each, 80 % context",
+        ["config/smollm2.py", "--dataset=gsm8k_shots", "--dtype=bfloat16", "--lora_targets=q,k,v,o", "--batch_size=4",
+         "--max_seq_len=640", "--max_steps=60", "--warmup_steps=6", "--eval_interval=30", "--eval_examples=64",
+         "--test_examples=0", "--save_interval=30", "--max_new_tokens=4"], 2, (51, 45), {
+            ".97 in 17-28": ['--mlp_sparsity={"17-28": 0.97}', "--map_rank=128"],
+            ".97 in 17-28, no queries there": ['--mlp_sparsity={"17-28": 0.97}', '--attn_sparsity={"17-28": 1}',
+                                               "--map_rank=128"],
+            ".5 in 1-16, .97 in 17-28": ['--mlp_sparsity={"1-16": 0.5, "17-28": 0.97}', "--map_rank=128"],
+            ".97 in 1-28": ['--mlp_sparsity={"1-28": 0.97}', "--map_rank=256"],
+        }),
+    long=Base(
+        "SmolLM2-135M-Instruct, GSM8K with six solved problems before each (prepare.py --shots=6), 90 % context",
+        ["config/smollm2.py", "--dataset=gsm8k_shots", "--dtype=bfloat16", "--lora_targets=q,k,v,o", "--batch_size=2",
+         "--max_seq_len=1600", "--max_steps=60", "--warmup_steps=6", "--eval_interval=60", "--eval_examples=64",
+         "--test_examples=0", "--save_interval=20", "--max_new_tokens=1"], 1, (48, 42), {
+            ".97 in 17-28": ['--mlp_sparsity={"17-28": 0.97}', "--map_rank=128"],
+            "no queries in 17-28": ["--mlp_sparsity=0", '--attn_sparsity={"17-28": 1}', "--map_rank=128"],
+            ".97 in 17-28, no queries there": ['--mlp_sparsity={"17-28": 0.97}', '--attn_sparsity={"17-28": 1}',
+                                               "--map_rank=128"],
+        }),
+)
+
+
+# ---- which runs there are, and running them ----------------------------------------------------------------
+
+class Run(NamedTuple):
+    label: str
+    seed: int
+    command: list
+    out: Path
+
+
+def runs_of(name, seeds, more):
+    """-> [Run] of a base, all with the first seed, then all with the second. more: arguments of every train.py."""
+    base = BASES[name]
+    lines = {DENSE: ["--mlp_sparsity=0"]}
+    for steps in base.fewer:
+        lines[f"{DENSE}, {steps} steps"] = ["--mlp_sparsity=0", f"--max_steps={steps}"]
+    lines |= base.lines
+    out = []
+    for seed in range(seeds or base.seeds):
+        for label, args in lines.items():
+            folder = f"out/equal_time/{name}/{''.join(c if c.isalnum() else '_' for c in label)}/{seed}"
+            command = ["python", "train.py", *base.train, *args, *more, "--threads=1", f"--seed={seed}",
+                       f"--out_dir={folder}"]
+            out.append(Run(label, seed, command, ROOT / folder))
+    return out
+
+
+def train(r):
+    """Makes a run, or what is left of it. Its output goes to log.txt in its directory."""
+    if (r.out / "result.json").exists():
+        return
+    r.out.mkdir(parents=True, exist_ok=True)
+    log = r.out / "log.txt"
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    write_text(r.out / "commit.txt", commit.stdout)
+    with open(log, "a") as f:
+        command = [sys.executable, *r.command[1:], "--resume=True"]
+        failed = subprocess.run(command, cwd=ROOT, stdout=f, stderr=f).returncode
+    last = (log.read_text().strip().splitlines() or [""])[-1]
+    print(f"failed ({failed}): {shlex.join(r.command)}\n  {last}" if failed else f"done: {r.label}, seed {r.seed}",
+          flush=True)
+
+
+# ---- collecting --------------------------------------------------------------------------------------------
+
+def read(r, by):
+    """What a finished run wrote -> what equal_time.json keeps of it. "time" is in steps of dense LoRA: a dense step
+    counts 1, a sparse one what the run measured at its end, in turn on the same batches; what comes between steps,
+    extra passes and the fit of the maps at the switch, counts its seconds over a dense step's."""
+    result = json.loads((r.out / "result.json").read_text())
+    steps = [json.loads(line) for line in (r.out / "metrics.jsonl").read_text().splitlines()]
+    losses = [[m["step"], m["val_loss"]] for m in steps if m.get("val_loss") is not None]
+    rise = [m["sparse_loss"] - m["dense_loss"] for m in steps if m.get("sparse_loss") is not None]
+    steps = [m for m in steps if "loss" in m]
+    dense = [m["seconds"] for m in steps if not m["sparse"]]
+    sparse = len(steps) - len(dense)
+    between = result["seconds"] - sum(m["seconds"] for m in steps)
+    ratio = result.get("time_ratio", 1.0)
+    kept = dict(label=r.label, seed=r.seed, options=shown(r.command[2:-2]), steps=len(steps),
+                commit=(r.out / "commit.txt").read_text().strip(), seconds=result["seconds"],
+                flops=result["flops"] / result["dense_flops"] * len(steps), step_time=ratio,
+                time=len(dense) + ratio * sparse + between / statistics.median(dense),
+                loss=result[by], accuracy=result.get("after"),
+                rise=rise[0] if rise else None, losses=losses)
+    return {key: rounded(value) for key, value in kept.items() if value is not None}
+
+
+def shown(args):
+    """A command line, without where this machine has the model."""
+    return shlex.join("--model=DIR" if arg.startswith("--model=") else arg for arg in args)
+
+
+def rounded(value):
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, list):
+        return [rounded(v) for v in value]
+    return value
+
+
+def collect(known, runs, by):
+    """known: the runs of this base that equal_time.json has -> the same with those that have finished here."""
+    there = {(r["label"], r["seed"]): r for r in known}
+    for r in runs:
+        if (r.out / "result.json").exists():
+            there[r.label, r.seed] = read(r, by)
+    order = list(dict.fromkeys([r.label for r in runs] + [r["label"] for r in known]))
+    return sorted(there.values(), key=lambda r: (order.index(r["label"]), r["seed"]))
+
+
+# ---- tables and pictures -----------------------------------------------------------------------------------
+
+class Mean(NamedTuple):
+    mean: float
+    error: float  # standard error, 0 of one value
+
+
+def mean(values):
+    values = list(values)
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+    return Mean(statistics.fmean(values), error)
+
+
+def lines_of(runs):
+    """[run] -> {label: {quantity: Mean, "n"}}. flops and time: over full-length dense LoRA's. over: by how much the
+    loss is higher than that of full-length dense LoRA with the same seed."""
+    by_label = {}
+    for r in runs:
+        by_label.setdefault(r["label"], {})[r["seed"]] = r
+    full = max(r["steps"] for r in runs)
+    dense = by_label.get(DENSE, {})
+    out = {}
+    for label, seeds in by_label.items():
+        line = dict(n=len(seeds), options=next(iter(seeds.values()))["options"])
+        line["loss"] = mean(r["loss"] for r in seeds.values())
+        line["flops"], line["time"] = (mean(r[key] / full for r in seeds.values()) for key in ("flops", "time"))
+        if label != DENSE and dense.keys() & seeds.keys():
+            line["over"] = mean(r["loss"] - dense[seed]["loss"] for seed, r in seeds.items() if seed in dense)
+        for key in ("accuracy", "rise"):
+            if all(key in r for r in seeds.values()):
+                line[key] = mean(r[key] for r in seeds.values())
+        out[label] = line
+    return out
+
+
+def in_that_time(lines, time):
+    """The loss (Mean) of dense LoRA with so many steps that it takes this time, on a line between two of its runs;
+    None beyond them."""
+    points = sorted((s["time"].mean, s["loss"]) for label, s in lines.items() if label.startswith(DENSE))
+    for (a, low), (b, high) in zip(points, points[1:]):
+        if a <= time <= b:
+            w = (time - a) / (b - a)
+            return Mean(low.mean * (1 - w) + high.mean * w, math.hypot(low.error * (1 - w), high.error * w))
+    return None
+
+
+def cell(value, form):
+    if value is None:
+        return ""
+    error = f" ± {form.format(value.error).lstrip('+')}" if value.error else ""
+    return form.format(value.mean) + error
+
+
+HEAD = """# SparseLoRA against dense LoRA in the same time
+
+Written by results/equal_time.py, which says how; every run is a line of equal_time.json. Mean ± standard error over n
+seeds. FLOPs and time: of the whole run, over full-length dense LoRA's. Time: forward and backward, sparse and dense
+steps timed in turn on the same batches, and what the switch takes. Over dense: the loss less that of dense LoRA of the
+same seed. In that time: the loss of dense LoRA with fewer steps, on a line between two runs. Rise: of a validation
+batch's loss at the switch.
+"""
+
+
+def markdown(everything):
+    """everything: what equal_time.json holds -> equal_time.md."""
+    out = [HEAD]
+    for name, base in everything.items():
+        out += [f"## {name}: {base['title']}", "", f"{base['machine']}. `{base['command']} OPTIONS`", "",
+                f"![Loss against time](equal_time_{name}.png)", "",
+                "| | n | FLOPs | time | loss | over dense | dense LoRA in that time | accuracy | rise |",
+                "|---|---|---|---|---|---|---|---|---|"]
+        lines = lines_of(base["runs"])
+        for label, s in lines.items():
+            same_time = None if label.startswith(DENSE) else in_that_time(lines, s["time"].mean)
+            cells = [label, str(s["n"]), f"{s['flops'].mean:.0%}", cell(s["time"], "{:.1%}"),
+                     cell(s["loss"], "{:.4f}"), cell(s.get("over"), "{:+.4f}"), cell(same_time, "{:.4f}"),
+                     cell(s.get("accuracy"), "{:.1%}"), cell(s.get("rise"), "{:+.3f}")]
+            out.append("| " + " | ".join(cells) + " |")
+        out.append("")
+    return "\n".join(out)
+
+
+def draw(runs, path):
+    """The loss at the end against the time of the run; dense LoRA's runs make a curve."""
+    try:
+        import matplotlib
+    except ImportError:
+        return  # optional
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    fig, ax = plt.subplots(figsize=(6, 4), layout="constrained")
+    lines = lines_of(runs)
+    dense = sorted((s["time"].mean, s["loss"]) for label, s in lines.items() if label.startswith(DENSE))
+    ax.errorbar([t for t, _ in dense], [v.mean for _, v in dense], [v.error for _, v in dense], marker="o", capsize=2,
+                label="dense LoRA, fewer steps")
+    for label, s in lines.items():
+        if not label.startswith(DENSE):
+            ax.errorbar(s["time"].mean, s["loss"].mean, s["loss"].error, marker="s", capsize=2, label=label)
+    ax.set_xlabel("time of the run / full dense LoRA's")
+    ax.set_ylabel("loss at the end")
+    ax.legend()
+    fig.savefig(path, dpi=130)
+    plt.close(fig)
+
+
+def one_run_a_line(everything):
+    return json.dumps(everything).replace('{"label": ', '\n{"label": ') + "\n"
+
+
+def main(argv):
+    names = [arg for arg in argv if arg in BASES]
+    mine = [a for a in argv if a in ("-h", "--help") or a.partition("=")[0].removeprefix("--") in OWN]
+    more = [a for a in argv if a not in mine + names]
+    _, own = options(mine, __doc__, (0, 0), **OWN)
+    if len(names) != 1:
+        raise UserError(f"name one base of {', '.join(BASES)}; -h shows how")
+    name, = names
+    base, runs = BASES[name], runs_of(name, own["seeds"], more)
+    if own["dry"]:
+        return print("\n".join(shlex.join(r.command) for r in runs))
+    if not own["collect"]:
+        with ThreadPoolExecutor(own["jobs"]) as pool:
+            list(pool.map(train, runs))
+    path = ROOT / "results" / "equal_time.json"
+    everything = json.loads(path.read_text()) if path.exists() else {}
+    ours = everything.setdefault(name, dict(machine=machine(), runs=[]))
+    ours |= dict(title=base.title, command=shown(["python", "-m", "results.equal_time", name, *more]))
+    ours["runs"] = collect(ours["runs"], runs, base.by)
+    if not ours["runs"]:
+        raise UserError(f"no run under out/equal_time/{name} has finished: nothing to collect")
+    write_text(path, one_run_a_line(everything))
+    write_text(path.with_suffix(".md"), markdown(everything))
+    draw(ours["runs"], path.with_name(f"equal_time_{name}.png"))
+    print(path.with_suffix(".md"))
+
+
+def machine():
+    """The CPU's name and what of it is used."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "CPU")
+    return f"{name}, {os.cpu_count()} cores"
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,110 @@
+"""results/equal_time.py: its command lines, what it keeps of runs, its tables."""
+import json
+import shlex
+
+import pytest
+
+import config
+from config import UserError
+from results import equal_time
+from results.equal_time import BASES, DENSE, Base, Mean
+
+
+def test_every_run_is_a_valid_command_line():
+    for name, base in BASES.items():
+        runs = equal_time.runs_of(name, 0, ["--learning_rate=1e-5"])
+        assert len({r.out for r in runs}) == len(runs) == base.seeds * (1 + len(base.fewer) + len(base.lines))
+        for r in runs:
+            assert shlex.split(shlex.join(r.command)) == r.command
+            cfg = config.load(r.command[2:])
+            config.ratios(cfg.mlp_sparsity, 30, "mlp_sparsity")
+            assert cfg.seed == r.seed and cfg.learning_rate == 1e-5 and cfg.out_dir == str(r.out.relative_to(equal_time.ROOT))
+            assert (cfg.mlp_sparsity == cfg.attn_sparsity == 0) == r.label.startswith(DENSE)
+
+
+def finish(r, loss, steps, sparse, between=0.0, seconds=2.0):
+    """What a run of so many steps writes whose sparse steps take half of a dense one's time."""
+    r.out.mkdir(parents=True, exist_ok=True)
+    lines = [dict(step=i, loss=3.0, sparse=i >= steps - sparse, seconds=seconds) for i in range(steps)]
+    lines.append(dict(step=steps, dense_loss=1.0, sparse_loss=1.5))
+    result = dict(seconds=seconds * steps + between, flops=75, dense_flops=100, val_loss=loss, after=.5)
+    if sparse:
+        result["time_ratio"] = .5
+    (r.out / "result.json").write_text(json.dumps(result))
+    (r.out / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (r.out / "commit.txt").write_text("abc\n")
+
+
+@pytest.fixture
+def runs(tmp_path, monkeypatch):
+    """One seed of dense LoRA, ten and five steps, and of a sparse line; nothing of it has run."""
+    monkeypatch.setattr(equal_time, "ROOT", tmp_path)
+    (tmp_path / "results").mkdir()
+    monkeypatch.setitem(BASES, "t", Base("a test", ["config/tiny.py"], 1, (5,), {"sparse": ["--map_rank=1"]}))
+    return equal_time.runs_of("t", 0, [])
+
+
+def test_time_counts_sparse_steps_by_their_ratio_and_the_switch(runs):
+    finish(runs[2], loss=1.0, steps=10, sparse=8, between=3.0)
+    kept = equal_time.read(runs[2], "val_loss")
+    assert kept["time"] == 2 + 8 * .5 + 3.0 / 2.0 and kept["step_time"] == .5
+    assert kept["flops"] == .75 * 10 and kept["rise"] == .5 and kept["accuracy"] == .5
+    assert kept["options"] == "config/tiny.py --map_rank=1 --threads=1"
+
+
+def test_tables_set_a_sparse_run_beside_dense_ones_of_its_time(runs):
+    full, half, sparse = runs
+    finish(full, loss=1.0, steps=10, sparse=0)
+    finish(half, loss=1.5, steps=5, sparse=0)
+    finish(sparse, loss=1.1, steps=10, sparse=8)
+    lines = equal_time.lines_of(equal_time.collect([], runs, "val_loss"))
+    assert lines["sparse"]["time"].mean == .6 and lines["sparse"]["over"].mean == pytest.approx(.1)
+    assert lines[half.label]["time"].mean == .5 and "over" not in lines[DENSE]
+    assert equal_time.in_that_time(lines, .6).mean == pytest.approx(1.4)
+    assert equal_time.in_that_time(lines, .4) is None
+    equal_time.main(["t", "--collect=True"])
+    text = (equal_time.ROOT / "results" / "equal_time.md").read_text()
+    row, = (line for line in text.splitlines() if line.startswith("| sparse"))
+    assert row == "| sparse | 1 | 75% | 60.0% | 1.1000 | +0.1000 | 1.4000 | 50.0% | +0.500 |"
+
+
+def test_what_is_known_of_other_runs_stays(runs):
+    finish(runs[0], loss=1.0, steps=10, sparse=0)
+    known = [dict(label=DENSE, seed=0, loss=9.0), dict(label=DENSE, seed=1, loss=8.0), dict(label="old", seed=0)]
+    there = equal_time.collect(known, runs, "val_loss")
+    assert [(r["label"], r["seed"]) for r in there] == [(DENSE, 0), (DENSE, 1), ("old", 0)]
+    assert [r.get("loss") for r in there] == [1.0, 8.0, None]
+
+
+def test_means_have_their_standard_error():
+    assert equal_time.mean([2.0]) == Mean(2.0, 0.0)
+    assert equal_time.mean([1.0, 2.0, 3.0]) == pytest.approx((2.0, 1 / 3 ** .5))
+
+
+def test_the_tables_are_those_of_the_stored_runs():
+    results = equal_time.ROOT / "results"
+    text = (results / "equal_time.json").read_text()
+    everything = json.loads(text)
+    assert text == equal_time.one_run_a_line(everything)
+    assert (results / "equal_time.md").read_text() == equal_time.markdown(everything)
+
+
+def test_nothing_finished_leaves_the_tables_alone(runs):
+    with pytest.raises(UserError, match="no run under out/equal_time/t has finished"):
+        equal_time.main(["t", "--collect=True"])
+    assert not (equal_time.ROOT / "results" / "equal_time.json").exists()
+    with pytest.raises(UserError, match="name one base of tiny, smollm2"):
+        equal_time.main([])
+
+
+@pytest.mark.slow
+def test_runs_and_goes_on(home, runs, monkeypatch):
+    (equal_time.ROOT / "train.py").symlink_to(equal_time.Path(config.__file__).parent.parent / "train.py")
+    base = Base("a test", [str(home / "c.py"), "--max_steps=20"], 1, (10,), {"sparse": ["--mlp_sparsity=.5", "--map_rank=4"]})
+    monkeypatch.setitem(BASES, "t", base)
+    equal_time.main(["t"])
+    before = (equal_time.ROOT / "results" / "equal_time.json").read_text()
+    assert len(json.loads(before)["t"]["runs"]) == 3
+    monkeypatch.setattr(equal_time.subprocess, "run", lambda *a, **k: pytest.fail("a finished run was run again"))
+    equal_time.main(["t"])
+    assert (equal_time.ROOT / "results" / "equal_time.json").read_text() == before
