@@ -217,10 +217,12 @@ class CausalAttention(Function):
 
 
 def attend_from(q, k, v, positions):
-    """torch's attention of queries (B, H, Sq, hd) that stand at positions (B, Sq), each to the keys up to its own."""
-    keys = torch.arange(k.shape[2], device=q.device)
-    seen = keys <= positions[:, None, :, None]  # (B, 1, Sq, S)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=q.shape[1] != k.shape[1])
+    """torch's attention of queries (B, H, Sq, hd) that stand at positions (B, Sq), each to the keys up to its own. The
+    query heads of a group stand in for more queries of its key head: with a mask, torch's fused kernels know no groups."""
+    (B, H, Sq, hd), K, S = q.shape, k.shape[1], k.shape[2]
+    of_group = positions.repeat(1, H // K)  # (B, G Sq)
+    seen = torch.arange(S, device=q.device) <= of_group[:, None, :, None]  # (B, 1, G Sq, S)
+    return F.scaled_dot_product_attention(q.reshape(B, K, -1, hd), k, v, attn_mask=seen).reshape(B, H, Sq, hd)
 
 
 @contextmanager
