@@ -12,7 +12,8 @@ lib/architecture.py, files.py, generate.py, flops.py.)
 A batch is a stream of T real tokens, without padding, in the order that data.collate gives them (sparse rows
 first). Everything but attention runs on these rows; attention alone needs the order of the text, so q, k, v
 are scattered into a (B, S) grid and back. After the last block's keys and values nothing reads a context row
-any more: its query, output projection and MLP, the final norm and the head run on the loss rows only.
+any more: its query, output projection and MLP, the final norm and the head run on the loss rows only. In other
+blocks context rows may do without queries too, in sparse steps (Attention.skip_queries).
 
 Weights are stored as sparse.py wants them, sparse axis first, q/k/v fused and gate/up fused:
 

@@ -691,7 +691,8 @@ def watch(model, batch):
     """Runs one sparse forward at the present ratios and returns, on the very inputs of each part, {name: {"held": the
     share of the true energy that the kept channels hold}}, and of an MLP also "residual": how much of its output is
     missing, |y - y'|^2 / |y|^2, mean over the rows; "without_map": the same without the map; "loudest": the largest
-    |y|^2 of a row over the median. A share near 1 - ratio means that the selection is no better than chance."""
+    |y|^2 of a row over the median. A share near 1 - ratio means that the selection is no better than chance. An attention
+    without queries drops no channels, and is not in it."""
     watched = [(name, p) for name, p in predictors(model) if not p.no_queries]
     for _, p in watched:
         p.selections = []

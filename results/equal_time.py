@@ -43,10 +43,10 @@ class Base(NamedTuple):
 
 
 BASES = dict(
-    tiny=Base("the embedded base and its word problems, 86 % context", ["config/tiny.py"], 5, (210, 195, 180), {
+    tiny=Base("the embedded base and its word problems, 86 % context", ["config/tiny.py"], 4, (195, 175), {
         "SparseLoRA": [],
+        "and no queries in 3-4": ['--attn_sparsity={"3-4": 1}'],
         "svd": ["--predictor=svd"],
-        "by the loss, no map": ["--map_rank=0"],
     }, by="test_loss"),
     smollm2=Base(
         "SmolLM2-135M-Instruct, GSM8K with two solved problems before each, 80 % context",
