@@ -83,8 +83,8 @@ class Part(nn.Module):
         return out
 
     def kept(self, x, n):
-        """x (T, D), n sparse rows -> what to keep of this part in this forward: None (all), KeepMLP or
-        KeepAttention."""
+        """x (T, D), n sparse rows -> what to keep of this part in this forward: None (all), KeepMLP,
+        KeepAttention or SkipQueries."""
         keep = None
         if self.predictor is not None and self.predictor.c and n:
             keep = self.predictor.select(x[:n])
@@ -199,10 +199,11 @@ class Attention(Part):
     def skip_queries(self, x, batch, rope, keep):
         """x (T, D) -> (T, D): only the dense rows have queries, in a grid of their own (B, Sd)."""
         H, K, n = self.n_heads, self.n_kv_heads, batch.n_sparse
+        context, others = x.split([n, len(x) - n])  # (n, D), (T - n, D)
         U, V, b = keep.map
-        instead = torch.addmm(b, x[:n] @ U, V)  # (n, D)
+        instead = torch.addmm(b, context @ U, V)  # (n, D)
         cos, sin = rope
-        [q] = dense.RopeScatter.apply(self.project(x[n:], "q"), cos[n:], sin[n:], batch.dense_places, H, self.head_dim,
+        [q] = dense.RopeScatter.apply(self.project(others, "q"), cos[n:], sin[n:], batch.dense_places, H, self.head_dim,
                                       batch.dense_positions.shape, (H,))  # (B, H, Sd, hd)
         every = slice(0, len(x))
         k, v = self.grid(self.project(x, "kv"), batch, rope, every, (K, K), K)  # (B, K, S, hd)

@@ -249,7 +249,7 @@ class Predictor:
         self.P = self.Q = self.ranks = None  # of svd: set_factors()
         self.rows = self.measured = None  # how many rows were measured, and the sum of their scores: forget()
         self.forget()
-        self.fixed = None  # what fix() chose: KeepMLP or KeepAttention
+        self.fixed = None  # what fix() chose: KeepMLP, KeepAttention or SkipQueries
         self.selections = None  # watch() puts a list here: select() appends what it is given and what it keeps
 
     @property
@@ -304,8 +304,6 @@ class Predictor:
         if not self.measures():
             return
         self.rows += len(y)
-        if self.no_queries:
-            return
         if self.kind == "measured":
             self.measured += taylor_attention(self.part, y, dy)
             return
@@ -328,9 +326,9 @@ class Predictor:
         self.set_fixed(*top_attention(self.part, scores, self.c))
 
     def set_fixed(self, *channels):
-        """Fixes these channels, of an MLP or of k and of v; none where there are no queries. Copying the kept rows out once turns every sparse product
-        into a plain matmul of fixed shape, for c / N of the weight's memory (of a packed weight's four times as much):
-        worth it up to a half. A weight that is sharded over ranks has no rows to copy."""
+        """Fixes these channels, of an MLP or of k and of v; none where there are no queries. Copying the kept rows out
+        once turns every sparse product into a plain matmul of fixed shape, for c / N of the weight's memory (of a packed
+        weight's four times as much): worth it up to a half. A weight that is sharded over ranks has no rows to copy."""
         copy = 2 * self.c <= self.n_channels and not self.sharded
         if self.is_mlp:
             self.fixed = keep_mlp(self.part, *channels, copy)
@@ -369,7 +367,8 @@ class Predictor:
             self.c = self.n_channels
         elif on and self.ratio > 0:
             self.c = number_kept(self.n_channels, self.ratio)
-        if self.c and self.fixed is not None and self.c != self.n_kept():
+        without = isinstance(self.fixed, SkipQueries)
+        if self.c and self.fixed is not None and (self.c != self.n_kept() or self.no_queries != without):
             if not self.rows:
                 raise UserError(f"the channels were fixed at {self.n_kept()} of {self.n_channels} by another run, and "
                                 "this one has measured nothing: predictor.measure(model, batches) does")
@@ -453,9 +452,9 @@ def attach(model, mlp_sparsity, attn_sparsity, rank=8, kind="svd", map_rank=64, 
         raise UserError(f"attn_sparsity = 1 needs a map that stands in for the queries, but predictor = {kind!r} and "
                         f"map_rank = {map_rank}: set predictor = 'measured' and map_rank = 64, or a ratio below 1")
     if any(0 < ratio < 1 for ratio in attn) and model.config.qk_norm:
-        raise UserError(f"attn_sparsity = {max(attn)} cannot be used with a {model.config.model_type} model: "
-                        "its q/k norms would rescale the channels that are left; set attn_sparsity = 0 (MLP "
-                        "sparsity works)")
+        raise UserError(f"attn_sparsity = {max(r for r in attn if r < 1)} cannot be used with a {model.config.model_type} model: "
+                        "its q/k norms would rescale the channels that are left; set attn_sparsity = 0, or 1 "
+                        "where there are to be no queries (MLP sparsity works)")
     model.selection_rng = torch.Generator(model.embed.device).manual_seed(seed)
     for i, block in enumerate(model.blocks):
         for part, ratio in ((block.attn, attn[i]), (block.mlp, mlp[i])):
@@ -484,7 +483,8 @@ def ratio_list(ratios, n, name):
     if len(ratios) != n:
         raise UserError(f"{name} has {len(ratios)} ratios, but the model has {n} blocks: give one a block")
     if not all(0 <= r < 1 or r == 1 and name == "attn_sparsity" for r in ratios):
-        raise UserError(f"{name} = {ratios} holds a ratio outside [0, 1): 0 is dense, .9 keeps a tenth")
+        raise UserError(f"{name} = {ratios} holds a ratio outside [0, 1), for attention [0, 1]: 0 is dense, .9 keeps a "
+                        "tenth")
     return ratios
 
 
@@ -558,10 +558,10 @@ PULL = .5  # how much of what is missing. Cosine with 0 and .5: SmolLM2 .883 and
 
 @torch.no_grad()
 def fit_maps(model, batches, alone=False):
-    """Fits the maps of the channels that were dropped, block after block from the first, on the context rows of these
+    """Fits the maps of what is dropped, block after block from the first, on the context rows of these
     batches: see the head of this file. Sparsity is fully on after it. Does nothing where there is no map.
 
-    alone: each map as if no other part were sparse, on what enters its MLP in the dense model (tools.sensitivity).
+    alone: each map as if no other part were sparse, on what enters it in the dense model (tools.sensitivity).
     Costs about two dense forward passes of each batch, and three (T, D) of memory a batch."""
     if not any(p.rank_of_map() for _, p in predictors(model)):
         return
@@ -617,7 +617,7 @@ def mlp_halves(block, batches, xs):
 
 def fit_mlp(block, batches, middle, wanted):
     """Fits the map of one block's MLP, if it has one. middle: what enters the block's MLP half; wanted: what leaves it
-    in the dense model, or None, where nothing below is sparse; (T, D) for each batch."""
+    in the dense model, or None, where the map is fitted alone; (T, D) for each batch."""
     mlp, p = block.mlp, block.mlp.predictor
     if p is None or not p.rank_of_map():
         return
@@ -636,13 +636,13 @@ def fit_mlp(block, batches, middle, wanted):
             whole = dropped + h[:, kept] @ down[kept]
             lora_forward(h, whole, [(0, whole.shape[1])], mlp.lora_of(["down"]), mlp.lora_scale)
             missing = wanted[i][:b.n_sparse].to(sums.dtype) - before - whole  # (n, D)
-        sums.add(x, dropped + PULL * missing, like=h)
+        sums.add(x, dropped + PULL * missing, loud=h)
     sums.fit(p)
 
 
 def fit_attention(block, batches, ropes, entering, wanted):
     """Fits the map of one block's attention, if its sparse rows have no queries. entering: what enters the block; wanted:
-    what leaves its attention half in the dense model, or None, where nothing below is sparse; (T, D) for each batch."""
+    what leaves its attention half in the dense model, or None, where the map is fitted alone; (T, D) for each batch."""
     p = block.attn.predictor
     if p is None or not p.rank_of_map():
         return
@@ -653,23 +653,24 @@ def fit_attention(block, batches, ropes, entering, wanted):
         whole = block.attn(x, b, ropes[i], keep=None, measurer=None, last=False, cache=None)[:n]  # E (n, D), with LoRA
         missing = 0.0
         if wanted is not None:
-            missing = (wanted[i] - entering[i])[:n].to(sums.dtype) - whole  # (n, D)
-        sums.add(x[:n], whole + PULL * missing, like=whole)
+            missing = wanted[i][:n].to(sums.dtype) - entering[i][:n] - whole  # (n, D)
+        sums.add(x[:n], whole + PULL * missing, loud=whole)
     sums.fit(p)
 
 
 class Sums:
     """What a map is fitted from: sums over context rows of w [x 1].T [x 1] and w [x 1].T E. In fp32, or fp64 for fp64."""
 
-    def __init__(self, like):
-        D = like.shape[1]
-        self.dtype = torch.promote_types(like.dtype, torch.float32)
-        self.xx = torch.zeros(D + 1, D + 1, dtype=self.dtype, device=like.device)
-        self.xe = torch.zeros(D + 1, D, dtype=self.dtype, device=like.device)
+    def __init__(self, x):
+        """x (T, D): one like those that are to come."""
+        D = x.shape[1]
+        self.dtype = torch.promote_types(x.dtype, torch.float32)
+        self.xx = torch.zeros(D + 1, D + 1, dtype=self.dtype, device=x.device)
+        self.xe = torch.zeros(D + 1, D, dtype=self.dtype, device=x.device)
 
-    def add(self, x, to_fit, like):
-        """x and to_fit (n, D). like (n, N): each row weighs 1 / its norm."""
-        w = zero_where_bad(1 / torch.linalg.vector_norm(like, dim=1, dtype=self.dtype))  # (n,)
+    def add(self, x, to_fit, loud):
+        """x and to_fit (n, D). loud (n, N): a row's weight is 1 / its norm there."""
+        w = zero_where_bad(1 / torch.linalg.vector_norm(loud, dim=1, dtype=self.dtype))  # (n,)
         x1 = zero_where_bad(with_ones(x.to(self.dtype)))  # (n, D+1)
         weighted = (x1 * w[:, None]).T  # (D+1, n)
         self.xx.addmm_(weighted, x1)

@@ -20,7 +20,7 @@ rows of W:
              where the dropped channels have a map (predictor.py), frozen and of low rank  y += (x U) V + b
     LoRA     y += s (x A.T) B.T, s = alpha / R (rslora: alpha / sqrt R); on q, k, v, o for all channels, in the MLP
              for the kept ones (B_g[idx], B_u[idx], A_d[:, idx]): a sparse row adds to the gradient of what it
-             computed, and to no other
+             computed, and to no other (without queries: to k's and v's)
 
 and the backward is the exact gradient of that forward:
 
@@ -70,7 +70,7 @@ class SkipQueries(NamedTuple):
     """An attention whose sparse rows make keys and values only, for the dense rows to read. What they would have read
     themselves is replaced by a map of their normed input."""
     map: Optional[tuple] = None  # U (D, r), V (r, D), b (D,): (x U) V + b stands in
-    channels: tuple = ()
+    channels: tuple = ()  # as the others have it: none is dropped
 
 
 class KeepMLP(NamedTuple):

@@ -788,6 +788,22 @@ def test_another_ratio_has_other_channels_and_wants_another_map():
     assert all(torch.equal(a, b) for a, b in zip(p.map, of_six.map))
 
 
+def test_queries_may_come_back_and_go_again():
+    m, batch = build(), batch_of()
+    predictor.attach(m, 0, [1, 0, 0], kind="measured", map_rank=4)
+    predictor.measure(m, [batch])
+    without = m.loss(batch)
+    for ratio in (.5, .01):  # .01 keeps all channels
+        predictor.set_ratios(m, {"0.attn": ratio})
+        assert_same(m, batch)
+        assert m.blocks[0].attn.channels[1].numel() == (16 if ratio == .5 else 32)
+        predictor.set_ratios(m, {"0.attn": 1})
+        with pytest.raises(UserError, match="not fitted yet"):
+            m.loss(batch)
+        predictor.fit_maps(m, [batch])
+        assert torch.equal(m.loss(batch), without)
+
+
 def test_a_part_of_ratio_0_is_dense():
     """Also where its channels were fixed."""
     m, batch = build(), batch_of()

@@ -94,7 +94,7 @@ class Config:
     attn_sparsity: Ratios = 0.0  # the same, for q, k, v and o; 1: k and v stay, and there is no query
     predictor: Literal["measured", "svd", "energy", "oracle", "random", "worst"] = "measured"  # of channels
     predictor_rank: int = option(8, at_least=1)  # of svd
-    map_rank: int = 64  # measured: of the linear map that stands in for dropped MLP channels, 0: none
+    map_rank: int = 64  # measured: of the linear map that stands in for what is dropped, 0: none
     dense_first: int = 4  # tokens at the start of each text that are dense: attention sinks
     sparse_start: float = option(0.05, at_most=1)  # fraction of the training that runs dense first
     sparse_end: float = option(1.0, at_most=1)  # fraction after which it is dense again
@@ -282,7 +282,8 @@ def ratios(value, n_layers, name):
         value = [value] * (n_layers or 1)
     one = name == "attn_sparsity"  # 1 is a ratio too: no queries
     for ratio in value:
-        if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 <= ratio < 1 + one * 1e-9:
+        number = isinstance(ratio, (int, float)) and not isinstance(ratio, bool)
+        if not number or not (0 <= ratio < 1 or one and ratio == 1):
             raise UserError(f"{name} has the ratio {ratio!r}, which is not a number in [0, 1{']' if one else ')'}")
     if n_layers is not None and len(value) != n_layers:
         raise UserError(f"{name} lists {len(value)} ratios, but the model has {n_layers} blocks")

@@ -138,9 +138,10 @@ def unseen(rows, others):
     return [row for row in rows if row["prompt"] not in seen]
 
 
-def write(prepare_file, name, rows):
-    """name.jsonl beside the prepare.py that asks; under a temporary name first: whole or absent."""
-    path = os.path.join(os.path.dirname(os.path.abspath(prepare_file)), name + ".jsonl")
+def write(prepare_file, name, rows, folder=""):
+    """name.jsonl beside the prepare.py that asks, or in a folder there; under a temporary name first: whole or absent."""
+    path = os.path.join(os.path.dirname(os.path.abspath(prepare_file)), folder, name + ".jsonl")
+    os.makedirs(os.path.dirname(path), exist_ok=True)
     with open(f"{path}.{os.getpid()}.tmp", "w", encoding="utf-8") as f:
         f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         f.flush()
@@ -149,9 +150,9 @@ def write(prepare_file, name, rows):
     print(f"wrote {os.path.relpath(path)}: {len(rows):,} examples")
 
 
-def write_all(prepare_file, parts):
+def write_all(prepare_file, parts, folder=""):
     for name, rows in parts.items():
-        write(prepare_file, name, rows)
+        write(prepare_file, name, rows, folder)
 
 
 def run(main, **numbers):
@@ -161,7 +162,7 @@ def run(main, **numbers):
         given = dict(source=None, **numbers)
         for flag in sys.argv[1:]:
             name, _, value = flag.removeprefix("--").partition("=")
-            if name not in given or not value:
+            if not flag.startswith("--") or name not in given or not value:
                 more = "".join(f" and --{number}={n}" for number, n in numbers.items())
                 raise UserError(f"unknown option {flag}; there is --source=DIR, where the files lie{more}")
             if name not in numbers:

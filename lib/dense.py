@@ -182,7 +182,8 @@ class CausalAttention(Function):
                     out[rows] = F.scaled_dot_product_attention(q[rows], k[rows], v[rows], is_causal=True,
                                                                enable_gqa=True)
                 elif n:
-                    out[rows] = attend_from(q[rows], k[b:b + 1], v[b:b + 1], positions[b:b + 1, :n])
+                    seen = slice(b, b + 1), slice(None), slice(0, int(positions[b, n - 1]) + 1)
+                    out[rows] = attend_from(q[rows], k[seen], v[seen], positions[b:b + 1, :n])
         else:
             buffer = CausalAttention.buffer(q, k)
             for rows, _, qs, ks, vs, later in CausalAttention.blocks(q, k, v, lengths, positions):

@@ -71,11 +71,11 @@ def attention(model, batch, predictor, n, t, need, full):
     qkv = t * Nq + T * 2 * Nkv  # rows times channels
     o = t * Nq
     f = 0
-    if predictor is not None:
+    no_queries = predictor is not None and predictor.no_queries
+    if predictor is not None and not no_queries:
         qkv = n * predictor.c * (G + 2) + (T - n) * (Nq + 2 * Nkv)
         o = n * predictor.c * G + (T - n) * Nq
         f += predictor.flops(n)
-    no_queries = predictor is not None and predictor.no_queries
     if no_queries:
         t = T - n
         qkv = t * Nq + T * 2 * Nkv

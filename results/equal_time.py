@@ -60,8 +60,8 @@ BASES = dict(
             ".97 in 1-28": ['--mlp_sparsity={"1-28": 0.97}', "--map_rank=256"],
         }),
     long=Base(
-        "SmolLM2-135M-Instruct, GSM8K with six solved problems before each (prepare.py --shots=6), 90 % context",
-        ["config/smollm2.py", "--dataset=gsm8k_shots", "--dtype=bfloat16", "--lora_targets=q,k,v,o", "--batch_size=2",
+        "SmolLM2-135M-Instruct, GSM8K with six solved problems before each, 90 % context",
+        ["config/smollm2.py", "--dataset=data/gsm8k_shots/6", "--dtype=bfloat16", "--lora_targets=q,k,v,o", "--batch_size=2",
          "--max_seq_len=1600", "--max_steps=60", "--warmup_steps=6", "--eval_interval=60", "--eval_examples=64",
          "--test_examples=0", "--save_interval=20", "--max_new_tokens=1"], 1, (48, 42), {
             ".97 in 17-28": ['--mlp_sparsity={"17-28": 0.97}', "--map_rank=128"],
@@ -99,19 +99,35 @@ def runs_of(name, seeds, more):
 
 
 def train(r):
-    """Makes a run, or what is left of it. Its output goes to log.txt in its directory."""
-    if (r.out / "result.json").exists():
+    """Makes a run, or what is left of it. Its output goes to log.txt in its directory. UserError: a run of other options
+    is there."""
+    if finished(r):
         return
     r.out.mkdir(parents=True, exist_ok=True)
     log = r.out / "log.txt"
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    write_text(r.out / "commit.txt", commit.stdout)
+    write_text(r.out / "about.json", json.dumps(dict(commit=commit.stdout.strip(), options=options_of(r))))
     with open(log, "a") as f:
         command = [sys.executable, *r.command[1:], "--resume=True"]
         failed = subprocess.run(command, cwd=ROOT, stdout=f, stderr=f).returncode
     last = (log.read_text().strip().splitlines() or [""])[-1]
-    print(f"failed ({failed}): {shlex.join(r.command)}\n  {last}" if failed else f"done: {r.label}, seed {r.seed}",
-          flush=True)
+    if failed:
+        print(f"failed ({failed}): {shlex.join(r.command)}\n  {last}", flush=True)
+    else:
+        print(f"done: {r.label}, seed {r.seed}", flush=True)
+
+
+def options_of(r):
+    return shown(r.command[2:-2])
+
+
+def finished(r):
+    if not (r.out / "result.json").exists():
+        return False
+    there = json.loads((r.out / "about.json").read_text())["options"]
+    if there != options_of(r):
+        raise UserError(f"{r.out} holds a run of other options, `{there}`: remove it")
+    return True
 
 
 # ---- collecting --------------------------------------------------------------------------------------------
@@ -125,14 +141,15 @@ def read(r, by):
     losses = [[m["step"], m["val_loss"]] for m in steps if m.get("val_loss") is not None]
     rise = [m["sparse_loss"] - m["dense_loss"] for m in steps if m.get("sparse_loss") is not None]
     steps = [m for m in steps if "loss" in m]
-    dense = [m["seconds"] for m in steps if not m["sparse"]]
-    sparse = len(steps) - len(dense)
+    sparse = sum(m["sparse"] for m in steps)
     between = result["seconds"] - sum(m["seconds"] for m in steps)
     ratio = result.get("time_ratio", 1.0)
-    kept = dict(label=r.label, seed=r.seed, options=shown(r.command[2:-2]), steps=len(steps),
-                commit=(r.out / "commit.txt").read_text().strip(), seconds=result["seconds"],
+    dense_seconds = statistics.median(m["seconds"] / (ratio if m["sparse"] else 1.0) for m in steps)
+    about = json.loads((r.out / "about.json").read_text())
+    kept = dict(label=r.label, seed=r.seed, options=about["options"], steps=len(steps),
+                commit=about["commit"], machine=machine(), seconds=result["seconds"],
                 flops=result["flops"] / result["dense_flops"] * len(steps), step_time=ratio,
-                time=len(dense) + ratio * sparse + between / statistics.median(dense),
+                time=len(steps) - sparse + ratio * sparse + between / dense_seconds,
                 loss=result[by], accuracy=result.get("after"),
                 rise=rise[0] if rise else None, losses=losses)
     return {key: rounded(value) for key, value in kept.items() if value is not None}
@@ -155,7 +172,7 @@ def collect(known, runs, by):
     """known: the runs of this base that equal_time.json has -> the same with those that have finished here."""
     there = {(r["label"], r["seed"]): r for r in known}
     for r in runs:
-        if (r.out / "result.json").exists():
+        if finished(r):
             there[r.label, r.seed] = read(r, by)
     order = list(dict.fromkeys([r.label for r in runs] + [r["label"] for r in known]))
     return sorted(there.values(), key=lambda r: (order.index(r["label"]), r["seed"]))
@@ -228,7 +245,8 @@ def markdown(everything):
     """everything: what equal_time.json holds -> equal_time.md."""
     out = [HEAD]
     for name, base in everything.items():
-        out += [f"## {name}: {base['title']}", "", f"{base['machine']}. `{base['command']} OPTIONS`", "",
+        machines = "; ".join(dict.fromkeys(r["machine"] for r in base["runs"]))
+        out += [f"## {name}: {base['title']}", "", f"{machines}. `{base['command']}`", "",
                 f"![Loss against time](equal_time_{name}.png)", "",
                 "| | n | FLOPs | time | loss | over dense | dense LoRA in that time | accuracy | rise |",
                 "|---|---|---|---|---|---|---|---|---|"]
@@ -286,7 +304,7 @@ def main(argv):
             list(pool.map(train, runs))
     path = ROOT / "results" / "equal_time.json"
     everything = json.loads(path.read_text()) if path.exists() else {}
-    ours = everything.setdefault(name, dict(machine=machine(), runs=[]))
+    ours = everything.setdefault(name, dict(runs=[]))
     ours |= dict(title=base.title, command=shown(["python", "-m", "results.equal_time", name, *more]))
     ours["runs"] = collect(ours["runs"], runs, base.by)
     if not ours["runs"]:

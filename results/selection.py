@@ -39,6 +39,8 @@ def settings(own):
         ranks = [0]
         if kind == "alone" or kind.startswith("measured"):
             ranks = [int(r) for r in own["ranks"].split(",")]
+        if ":" in kind:
+            ranks = [r for r in ranks if r]  # without queries there has to be a map
         out += [(kind, float(ratio), rank) for ratio in own["ratios"].split(",") for rank in ranks]
     return out
 
@@ -91,7 +93,7 @@ def measure_all(cfg, own, store):
                 how = "measured"
             ratios = [ratio * one for one in among(lo, hi)]
             attn = among(*blocks.split("-")) if blocks else 0.0
-            predictor.attach(model, ratios, attn, cfg.predictor_rank, how, rank, cfg.seed)
+            predictor.attach(model, ratios, attn, cfg.predictor_rank, how, rank or 1, cfg.seed)
             if predictor.measuring(model):
                 predictor.measure_more(model, fit)
         for _, p in predictor.predictors(model):

@@ -197,6 +197,12 @@ def test_the_map_is_all_that_its_row_adds(tiny_run):
     assert more == 2 * (2 * 64 * 64 + 64)  # of the two blocks that are sparse: U, V of the width 64 at most, b
 
 
+def test_a_row_without_queries(tiny_run, tmp_path):
+    bench.main(tiny_run + ["--steps=1", "--real=False", "--rows=dense,attention", "--attn_sparsity=1", "--map_rank=4"])
+    dense, without = json.loads((tmp_path / "out.json").read_text())["full"]["rows"]
+    assert without["row"] == "+ attention, measured + map" and without["flops"] < dense["flops"]
+
+
 def test_rows_on_4_bits(tiny_run, tmp_path, capsys):
     """--base_bits=4 gives each row of ours a twin on the packed base: half the weights' memory and another loss. The rows
     that share the model do not see it."""

@@ -26,13 +26,15 @@ def finish(r, loss, steps, sparse, between=0.0, seconds=2.0):
     """What a run of so many steps writes whose sparse steps take half of a dense one's time."""
     r.out.mkdir(parents=True, exist_ok=True)
     lines = [dict(step=i, loss=3.0, sparse=i >= steps - sparse, seconds=seconds) for i in range(steps)]
+    for line in lines[steps - sparse:]:
+        line["seconds"] /= 2
+    result = dict(seconds=sum(line["seconds"] for line in lines) + between, flops=75, dense_flops=100, val_loss=loss, after=.5)
     lines.append(dict(step=steps, dense_loss=1.0, sparse_loss=1.5))
-    result = dict(seconds=seconds * steps + between, flops=75, dense_flops=100, val_loss=loss, after=.5)
     if sparse:
         result["time_ratio"] = .5
     (r.out / "result.json").write_text(json.dumps(result))
     (r.out / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (r.out / "commit.txt").write_text("abc\n")
+    (r.out / "about.json").write_text(json.dumps(dict(commit="abc", options=equal_time.options_of(r))))
 
 
 @pytest.fixture
@@ -49,7 +51,10 @@ def test_time_counts_sparse_steps_by_their_ratio_and_the_switch(runs):
     kept = equal_time.read(runs[2], "val_loss")
     assert kept["time"] == 2 + 8 * .5 + 3.0 / 2.0 and kept["step_time"] == .5
     assert kept["flops"] == .75 * 10 and kept["rise"] == .5 and kept["accuracy"] == .5
-    assert kept["options"] == "config/tiny.py --map_rank=1 --threads=1"
+    assert kept["options"] == "config/tiny.py --map_rank=1 --threads=1" and kept["commit"] == "abc"
+    other = runs[2]._replace(command=[*runs[2].command[:3], "--map_rank=2", *runs[2].command[4:]])
+    with pytest.raises(UserError, match="holds a run of other options, `config/tiny.py --map_rank=1"):
+        equal_time.train(other)
 
 
 def test_tables_set_a_sparse_run_beside_dense_ones_of_its_time(runs):

@@ -61,7 +61,8 @@ def test_gsm8k_shots(tmp_path):
     module, folder = prepare("gsm8k_shots", tmp_path)
     source = originals(tmp_path, gsm8k_train__jsonl=gsm8k_rows(540, "pens"), gsm8k_test__jsonl=gsm8k_rows(5, "cups"))
     module.main(source, shots=3)
-    assert all(row["prompt"].count("Solution: ") == 3 for row in read(folder / "test.jsonl"))
+    assert all(row["prompt"].count("Solution: ") == 3 for row in read(folder / "3" / "test.jsonl"))
+    assert not (folder / "test.jsonl").exists()
     module.main(source)
     for split in ("train", "val", "test"):
         for row in read(folder / f"{split}.jsonl"):

@@ -102,7 +102,8 @@ def hook_answers(rank):
     LLaMA.generate = generate
 
 
-@pytest.mark.parametrize("kind", [pytest.param("dense", marks=pytest.mark.slow), "svd", "measured", "no queries"])
+@pytest.mark.parametrize("kind", [pytest.param("dense", marks=pytest.mark.slow), pytest.param("svd", marks=pytest.mark.slow),
+                                  "measured", "no queries"])
 def test_fsdp_equals_data_parallel(home, tmp_path, kind):
     """Bit for bit, with a rank that has one micro-batch less, and with recomputation; both ranks generate the same texts."""
     changes = dict(PARALLEL[kind], micro_batch_size=2, recompute=kind == "measured")

@@ -28,7 +28,8 @@ Rows, one step of each in turn, round by round:
     + MLP, svd               ours, sparse: channels chosen in every step, as published
     + MLP, measured          channels that were measured before, their rows copied out; without a map
     + MLP, measured + map    the same channels, and the low-rank map that stands in for the dropped ones
-    + attention, ...         the same three with sparse attention too, where the config has ratios for it
+    + attention, ...         the same with sparse attention too, where the config has ratios for it; without queries
+                             (a ratio of 1) only the row with a map
     ... + 4 bits             with --base_bits=4, after each row of ours: the same on the same base, packed in 4 bits
 
 The columns: tools/bench_report.py. A row that cannot run says why. Nothing is filled in.
@@ -54,6 +55,7 @@ from lib import dist
 from lib.cli import run, split_options
 from lib.files import read_json, write_text
 from model import TARGETS, LLaMA, ModelConfig
+from sparse import Keep
 from tools import bench_measure, bench_report
 
 ROOT = Path(config.ROOT)
@@ -210,8 +212,7 @@ class Ours:
             held += kernels.buffers.values()
         for p in filter(None, self.own.values()):
             held += [p.P, *(p.Q or ()), *(p.map or ())]
-            if p.fixed is not None:
-                held += [keep.copy for keep in p.fixed[1:3]]  # of gate_up and down, or of qkv and o
+            held += [kept.copy for kept in p.fixed or () if isinstance(kept, Keep)]
         return [t for t in held if t is not None]
 
 
@@ -328,7 +329,7 @@ def make_rows(shared, length, tokenized, words=("",), compile=False):
         if on and 1 not in attn:  # without queries there has to be a map
             add(Ours, f"{part}, svd", mlp, attn)
             add(Ours, f"{part}, measured", mlp, attn, "measured", 0, see)
-        if on and (any(mlp) or 1 in attn) and cfg.map_rank:
+        if on and 1 in attn or on and any(mlp) and cfg.map_rank:
             add(Ours, f"{part}, measured + map", mlp, attn, "measured", cfg.map_rank, see)
     if not rows:
         raise UserError(f"--rows={','.join(words)} is in no row's name: there are {'; '.join(names)}")

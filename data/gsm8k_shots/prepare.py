@@ -2,7 +2,7 @@
 
     python data/gsm8k_shots/prepare.py [--source=DIR] [--shots=2]
 
-DIR as for data/gsm8k/prepare.py, whose splits these are. The solved ones are drawn anew for each problem (seed 0).
+Two make data/gsm8k_shots, another number N the folder data/gsm8k_shots/N (--dataset=data/gsm8k_shots/N). DIR as for data/gsm8k/prepare.py, whose splits these are. The solved ones are drawn anew for each problem (seed 0).
 Long context, few scored tokens: what context sparsity is made for.
 """
 import os
@@ -25,9 +25,10 @@ def with_shots(rows, pool, rng, n):
 
 
 def main(source=None, shots=2):
+    folder = "" if shots == 2 else str(shots)
     splits, rng = gsm8k.splits(source), random.Random(0)
     download.write_all(__file__,
-                       {name: with_shots(rows, splits["train"], rng, shots) for name, rows in splits.items()})
+                       {name: with_shots(rows, splits["train"], rng, shots) for name, rows in splits.items()}, folder)
 
 
 if __name__ == "__main__":
