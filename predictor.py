@@ -562,7 +562,7 @@ def fit_maps(model, batches, alone=False):
     batches: see the head of this file. Sparsity is fully on after it. Does nothing where there is no map.
 
     alone: each map as if no other part were sparse, on what enters it in the dense model (tools.sensitivity).
-    Costs about two dense forward passes of each batch, and three (T, D) of memory a batch."""
+    Costs about two dense forward passes of each batch, and four (T, D) of memory a batch."""
     if not any(p.rank_of_map() for _, p in predictors(model)):
         return
     with dist.whole(model):

@@ -690,6 +690,20 @@ def test_maps_are_fitted_block_after_block(bits, alone):
         assert torch.allclose(b, want[2], rtol=1e-7, atol=1e-9)
 
 
+def test_the_map_of_attention_is_fitted_to_all_that_it_would_have_added():
+    m, batch = build(), batch_of(dense_first=2)
+    predictor.attach(m, 0, [1, 0, 0], kind="measured", map_rank=6)
+    predictor.measure(m, [batch])
+    n, masked = batch.n_sparse, Masked(m, batch)
+    x = masked.norm(m.embed[batch.tokens], "model.layers.0.input_layernorm")
+    E = masked.attention(0, x, None)[:n]
+    x1 = predictor.with_ones(x[:n])
+    weighted = (x1 / E.norm(dim=1, keepdim=True)).T
+    U, V, b = predictor.fit_map(weighted @ x1, weighted @ E, 6)
+    mine = m.blocks[0].attn.predictor.map
+    assert torch.allclose(mine[0] @ mine[1], U @ V, rtol=1e-8, atol=1e-10) and torch.allclose(mine[2], b, rtol=1e-8)
+
+
 def test_maps_do_not_depend_on_micro_batches():
     def maps(batches):
         m = build()
