@@ -43,7 +43,7 @@ class Base(NamedTuple):
 
 
 BASES = dict(
-    tiny=Base("the embedded base and its word problems, 86 % context", ["config/tiny.py"], 4, (195, 175), {
+    tiny=Base("the embedded base and its word problems, 86 % context", ["config/tiny.py"], 4, (195, 175, 155), {
         "SparseLoRA": [],
         "and no queries in 3-4": ['--attn_sparsity={"3-4": 1}'],
         "svd": ["--predictor=svd"],
