@@ -63,7 +63,7 @@ BASES = dict(
         "SmolLM2-135M-Instruct, GSM8K with six solved problems before each, 90 % context",
         ["config/smollm2.py", "--dataset=data/gsm8k_shots/6", "--dtype=bfloat16", "--lora_targets=q,k,v,o", "--batch_size=2",
          "--max_seq_len=1600", "--max_steps=60", "--warmup_steps=6", "--eval_interval=60", "--eval_examples=64",
-         "--test_examples=0", "--save_interval=20", "--max_new_tokens=1"], 1, (48, 42), {
+         "--test_examples=0", "--save_interval=20", "--max_new_tokens=1"], 2, (48, 42), {
             ".97 in 17-28": ['--mlp_sparsity={"17-28": 0.97}', "--map_rank=128"],
             "no queries in 17-28": ["--mlp_sparsity=0", '--attn_sparsity={"17-28": 1}', "--map_rank=128"],
             ".97 in 17-28, no queries there": ['--mlp_sparsity={"17-28": 0.97}', '--attn_sparsity={"17-28": 1}',
