@@ -42,10 +42,10 @@ batches, rise of the loss / cosine of the gradient with the dense model's: fitte
 Sinks: the first tokens of each text have MLP outputs of up to 100,000 times the others'. data.collate makes them dense
 rows (dense_first), so they neither vote nor enter the fit.
 
-No queries. A layer's keys and values are all that the dense rows need of a context token. What the token itself reads from
-others shapes only its own keys and values in the layers above, and in the upper half of a network that hardly counts
-any more. With a ratio of 1 an attention's sparse rows make keys and values in full, and neither a query nor an output:
-a map of its normed input, fitted in the same way to all that attention would have added (E, w = 1 / |E|), stands in.
+No queries. A layer's keys and values are all that the dense rows need of a context token. What the token itself reads
+from others shapes only its own keys and values in the layers above, and in the upper half of a network that counts for
+little. With a ratio of 1 an attention's sparse rows make keys and values in full, and neither a query nor an output: a
+map of its normed input, fitted in the same way to all that attention would have added (E, w = 1 / |E|), stands in.
 That saves q, o and, for those rows, the products of queries and keys.
 
 Attention's channels hang together: q and k are kept in rotary pairs (d, d + hd/2) of a key/value head, the
@@ -60,7 +60,7 @@ import math
 import torch
 
 import kernels
-from config import UserError
+from config import UserError, is_ratio
 from lib import dist
 from lib.factors import factors
 from sparse import Keep, KeepAttention, KeepMLP, SkipQueries, lora_forward
@@ -327,8 +327,9 @@ class Predictor:
 
     def set_fixed(self, *channels):
         """Fixes these channels, of an MLP or of k and of v; none where there are no queries. Copying the kept rows out
-        once turns every sparse product into a plain matmul of fixed shape, for c / N of the weight's memory (of a packed
-        weight's four times as much): worth it up to a half. A weight that is sharded over ranks has no rows to copy."""
+        once turns every sparse product into a plain matmul of fixed shape, for c / N of the weight's memory (of a
+        packed weight's four times as much): worth it up to a half. A weight that is sharded over ranks has no rows to
+        copy."""
         copy = 2 * self.c <= self.n_channels and not self.sharded
         if self.is_mlp:
             self.fixed = keep_mlp(self.part, *channels, copy)
@@ -439,10 +440,10 @@ def attach(model, mlp_sparsity, attn_sparsity, rank=8, kind="svd", map_rank=64, 
     """Gives every block but the last a ratio and a way to choose channels, and switches sparsity fully on.
 
     mlp_sparsity, attn_sparsity: a float for all blocks, or a list of n_layers floats in [0, 1), for attention [0, 1].
-    rank: of the SVD. kind: one of KINDS. map_rank: of the map that `measured` fits, 0: none. The last block stays dense:
-    only its loss rows compute anything but keys and values. Errors: UserError for an unknown kind, a bad ratio, no
-    queries without a map, or attention channels dropped in a model with q/k norms, which would rescale what is left of
-    a query."""
+    rank: of the SVD. kind: one of KINDS. map_rank: of the map that `measured` fits, 0: none. The last block stays
+    dense: only its loss rows compute anything but keys and values. Errors: UserError for an unknown kind, a bad ratio,
+    no queries without a map, or attention channels dropped in a model with q/k norms, which would rescale what is left
+    of a query."""
     n = len(model.blocks)
     mlp = ratio_list(mlp_sparsity, n, "mlp_sparsity")
     attn = ratio_list(attn_sparsity, n, "attn_sparsity")
@@ -452,9 +453,9 @@ def attach(model, mlp_sparsity, attn_sparsity, rank=8, kind="svd", map_rank=64, 
         raise UserError(f"attn_sparsity = 1 needs a map that stands in for the queries, but predictor = {kind!r} and "
                         f"map_rank = {map_rank}: set predictor = 'measured' and map_rank = 64, or a ratio below 1")
     if any(0 < ratio < 1 for ratio in attn) and model.config.qk_norm:
-        raise UserError(f"attn_sparsity = {max(r for r in attn if r < 1)} cannot be used with a {model.config.model_type} model: "
-                        "its q/k norms would rescale the channels that are left; set attn_sparsity = 0, or 1 "
-                        "where there are to be no queries (MLP sparsity works)")
+        raise UserError(f"attn_sparsity = {max(r for r in attn if r < 1)} cannot be used with a "
+                        f"{model.config.model_type} model: its q/k norms would rescale the channels that are left; set "
+                        "attn_sparsity = 0, or 1 where there are to be no queries (MLP sparsity works)")
     model.selection_rng = torch.Generator(model.embed.device).manual_seed(seed)
     for i, block in enumerate(model.blocks):
         for part, ratio in ((block.attn, attn[i]), (block.mlp, mlp[i])):
@@ -482,7 +483,7 @@ def ratio_list(ratios, n, name):
         ratios = [ratios] * n
     if len(ratios) != n:
         raise UserError(f"{name} has {len(ratios)} ratios, but the model has {n} blocks: give one a block")
-    if not all(0 <= r < 1 or r == 1 and name == "attn_sparsity" for r in ratios):
+    if not all(is_ratio(r, name) for r in ratios):
         raise UserError(f"{name} = {ratios} holds a ratio outside [0, 1), for attention [0, 1]: 0 is dense, .9 keeps a "
                         "tenth")
     return ratios
@@ -558,8 +559,8 @@ PULL = .5  # how much of what is missing. Cosine with 0 and .5: SmolLM2 .883 and
 
 @torch.no_grad()
 def fit_maps(model, batches, alone=False):
-    """Fits the maps of what is dropped, block after block from the first, on the context rows of these
-    batches: see the head of this file. Sparsity is fully on after it. Does nothing where there is no map.
+    """Fits the maps of what is dropped, block after block from the first, on the context rows of these batches: see the
+    head of this file. Sparsity is fully on after it. Does nothing where there is no map.
 
     alone: each map as if no other part were sparse, on what enters it in the dense model (tools.sensitivity).
     Costs about two dense forward passes of each batch, and four (T, D) of memory a batch."""
@@ -641,8 +642,9 @@ def fit_mlp(block, batches, middle, wanted):
 
 
 def fit_attention(block, batches, ropes, entering, wanted):
-    """Fits the map of one block's attention, if its sparse rows have no queries. entering: what enters the block; wanted:
-    what leaves its attention half in the dense model, or None, where the map is fitted alone; (T, D) for each batch."""
+    """Fits the map of one block's attention, if its sparse rows have no queries. entering: what enters the block;
+    wanted: what leaves its attention half in the dense model, or None, where the map is fitted alone; (T, D) for each
+    batch."""
     p = block.attn.predictor
     if p is None or not p.rank_of_map():
         return
@@ -659,7 +661,7 @@ def fit_attention(block, batches, ropes, entering, wanted):
 
 
 class Sums:
-    """What a map is fitted from: sums over context rows of w [x 1].T [x 1] and w [x 1].T E. In fp32, or fp64 for fp64."""
+    """What a map is fitted from: sums over context rows of w [x 1].T [x 1] and w [x 1].T E, in fp32 (fp64 for fp64)."""
 
     def __init__(self, x):
         """x (T, D): one like those that are to come."""
@@ -692,8 +694,8 @@ def watch(model, batch):
     """Runs one sparse forward at the present ratios and returns, on the very inputs of each part, {name: {"held": the
     share of the true energy that the kept channels hold}}, and of an MLP also "residual": how much of its output is
     missing, |y - y'|^2 / |y|^2, mean over the rows; "without_map": the same without the map; "loudest": the largest
-    |y|^2 of a row over the median. A share near 1 - ratio means that the selection is no better than chance. An attention
-    without queries drops no channels, and is not in it."""
+    |y|^2 of a row over the median. A share near 1 - ratio means that the selection is no better than chance. An
+    attention without queries drops no channels, and is not in it."""
     watched = [(name, p) for name, p in predictors(model) if not p.no_queries]
     for _, p in watched:
         p.selections = []

@@ -280,14 +280,20 @@ def ratios(value, n_layers, name):
         value = [dict(pairs).get(block, 0.0) for block in range(n_layers or max(blocks, default=-1) + 1)]
     elif not isinstance(value, (list, tuple)):
         value = [value] * (n_layers or 1)
-    one = name == "attn_sparsity"  # 1 is a ratio too: no queries
     for ratio in value:
-        number = isinstance(ratio, (int, float)) and not isinstance(ratio, bool)
-        if not number or not (0 <= ratio < 1 or one and ratio == 1):
-            raise UserError(f"{name} has the ratio {ratio!r}, which is not a number in [0, 1{']' if one else ')'}")
+        if not is_ratio(ratio, name):
+            end = "]" if is_ratio(1, name) else ")"
+            raise UserError(f"{name} has the ratio {ratio!r}, which is not a number in [0, 1{end}")
     if n_layers is not None and len(value) != n_layers:
         raise UserError(f"{name} lists {len(value)} ratios, but the model has {n_layers} blocks")
     return [float(ratio) for ratio in value]
+
+
+def is_ratio(value, name):
+    """Whether the option of this name may have this ratio: a number in [0, 1), for attention also 1: no queries."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return 0 <= value < 1 or name == "attn_sparsity" and value == 1
 
 
 def block_range(key, n_layers, name):

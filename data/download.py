@@ -139,7 +139,8 @@ def unseen(rows, others):
 
 
 def write(prepare_file, name, rows, folder=""):
-    """name.jsonl beside the prepare.py that asks, or in a folder there; under a temporary name first: whole or absent."""
+    """name.jsonl beside the prepare.py that asks, or in a folder there; under a temporary name first: whole or
+    absent."""
     path = os.path.join(os.path.dirname(os.path.abspath(prepare_file)), folder, name + ".jsonl")
     os.makedirs(os.path.dirname(path), exist_ok=True)
     with open(f"{path}.{os.getpid()}.tmp", "w", encoding="utf-8") as f:

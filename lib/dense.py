@@ -219,7 +219,8 @@ class CausalAttention(Function):
 
 def attend_from(q, k, v, positions):
     """torch's attention of queries (B, H, Sq, hd) that stand at positions (B, Sq), each to the keys up to its own. The
-    query heads of a group stand in for more queries of its key head: with a mask, torch's fused kernels know no groups."""
+    query heads of a group stand in for more queries of its key head: torch's fused kernels with a mask know no
+    groups."""
     (B, H, Sq, hd), K, S = q.shape, k.shape[1], k.shape[2]
     of_group = positions.repeat(1, H // K)  # (B, G Sq)
     seen = torch.arange(S, device=q.device) <= of_group[:, None, :, None]  # (B, 1, G Sq, S)

@@ -46,7 +46,7 @@ def mlp(model, predictor, n, t, need, full):
     if predictor is not None:
         work = n * predictor.c + (t - n) * I
         f += predictor.flops(n)
-        f += 2 * n * predictor.rank_of_map() * 2 * D * (1 + need)  # (x U) V, and (dy V.T) U.T
+        f += mapped(predictor, n, D, need)
     f += 2 * D * work * (4 + 2 * need + 3 * full)  # forward 3 products, dh 1, dx 2, weights 3
     for target in ("gate", "up"):
         if target in model.lora_targets:
@@ -54,6 +54,11 @@ def mlp(model, predictor, n, t, need, full):
     if "down" in model.lora_targets:
         f += 2 * R * (3 * t * D + 3 * work)
     return f
+
+
+def mapped(predictor, n, D, need):
+    """FLOPs of a part's map on n sparse rows: (x U) V, and (dy V.T) U.T where the input needs a gradient."""
+    return 2 * n * predictor.rank_of_map() * 2 * D * (1 + need)
 
 
 def attention(model, batch, predictor, n, t, need, full):
@@ -68,29 +73,25 @@ def attention(model, batch, predictor, n, t, need, full):
             return 0
         return 2 * R * rows * ((2 + need) * n_in + 3 * n_out)
 
+    lengths, positions, f = batch.lengths, None, 0  # of queries
+    no_queries = predictor is not None and predictor.no_queries
+    if no_queries:
+        t, lengths, positions = T - n, batch.dense_lengths, batch.dense_positions
+        f += mapped(predictor, n, D, need)
     qkv = t * Nq + T * 2 * Nkv  # rows times channels
     o = t * Nq
-    f = 0
-    no_queries = predictor is not None and predictor.no_queries
     if predictor is not None and not no_queries:
         qkv = n * predictor.c * (G + 2) + (T - n) * (Nq + 2 * Nkv)
         o = n * predictor.c * G + (T - n) * Nq
         f += predictor.flops(n)
-    if no_queries:
-        t = T - n
-        qkv = t * Nq + T * 2 * Nkv
-        o = t * Nq
-        f += 2 * n * predictor.rank_of_map() * 2 * D * (1 + need)  # (x U) V, and (dy V.T) U.T
     f += 2 * D * qkv * (1 + need + full)
     f += lora("q", t, D, Nq, need) + lora("k", T, D, Nkv, need) + lora("v", T, D, Nkv, need)
     inside = need or full or any(x in model.lora_targets for x in "qkv")
-    pairs = B * S * S  # of queries and keys: the whole square, as tools.bench counts others' code too (no lengths)
-    if batch.lengths is not None and model.device.type == "cpu":
-        pairs = dense.CausalAttention.pairs(batch.lengths)
-        if no_queries:
-            pairs = dense.CausalAttention.pairs(batch.dense_lengths, batch.dense_positions)
-    elif no_queries:
-        pairs = B * batch.dense_positions.shape[1] * S
+    # Pairs of queries and keys: the whole square, as tools.bench counts others' code too (no lengths).
+    queries = S if positions is None else positions.shape[1]
+    pairs = B * queries * S
+    if lengths is not None and model.device.type == "cpu":
+        pairs = dense.CausalAttention.pairs(lengths, positions)
     f += 2 * pairs * Nq * (2 + 5 * inside)  # 2 products forward, 5 backward
     f += 2 * D * o * (1 + inside + full) + lora("o", t, Nq, D, inside)
     return f, inside or "o" in model.lora_targets

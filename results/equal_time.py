@@ -1,7 +1,8 @@
 """Does it pay? SparseLoRA against dense LoRA that is stopped after the same time.
 
     python -m results.equal_time tiny
-    python -m results.equal_time smollm2 --model=DIR
+    python -m results.equal_time smollm2 --model=DIR    first: python data/gsm8k_shots/prepare.py
+    python -m results.equal_time long --model=DIR       first: the same with --shots=6
 
     BASE            one of BASES below: which runs there are; each is a train.py command line that can be pasted
     --seeds=0       of each run; 0: as many as BASES says
@@ -14,7 +15,6 @@ equal_time.json, a run a line, of which equal_time.md and a picture of each base
 """
 import json
 import math
-import os
 import shlex
 import statistics
 import subprocess
@@ -23,9 +23,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 from config import UserError
-from lib.cli import options, run
+from lib.cli import run, split_options
 from lib.files import write_text
+from tools import bench_measure
 
 ROOT = Path(__file__).resolve().parent.parent
 OWN = dict(seeds=0, jobs=2, dry=False, collect=False)
@@ -42,6 +45,12 @@ class Base(NamedTuple):
     by: str = "val_loss"  # what runs are compared by: or test_loss
 
 
+# What the two bases of SmolLM2 have in common.
+SMOLLM2 = ["config/smollm2.py", "--dtype=bfloat16", "--lora_targets=q,k,v,o", "--max_steps=60", "--warmup_steps=6",
+           "--eval_examples=64", "--test_examples=0"]
+UPPER_MLPS = ['--mlp_sparsity={"17-28": 0.97}', "--map_rank=128"]
+NO_QUERIES = ['--attn_sparsity={"17-28": 1}', "--map_rank=128"]
+
 BASES = dict(
     tiny=Base("the embedded base and its word problems, 86 % context", ["config/tiny.py"], 4, (195, 175, 155), {
         "SparseLoRA": [],
@@ -50,24 +59,20 @@ BASES = dict(
     }, by="test_loss"),
     smollm2=Base(
         "SmolLM2-135M-Instruct, GSM8K with two solved problems before each, 80 % context",
-        ["config/smollm2.py", "--dataset=gsm8k_shots", "--dtype=bfloat16", "--lora_targets=q,k,v,o", "--batch_size=4",
-         "--max_seq_len=640", "--max_steps=60", "--warmup_steps=6", "--eval_interval=30", "--eval_examples=64",
-         "--test_examples=0", "--save_interval=30", "--max_new_tokens=4"], 2, (51, 45), {
-            ".97 in 17-28": ['--mlp_sparsity={"17-28": 0.97}', "--map_rank=128"],
-            ".97 in 17-28, no queries there": ['--mlp_sparsity={"17-28": 0.97}', '--attn_sparsity={"17-28": 1}',
-                                               "--map_rank=128"],
+        [*SMOLLM2, "--dataset=gsm8k_shots", "--batch_size=4", "--max_seq_len=640", "--eval_interval=30",
+         "--save_interval=30", "--max_new_tokens=4"], 2, (51, 45), {
+            ".97 in 17-28": UPPER_MLPS,
+            ".97 in 17-28, no queries there": UPPER_MLPS + NO_QUERIES,
             ".5 in 1-16, .97 in 17-28": ['--mlp_sparsity={"1-16": 0.5, "17-28": 0.97}', "--map_rank=128"],
             ".97 in 1-28": ['--mlp_sparsity={"1-28": 0.97}', "--map_rank=256"],
         }),
     long=Base(
         "SmolLM2-135M-Instruct, GSM8K with six solved problems before each, 90 % context",
-        ["config/smollm2.py", "--dataset=data/gsm8k_shots/6", "--dtype=bfloat16", "--lora_targets=q,k,v,o", "--batch_size=2",
-         "--max_seq_len=1600", "--max_steps=60", "--warmup_steps=6", "--eval_interval=60", "--eval_examples=64",
-         "--test_examples=0", "--save_interval=20", "--max_new_tokens=1"], 2, (48, 42), {
-            ".97 in 17-28": ['--mlp_sparsity={"17-28": 0.97}', "--map_rank=128"],
-            "no queries in 17-28": ["--mlp_sparsity=0", '--attn_sparsity={"17-28": 1}', "--map_rank=128"],
-            ".97 in 17-28, no queries there": ['--mlp_sparsity={"17-28": 0.97}', '--attn_sparsity={"17-28": 1}',
-                                               "--map_rank=128"],
+        [*SMOLLM2, "--dataset=data/gsm8k_shots/6", "--batch_size=2", "--max_seq_len=1600", "--eval_interval=60",
+         "--save_interval=20", "--max_new_tokens=1"], 2, (48, 42), {
+            ".97 in 17-28": UPPER_MLPS,
+            "no queries in 17-28": ["--mlp_sparsity=0", *NO_QUERIES],
+            ".97 in 17-28, no queries there": UPPER_MLPS + NO_QUERIES,
         }),
 )
 
@@ -99,14 +104,15 @@ def runs_of(name, seeds, more):
 
 
 def train(r):
-    """Makes a run, or what is left of it. Its output goes to log.txt in its directory. UserError: a run of other options
-    is there."""
+    """Makes a run, or what is left of it. Its output goes to log.txt in its directory. UserError: a run of other
+    options is there."""
     if finished(r):
         return
     r.out.mkdir(parents=True, exist_ok=True)
     log = r.out / "log.txt"
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    write_text(r.out / "about.json", json.dumps(dict(commit=commit.stdout.strip(), options=options_of(r))))
+    here = bench_measure.machine(torch.device("cpu"))
+    write_text(r.out / "about.json", json.dumps(dict(
+        options=options_of(r), commit=here["commit"], machine=f"{here['cpu']}, {here['cores']} cores")))
     with open(log, "a") as f:
         command = [sys.executable, *r.command[1:], "--resume=True"]
         failed = subprocess.run(command, cwd=ROOT, stdout=f, stderr=f).returncode
@@ -121,10 +127,15 @@ def options_of(r):
     return shown(r.command[2:-2])
 
 
+def about(r):
+    """What was noted when the run began."""
+    return json.loads((r.out / "about.json").read_text())
+
+
 def finished(r):
     if not (r.out / "result.json").exists():
         return False
-    there = json.loads((r.out / "about.json").read_text())["options"]
+    there = about(r)["options"]
     if there != options_of(r):
         raise UserError(f"{r.out} holds a run of other options, `{there}`: remove it")
     return True
@@ -145,9 +156,7 @@ def read(r, by):
     between = result["seconds"] - sum(m["seconds"] for m in steps)
     ratio = result.get("time_ratio", 1.0)
     dense_seconds = statistics.median(m["seconds"] / (ratio if m["sparse"] else 1.0) for m in steps)
-    about = json.loads((r.out / "about.json").read_text())
-    kept = dict(label=r.label, seed=r.seed, options=about["options"], steps=len(steps),
-                commit=about["commit"], machine=machine(), seconds=result["seconds"],
+    kept = dict(label=r.label, seed=r.seed, **about(r), steps=len(steps), seconds=result["seconds"],
                 flops=result["flops"] / result["dense_flops"] * len(steps), step_time=ratio,
                 time=len(steps) - sparse + ratio * sparse + between / dense_seconds,
                 loss=result[by], accuracy=result.get("after"),
@@ -201,7 +210,7 @@ def lines_of(runs):
     dense = by_label.get(DENSE, {})
     out = {}
     for label, seeds in by_label.items():
-        line = dict(n=len(seeds), options=next(iter(seeds.values()))["options"])
+        line = dict(n=len(seeds))
         line["loss"] = mean(r["loss"] for r in seeds.values())
         line["flops"], line["time"] = (mean(r[key] / full for r in seeds.values()) for key in ("flops", "time"))
         if label != DENSE and dense.keys() & seeds.keys():
@@ -289,10 +298,9 @@ def one_run_a_line(everything):
 
 
 def main(argv):
-    names = [arg for arg in argv if arg in BASES]
-    mine = [a for a in argv if a in ("-h", "--help") or a.partition("=")[0].removeprefix("--") in OWN]
-    more = [a for a in argv if a not in mine + names]
-    _, own = options(mine, __doc__, (0, 0), **OWN)
+    own, args = split_options(argv, __doc__, **OWN)
+    names = [arg for arg in args if arg in BASES]
+    more = [arg for arg in args if arg not in BASES]
     if len(names) != 1:
         raise UserError(f"name one base of {', '.join(BASES)}; -h shows how")
     name, = names
@@ -313,16 +321,6 @@ def main(argv):
     write_text(path.with_suffix(".md"), markdown(everything))
     draw(ours["runs"], path.with_name(f"equal_time_{name}.png"))
     print(path.with_suffix(".md"))
-
-
-def machine():
-    """The CPU's name and what of it is used."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "CPU")
-    return f"{name}, {os.cpu_count()} cores"
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ def finish(r, loss, steps, sparse, between=0.0, seconds=2.0):
         result["time_ratio"] = .5
     (r.out / "result.json").write_text(json.dumps(result))
     (r.out / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (r.out / "about.json").write_text(json.dumps(dict(commit="abc", options=equal_time.options_of(r))))
+    (r.out / "about.json").write_text(json.dumps(dict(options=equal_time.options_of(r), commit="abc", machine="CPU")))
 
 
 @pytest.fixture

@@ -329,7 +329,7 @@ def make_rows(shared, length, tokenized, words=("",), compile=False):
         if on and 1 not in attn:  # without queries there has to be a map
             add(Ours, f"{part}, svd", mlp, attn)
             add(Ours, f"{part}, measured", mlp, attn, "measured", 0, see)
-        if on and 1 in attn or on and any(mlp) and cfg.map_rank:
+        if on and (1 in attn or any(mlp) and cfg.map_rank):
             add(Ours, f"{part}, measured + map", mlp, attn, "measured", cfg.map_rank, see)
     if not rows:
         raise UserError(f"--rows={','.join(words)} is in no row's name: there are {'; '.join(names)}")

@@ -2,7 +2,8 @@
 
     python data/gsm8k_shots/prepare.py [--source=DIR] [--shots=2]
 
-Two make data/gsm8k_shots, another number N the folder data/gsm8k_shots/N (--dataset=data/gsm8k_shots/N). DIR as for data/gsm8k/prepare.py, whose splits these are. The solved ones are drawn anew for each problem (seed 0).
+Two make data/gsm8k_shots, another number N the folder data/gsm8k_shots/N (--dataset=data/gsm8k_shots/N). DIR as for
+data/gsm8k/prepare.py, whose splits these are. The solved ones are drawn anew for each problem (seed 0).
 Long context, few scored tokens: what context sparsity is made for.
 """
 import os
