@@ -3,6 +3,7 @@
     python -m results.equal_time tiny
     python -m results.equal_time smollm2 --model=DIR    first: python data/gsm8k_shots/prepare.py
     python -m results.equal_time long --model=DIR       first: the same with --shots=6
+    python -m results.equal_time qwen_long --model=DIR  likewise
 
     BASE            one of BASES below: which runs there are; each is a train.py command line that can be pasted
     --seeds=0       of each run; 0: as many as BASES says
@@ -73,6 +74,14 @@ BASES = dict(
             ".97 in 17-28": UPPER_MLPS,
             "no queries in 17-28": ["--mlp_sparsity=0", *NO_QUERIES],
             ".97 in 17-28, no queries there": UPPER_MLPS + NO_QUERIES,
+        }),
+    qwen_long=Base(
+        "Qwen2.5-Coder-0.5B-Instruct, GSM8K with six solved problems before each, 90 % context",
+        ["config/qwen.py", "--dtype=bfloat16", "--dataset=data/gsm8k_shots/6", "--batch_size=2", "--max_seq_len=1600",
+         "--max_steps=60", "--eval_interval=60", "--eval_examples=64", "--test_examples=0", "--save_interval=20",
+         "--max_new_tokens=1"], 2, (48, 42), {
+            ".97 in 12-22": [],  # as config/qwen.py has it
+            ".97 in 12-22, no queries there": ['--attn_sparsity={"12-22": 1}'],
         }),
 )
 
