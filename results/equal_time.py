@@ -113,10 +113,10 @@ def runs_of(name, seeds, more):
 
 
 def train(r):
-    """Makes a run, or what is left of it. Its output goes to log.txt in its directory. UserError: a run of other
-    options is there."""
+    """Makes a run, or what is left of it. Its output goes to log.txt in its directory. Returns whether it is there now.
+    UserError: a run of other options is there."""
     if finished(r):
-        return
+        return True
     r.out.mkdir(parents=True, exist_ok=True)
     log = r.out / "log.txt"
     here = bench_measure.machine(torch.device("cpu"))
@@ -130,6 +130,7 @@ def train(r):
         print(f"failed ({failed}): {shlex.join(r.command)}\n  {last}", flush=True)
     else:
         print(f"done: {r.label}, seed {r.seed}", flush=True)
+    return not failed
 
 
 def options_of(r):
@@ -231,15 +232,40 @@ def lines_of(runs):
     return out
 
 
+def dense_curve(lines):
+    """[(time, loss as a Mean)] of dense LoRA's runs, the shortest first."""
+    return sorted((s["time"].mean, s["loss"]) for label, s in lines.items() if label.startswith(DENSE))
+
+
 def in_that_time(lines, time):
     """The loss (Mean) of dense LoRA with so many steps that it takes this time, on a line between two of its runs;
     None beyond them."""
-    points = sorted((s["time"].mean, s["loss"]) for label, s in lines.items() if label.startswith(DENSE))
+    points = dense_curve(lines)
     for (a, low), (b, high) in zip(points, points[1:]):
         if a <= time <= b:
             w = (time - a) / (b - a)
             return Mean(low.mean * (1 - w) + high.mean * w, math.hypot(low.error * (1 - w), high.error * w))
     return None
+
+
+def speedup(lines, label):
+    """How much faster a sparse run came to its loss than dense LoRA comes there, as a Mean: dense LoRA's time for that
+    loss, on the line through the two runs beside it (the last two where it is lower still), over the sparse run's. The
+    error is that of both losses, over the line's slope; 0, unknown, of one seed. None with less than two runs of dense
+    LoRA."""
+    points, s = dense_curve(lines), lines[label]
+    if len(points) < 2:
+        return None
+    beside = list(zip(points, points[1:]))
+    for (a, high), (b, low) in beside:
+        if s["loss"].mean >= low.mean:
+            break
+    slope = (low.mean - high.mean) / (b - a)  # of the loss, in one full run's time
+    reached = b + (s["loss"].mean - low.mean) / slope
+    error = 0.0
+    if s["n"] > 1:
+        error = math.hypot(s["loss"].error, low.error) / abs(slope)
+    return Mean(reached / s["time"].mean, error / s["time"].mean)
 
 
 def cell(value, form):
@@ -254,7 +280,8 @@ HEAD = """# SparseLoRA against dense LoRA in the same time
 Written by results/equal_time.py, which says how; every run is a line of equal_time.json. Mean ± standard error over n
 seeds. FLOPs and time: of the whole run, over full-length dense LoRA's. Time: forward and backward, sparse and dense
 steps timed in turn on the same batches, and what the switch takes. Over dense: the loss less that of dense LoRA of the
-same seed. In that time: the loss of dense LoRA with fewer steps, on a line between two runs. Rise: of a validation
+same seed. In that time: the loss of dense LoRA with fewer steps, on a line between two runs. Faster: dense LoRA's time
+for the sparse run's loss (on that line, or on its continuation), over the sparse run's time. Rise: of a validation
 batch's loss at the switch.
 """
 
@@ -266,14 +293,16 @@ def markdown(everything):
         machines = "; ".join(dict.fromkeys(r["machine"] for r in base["runs"]))
         out += [f"## {name}: {base['title']}", "", f"{machines}. `{base['command']}`", "",
                 f"![Loss against time](equal_time_{name}.png)", "",
-                "| | n | FLOPs | time | loss | over dense | dense LoRA in that time | accuracy | rise |",
-                "|---|---|---|---|---|---|---|---|---|"]
+                "| | n | FLOPs | time | loss | over dense | dense LoRA in that time | faster | accuracy | rise |",
+                "|---|---|---|---|---|---|---|---|---|---|"]
         lines = lines_of(base["runs"])
         for label, s in lines.items():
-            same_time = None if label.startswith(DENSE) else in_that_time(lines, s["time"].mean)
+            same_time = faster = None
+            if not label.startswith(DENSE):
+                same_time, faster = in_that_time(lines, s["time"].mean), speedup(lines, label)
             cells = [label, str(s["n"]), f"{s['flops'].mean:.0%}", cell(s["time"], "{:.1%}"),
                      cell(s["loss"], "{:.4f}"), cell(s.get("over"), "{:+.4f}"), cell(same_time, "{:.4f}"),
-                     cell(s.get("accuracy"), "{:.1%}"), cell(s.get("rise"), "{:+.3f}")]
+                     cell(faster, "{:.2f}"), cell(s.get("accuracy"), "{:.1%}"), cell(s.get("rise"), "{:+.3f}")]
             out.append("| " + " | ".join(cells) + " |")
         out.append("")
     return "\n".join(out)
@@ -289,7 +318,7 @@ def draw(runs, path):
     import matplotlib.pyplot as plt
     fig, ax = plt.subplots(figsize=(6, 4), layout="constrained")
     lines = lines_of(runs)
-    dense = sorted((s["time"].mean, s["loss"]) for label, s in lines.items() if label.startswith(DENSE))
+    dense = dense_curve(lines)
     ax.errorbar([t for t, _ in dense], [v.mean for _, v in dense], [v.error for _, v in dense], marker="o", capsize=2,
                 label="dense LoRA, fewer steps")
     for label, s in lines.items():
@@ -316,9 +345,10 @@ def main(argv):
     base, runs = BASES[name], runs_of(name, own["seeds"], more)
     if own["dry"]:
         return print("\n".join(shlex.join(r.command) for r in runs))
+    there = []
     if not own["collect"]:
         with ThreadPoolExecutor(own["jobs"]) as pool:
-            list(pool.map(train, runs))
+            there = list(pool.map(train, runs))
     path = ROOT / "results" / "equal_time.json"
     everything = json.loads(path.read_text()) if path.exists() else {}
     ours = everything.setdefault(name, dict(runs=[]))
@@ -330,6 +360,9 @@ def main(argv):
     write_text(path.with_suffix(".md"), markdown(everything))
     draw(ours["runs"], path.with_name(f"equal_time_{name}.png"))
     print(path.with_suffix(".md"))
+    if not all(there):
+        raise UserError(f"{there.count(False)} of {len(runs)} runs failed, as said above: the same command goes on with "
+                        "them, and their log.txt says more")
 
 
 if __name__ == "__main__":

@@ -67,10 +67,24 @@ def test_tables_set_a_sparse_run_beside_dense_ones_of_its_time(runs):
     assert lines[half.label]["time"].mean == .5 and "over" not in lines[DENSE]
     assert equal_time.in_that_time(lines, .6).mean == pytest.approx(1.4)
     assert equal_time.in_that_time(lines, .4) is None
+    assert equal_time.speedup(lines, "sparse").mean == pytest.approx(.9 / .6)  # dense LoRA has 1.1 after .9 of its time
     equal_time.main(["t", "--collect=True"])
     text = (equal_time.ROOT / "results" / "equal_time.md").read_text()
     row, = (line for line in text.splitlines() if line.startswith("| sparse"))
-    assert row == "| sparse | 1 | 75% | 60.0% | 1.1000 | +0.1000 | 1.4000 | 50.0% | +0.500 |"
+    assert row == "| sparse | 1 | 75% | 60.0% | 1.1000 | +0.1000 | 1.4000 | 1.50 | 50.0% | +0.500 |"
+
+
+def test_speedup_follows_the_line_of_the_runs_beside_it():
+    def line(time, loss, error=0.0):
+        return dict(n=2 if error else 1, time=Mean(time, 0.0), loss=Mean(loss, error))
+
+    lines = {DENSE: line(1.0, 1.0, .03), DENSE + ", 8 steps": line(.8, 1.2), DENSE + ", 6 steps": line(.6, 1.6),
+             "behind": line(.8, 1.4), "ahead": line(.8, 1.1, .04), "beyond": line(.5, .9), "worst": line(.5, 1.8)}
+    assert equal_time.speedup(lines, "behind").mean == pytest.approx(.7 / .8)
+    assert equal_time.speedup(lines, "ahead") == pytest.approx((.9 / .8, .05 / 1 / .8))
+    assert equal_time.speedup(lines, "beyond").mean == pytest.approx(1.1 / .5)
+    assert equal_time.speedup(lines, "worst").mean == pytest.approx(.5 / .5)
+    assert equal_time.speedup({DENSE: lines[DENSE], "ahead": lines["ahead"]}, "ahead") is None
 
 
 def test_what_is_known_of_other_runs_stays(runs):
@@ -100,6 +114,14 @@ def test_nothing_finished_leaves_the_tables_alone(runs):
     assert not (equal_time.ROOT / "results" / "equal_time.json").exists()
     with pytest.raises(UserError, match="name one base of tiny, smollm2"):
         equal_time.main([])
+
+
+def test_a_failed_run_is_said_after_the_others_are_collected(runs, capsys):
+    finish(runs[0], loss=1.0, steps=10, sparse=0)  # there is no train.py for the other two
+    with pytest.raises(UserError, match="2 of 3 runs failed, as said above: the same command goes on"):
+        equal_time.main(["t"])
+    assert "failed (2): python train.py config/tiny.py" in capsys.readouterr().out
+    assert len(json.loads((equal_time.ROOT / "results" / "equal_time.json").read_text())["t"]["runs"]) == 1
 
 
 @pytest.mark.slow
