@@ -82,6 +82,7 @@ BASES = dict(
          "--max_new_tokens=1"], 2, (45, 36), {
             ".97 in 12-22": [],  # as config/qwen.py has it
             ".97 in 12-22, no queries there": ['--attn_sparsity={"12-22": 1}'],
+            ".97 in 8-22, no queries there": ['--mlp_sparsity={"8-22": 0.97}', '--attn_sparsity={"8-22": 1}'],
         }),
 )
 
