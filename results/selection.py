@@ -131,7 +131,17 @@ def grouped(store):
         elif kind == "alone":
             kind = f"measured, map {rank} fitted alone"
         groups.setdefault((name, blocks), {}).setdefault(kind, {})[float(ratio)] = v
+    for group, rows in groups.items():
+        groups[group] = {kind: rows[kind] for kind in sorted(rows, key=place)}
     return groups
+
+
+def place(kind):
+    """Where a row stands in its table: ours first, the ranks in order, and each with its variants behind it."""
+    rank = 0
+    if "map " in kind and "no map" not in kind:
+        rank = int(kind.split("map ")[1].split()[0].rstrip(","))
+    return not kind.startswith("measured"), "alone" in kind, rank, kind
 
 
 def markdown(store):
@@ -157,8 +167,8 @@ def markdown(store):
 
 
 def draw(store, path):
-    """Cosine against FLOPs, a panel a model and range of blocks with more than one ratio, a line a predictor. Nothing
-    without matplotlib."""
+    """Cosine against FLOPs, a panel a model and range of blocks with more than one ratio, a line a predictor (not the
+    maps that are fitted alone: they lie on the others'). Nothing without matplotlib."""
     try:
         import matplotlib
     except ImportError:
@@ -168,20 +178,20 @@ def draw(store, path):
     groups = {k: rows for k, rows in grouped(store).items() if any(len(row) > 1 for row in rows.values())}
     if not groups:
         return
-    fig, axes = plt.subplots(1, len(groups), figsize=(4.4 * len(groups), 3.6), squeeze=False, sharey=True,
+    fig, axes = plt.subplots(1, len(groups), figsize=(4.4 * len(groups), 4.2), squeeze=False, sharey=True,
                              layout="constrained")
-    kinds = sorted({kind for rows in groups.values() for kind in rows})
-    color = {kind: f"C{i}" for i, kind in enumerate(kinds)}  # the same in every panel
-    for ax, ((name, blocks), rows) in zip(axes[0], groups.items()):
-        for kind in sorted(rows, key=lambda kind: (kind.startswith("measured"), len(kind), kind), reverse=True):
-            row = rows[kind]
-            points = sorted((100 * v["flops"], v["cosine"]) for v in row.values())
-            ax.plot([x for x, _ in points], [y for _, y in points], marker="o", ms=3, label=kind, color=color[kind])
+    kinds = sorted({kind for rows in groups.values() for kind in rows if "alone" not in kind}, key=place)
+    lines = {}
+    for i, kind in enumerate(kinds):
+        for ax, rows in zip(axes[0], groups.values()):
+            points = sorted((100 * v["flops"], v["cosine"]) for v in rows.get(kind, {}).values())
+            lines[kind], = ax.plot([x for x, _ in points], [y for _, y in points], marker="o", ms=3, color=f"C{i}")
+    for ax, (name, blocks) in zip(axes[0], groups):
         ax.set_title(f"{name}, blocks {blocks}", fontsize=9)
         ax.set_xlabel("FLOPs of a step, % of dense LoRA's")
         ax.grid(alpha=.3)
     axes[0][0].set_ylabel("cosine with the dense gradient")
-    axes[0][0].legend(fontsize=7)
+    fig.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=3, fontsize=8)
     fig.savefig(path, dpi=110)
     plt.close(fig)
 
