@@ -79,7 +79,7 @@ BASES = dict(
         "Qwen2.5-Coder-0.5B-Instruct, GSM8K with six solved problems before each, 90 % context",
         ["config/qwen.py", "--dtype=bfloat16", "--dataset=data/gsm8k_shots/6", "--batch_size=2", "--max_seq_len=1600",
          "--max_steps=60", "--eval_interval=60", "--eval_examples=64", "--test_examples=0", "--save_interval=20",
-         "--max_new_tokens=1"], 2, (45, 36), {
+         "--max_new_tokens=1"], 3, (45, 36), {
             ".97 in 12-22": [],  # as config/qwen.py has it
             ".97 in 12-22, no queries there": ['--attn_sparsity={"12-22": 1}'],
             ".97 in 8-22, no queries there": ['--mlp_sparsity={"8-22": 0.97}', '--attn_sparsity={"8-22": 1}'],
