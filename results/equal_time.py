@@ -51,6 +51,9 @@ SMOLLM2 = ["config/smollm2.py", "--dtype=bfloat16", "--lora_targets=q,k,v,o", "-
            "--eval_examples=64", "--test_examples=0"]
 UPPER_MLPS = ['--mlp_sparsity={"17-28": 0.97}', "--map_rank=128"]
 NO_QUERIES = ['--attn_sparsity={"17-28": 1}', "--map_rank=128"]
+# What the two with long prompts have in common.
+LONG = ["--dataset=data/gsm8k_shots/6", "--batch_size=2", "--max_seq_len=1600", "--eval_interval=60",
+        "--save_interval=20", "--max_new_tokens=1"]
 
 BASES = dict(
     tiny=Base("the embedded base and its word problems, 86 % context", ["config/tiny.py"], 4, (195, 175, 155), {
@@ -69,17 +72,15 @@ BASES = dict(
         }),
     long=Base(
         "SmolLM2-135M-Instruct, GSM8K with six solved problems before each, 90 % context",
-        [*SMOLLM2, "--dataset=data/gsm8k_shots/6", "--batch_size=2", "--max_seq_len=1600", "--eval_interval=60",
-         "--save_interval=20", "--max_new_tokens=1"], 2, (48, 42), {
+        [*SMOLLM2, *LONG], 2, (48, 42), {
             ".97 in 17-28": UPPER_MLPS,
             "no queries in 17-28": ["--mlp_sparsity=0", *NO_QUERIES],
             ".97 in 17-28, no queries there": UPPER_MLPS + NO_QUERIES,
         }),
     qwen_long=Base(
         "Qwen2.5-Coder-0.5B-Instruct, GSM8K with six solved problems before each, 90 % context",
-        ["config/qwen.py", "--dtype=bfloat16", "--dataset=data/gsm8k_shots/6", "--batch_size=2", "--max_seq_len=1600",
-         "--max_steps=60", "--eval_interval=60", "--eval_examples=64", "--test_examples=0", "--save_interval=20",
-         "--max_new_tokens=1"], 3, (45, 36), {
+        ["config/qwen.py", "--dtype=bfloat16", "--max_steps=60", "--eval_examples=64", "--test_examples=0", *LONG],
+        3, (45, 36), {
             ".97 in 12-22": [],  # as config/qwen.py has it
             ".97 in 12-22, no queries there": ['--attn_sparsity={"12-22": 1}'],
             ".97 in 8-22, no queries there": ['--mlp_sparsity={"8-22": 0.97}', '--attn_sparsity={"8-22": 1}'],
@@ -257,8 +258,7 @@ def speedup(lines, label):
     points, s = dense_curve(lines), lines[label]
     if len(points) < 2:
         return None
-    beside = list(zip(points, points[1:]))
-    for (a, high), (b, low) in beside:
+    for (a, high), (b, low) in zip(points, points[1:]):
         if s["loss"].mean >= low.mean:
             break
     slope = (low.mean - high.mean) / (b - a)  # of the loss, in one full run's time

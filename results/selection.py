@@ -16,6 +16,7 @@ from the other batches. Writes results/selection.json (a line a setting; what is
 results/selection.md and, with matplotlib, results/selection.png.
 """
 import json
+import re
 from pathlib import Path
 
 import torch
@@ -138,9 +139,8 @@ def grouped(store):
 
 def place(kind):
     """Where a row stands in its table: ours first, the ranks in order, and each with its variants behind it."""
-    rank = 0
-    if "map " in kind and "no map" not in kind:
-        rank = int(kind.split("map ")[1].split()[0].rstrip(","))
+    found = re.search(r"map (\d+)", kind)
+    rank = int(found[1]) if found else 0
     return not kind.startswith("measured"), "alone" in kind, rank, kind
 
 
