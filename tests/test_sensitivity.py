@@ -12,6 +12,7 @@ import torch
 import config
 import predictor
 from config import UserError
+from tests.testing import make_base
 from tools import sensitivity
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -62,6 +63,12 @@ def test_dead_parts_are_left_alone():
     assert chosen.keys() == {"1.mlp"} and .85 <= chosen["1.mlp"] <= .9
 
 
+def test_no_queries_are_taken_whole():
+    """Between .97 and 1 lies nothing: half of the queries cannot be left out."""
+    chosen, _ = sensitivity.choose({"0.attn": [(.5, 5, .1), (1.0, 20, .2)]}, 6, lambda k, r: 20 * r)
+    assert chosen == {"0.attn": 1.0}
+
+
 def test_published_pattern():
     mlp, attn = sensitivity.published(32)
     assert sorted(mlp) == list(range(3, 31)) and sorted(attn) == [*range(14, 20), *range(21, 24), *range(25, 30)]
@@ -108,6 +115,31 @@ def test_analysis(home, tmp_path, capsys, kind, by):
         assert out.with_suffix(".png").stat().st_size > 1000
     text = capsys.readouterr().out
     assert "block" in text and "published pattern" in text and f"train.py {home / 'c.py'} {out}" in text
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen3"])
+def test_no_queries_are_tried(home, tmp_path, model_type):
+    """Of attention only, where there is a map; with q/k norms nothing else is tried of it."""
+    make_base(tmp_path / "base", model_type=model_type)
+    out, flags = tmp_path / "ratios.py", [f"--model={tmp_path}/base", "--ratios=.5,1"]
+    with pytest.raises(UserError) as e:
+        analyse(home, out, "--budget=.05", *flags)
+    lowest = str(e.value).split("give --budget=")[1].split()[0]
+    (done,) = analyse(home, out, f"--budget={lowest}", *flags).values()
+    (seen, _) = done.values()
+    attn = {key.split()[1] for key in seen if ".attn" in key}
+    assert attn == ({"1.0"} if model_type == "qwen3" else {"0.5", "1.0"})
+    assert {key.split()[1] for key in seen if ".mlp" in key} == {"0.5"}
+    cfg = config.load([str(home / "c.py"), f"--model={tmp_path}/base", str(out)])
+    assert cfg.attn_sparsity == [1.0, 1.0, 0.0]  # the lowest budget needs all
+    for name in ("uniform", "published"):
+        there = tmp_path / f"ratios_{name}.py"
+        assert there.exists() and max(config.load([str(home / "c.py"), str(there)]).attn_sparsity) < 1
+    for without in ("--map_rank=0", "--predictor=energy"):  # nothing could stand in for the queries
+        other = tmp_path / without
+        other.mkdir()
+        (done,) = analyse(home, other / "ratios.py", "--budget=.97", *flags, without).values()
+        assert not any("1.0" in key for seen in done.values() for key in seen)
 
 
 def test_goes_on_where_it_stopped(home, tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ a compute budget.
     --by=gradient          what a part's price is: "gradient", 1 - the cosine of LoRA's gradient with the dense model's
                            (a backward pass each), or "loss", the mean over batches of |rise of the loss|
     --budget=0.75          FLOPs of a sparse training step over those of dense LoRA's
-    --ratios=.5,.75,.9,.97 the ratios that are tried
+    --ratios=.5,.75,.9,.97,1   the ratios that are tried; 1, no queries, only of attention, and with a map
     --batches=8            batches to measure on, and as many others to check the result on; all from
                            the training set
     --out=PATH             the config file to write; "" is out_dir/ratios.py. Beside it: a heat map (PNG), the
@@ -21,7 +21,7 @@ rises by so much, and its gradient turns by so much, on the very same batch. The
     curve of a part    points (saved FLOPs, change), one a ratio, from (0, 0); only its lower convex hull
                        counts. Change: the mean over batches of 1 - cosine, or of |rise|
     choice             the hulls' edges in order of their slope (change per saved FLOP), taken until the
-                       budget is met, the last one in part
+                       budget is met, the last one in part (but no queries can only be taken whole)
 
 By the loss a fall counts like a rise, batch by batch: before fine-tuning, breaking a block may lower the loss
 (block 0's attention of the embedded base, -.16), and yet the part is not free; and where batches disagree the mean
@@ -55,7 +55,7 @@ from lib.files import resolve, write_text
 from lib.flops import flops_by_part
 from tools.progress import Progress
 
-OWN = dict(budget=0.75, ratios=".5,.75,.9,.97", batches=8, by="gradient", out="")
+OWN = dict(budget=0.75, ratios=".5,.75,.9,.97,1", batches=8, by="gradient", out="")
 # mean |rise| of the loss below which the shade is used
 SHADES = ((.003, " "), (.01, "░"), (.03, "▒"), (.1, "▓"), (float("inf"), "█"))
 # LLaMA-3-8B's blocks: MLP at .99, attention at .75, of 32
@@ -80,12 +80,31 @@ def setup(cfg, n):
                              tokenizer)
     warm = n if cfg.predictor in ("measured", "energy") else 0
     batches = calibration(cfg, tokenizer, warm + 2 * n, device)
-    attn = 0.0 if model.config.qk_norm else .5
+    attn = .5
+    if model.config.qk_norm:  # which attn_sparsity between 0 and 1 would rescale
+        attn = 1.0 if has_maps(cfg) else 0.0
     predictor.attach(model, .5, attn, cfg.predictor_rank, cfg.predictor, cfg.map_rank, cfg.seed)
     if warm:
         predictor.measure_more(model, batches[:warm])
         predictor.fix(model)
     return model, batches[:warm], batches[warm:warm + n], batches[warm + n:]
+
+
+def has_maps(cfg):
+    return cfg.predictor == "measured" and cfg.map_rank > 0
+
+
+def ratios_by_part(model, cfg, ratios):
+    """{part: the ratios that can be tried of it}."""
+    out = {}
+    for name, p in predictor.predictors(model):
+        allowed = [r for r in ratios if r < 1]
+        if not p.is_mlp and model.config.qk_norm:
+            allowed = []
+        if not p.is_mlp and 1 in ratios and has_maps(cfg):
+            allowed.append(1.0)
+        out[name] = allowed
+    return out
 
 
 def calibration(cfg, tokenizer, n, device):
@@ -119,13 +138,13 @@ def digest(batch):
 
 # ---- measure -----------------------------------------------------------------------------------------------
 
-def maps_alone(model, warm, ratios):
-    """{(part, ratio): the map of its dropped channels where no other part is sparse}."""
+def maps_alone(model, warm, tried):
+    """tried: {part: ratios} -> {(part, ratio): the map of what it drops where no other part is sparse}."""
     maps = {}
-    for r in ratios:
-        predictor.set_ratios(model, {name: r for name, _ in predictor.predictors(model)})
+    for r in sorted({r for ratios in tried.values() for r in ratios}):
+        predictor.set_ratios(model, {name: r for name, ratios in tried.items() if r in ratios})
         predictor.fit_maps(model, warm, alone=True)
-        maps.update({(name, r): p.map for name, p in predictor.predictors(model) if p.map is not None})
+        maps.update({(name, r): p.map for name, p in predictor.predictors(model) if p.rank_of_map()})
     return maps
 
 
@@ -135,14 +154,14 @@ def sparse_alone(model, name, r, maps):
         dict(predictor.predictors(model))[name].set_map(maps[name, r])
 
 
-def analyse(model, warm, batches, ratios, by, done, save):
-    """Fills done, {batch: {"dense": loss, "3.mlp 0.9": loss, ...}}, losses per scored token, and by the gradient also
-    "3.mlp 0.9 cosine"; what is there is not measured again."""
+def analyse(model, warm, batches, tried, by, done, save):
+    """tried: {part: ratios}. Fills done, {batch: {"dense": loss, "3.mlp 0.9": loss, ...}}, losses per scored token, and
+    by the gradient also "3.mlp 0.9 cosine"; what is there is not measured again."""
     jobs = [(name, r, f"{name} {r}" + " cosine" * (by == "gradient"))
-            for name, _ in predictor.predictors(model) for r in ratios]
+            for name, ratios in tried.items() for r in ratios]
     todo = sum(key not in done.get(digest(b), {}) for b in batches for _, _, key in jobs)
     bar = Progress("measuring", todo)
-    maps = maps_alone(model, warm, ratios) if todo else {}
+    maps = maps_alone(model, warm, tried) if todo else {}
     for b in batches:
         seen, total = done.setdefault(digest(b), {}), b.weights.sum().item()
         if all(key in seen for _, _, key in jobs):
@@ -167,7 +186,7 @@ def analyse(model, warm, batches, ratios, by, done, save):
                 seen[key] = torch.cosine_similarity(g, dense, 0).item()
             seen[f"{name} {r}"] = loss / total
             bar.step()
-            if r == ratios[-1]:
+            if r == tried[name][-1]:
                 save()
     bar.end()
 
@@ -266,14 +285,14 @@ def slope(a, b):
 def choose(curves, need, saved_at):
     """curves: {part: [(ratio, saved FLOPs, change)]}; need: FLOPs to save; saved_at(part, ratio) -> FLOPs. ->
     ({part: ratio}, predicted change). Edges of all hulls in order of slope; of the last the first hundredth
-    that is enough."""
+    that is enough; an edge up to 1, no queries, is taken whole."""
     hulls = {k: hull(v) for k, v in curves.items()}
     edges = sorted((slope(a, b), k, a, b) for k, h in hulls.items() for a, b in zip(h, h[1:]))
     chosen, saved, change = {}, 0.0, 0.0
     for _, k, a, b in edges:
         if saved >= need:
             break
-        if saved + b[1] - a[1] > need:  # the last edge
+        if saved + b[1] - a[1] > need and b[0] < 1:  # the last edge
             for hundredth in range(int(a[0] * 100) + 1, int(b[0] * 100 + .999)):
                 at = saved_at(k, hundredth / 100)
                 if a[1] < at < b[1] and saved - a[1] + at >= need:
@@ -293,7 +312,7 @@ def published(L):
 
 def patterns(model):
     """{name: {part: relative ratio}} of what the choice is compared with."""
-    names = [name for name, _ in predictor.predictors(model)]
+    names = [name for name, p in predictor.predictors(model) if p.is_mlp or not model.config.qk_norm]
     mlp, attn = published(len(model.blocks))
     late = {**{f"{i}.mlp": r for i, r in mlp.items()}, **{f"{i}.attn": r for i, r in attn.items()}}
     return {"uniform": dict.fromkeys(names, 1.0),
@@ -317,20 +336,31 @@ def same_flops(model, batches, pattern, wanted):
 
 # ---- show and write ----------------------------------------------------------------------------------------
 
-def show(rise, change, ratios, L):
+def columns(changes):
+    """The keys of changes() -> {"mlp": its ratios, "attn": its ratios}, without a kind of part that was not tried."""
+    out = {}
+    for kind in ("mlp", "attn"):
+        ratios = {float(key.split()[1]) for key in changes if f".{kind} " in key}
+        if ratios:
+            out[kind] = sorted(ratios)
+    return out
+
+
+def show(rise, change, L):
     """The heat map: a row a block, a column a part and ratio. Numbers are rises, shades mean |rise|s."""
-    kinds = [k for k in ("mlp", "attn") if any(f".{k} " in key for key in rise)]
+    kinds = columns(change)
     print("\nrise in loss, one part sparse: mean ± standard error; shade, by change:  "
           + "  ".join(f"{s or ' '} < {t:g}" for t, s in SHADES[:-1]) + "  █ more")
-    print("block " + " | ".join("  ".join(f"{kind:>5s} {r:<8g}" for r in ratios) for kind in kinds))
+    print("block " + " | ".join("  ".join(f"{kind:>5s} {r:<8g}" for r in ratios) for kind, ratios in kinds.items()))
     for i in range(L - 1):
-        cells = [[(change[k], *rise[k]) for k in (f"{i}.{kind} {r}" for r in ratios)] for kind in kinds]
+        cells = [[(change[k], *rise[k]) for k in (f"{i}.{kind} {r}" for r in ratios)]
+                 for kind, ratios in kinds.items()]
         print(f"{i:5d} "
               + " | ".join("  ".join(f"{next(s for t, s in SHADES if c < t)}{m:+.3f}±{e:.3f} "
                                      for c, m, e in row) for row in cells))
 
 
-def draw(path, change, ratios, chosen, L):
+def draw(path, change, chosen, L):
     """The same as a PNG, with the chosen ratios below. Without matplotlib: no file."""
     try:
         import matplotlib
@@ -339,10 +369,10 @@ def draw(path, change, ratios, chosen, L):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     from matplotlib.colors import LogNorm
-    kinds = [k for k in ("mlp", "attn") if any(f".{k} " in key for key in change)]
+    kinds = columns(change)
     fig, axes = plt.subplots(len(kinds) + 1, 1, figsize=(max(6, L * .32), 2 + 1.6 * len(kinds)), sharex=True,
                              layout="constrained")
-    for ax, kind in zip(axes, kinds):
+    for ax, (kind, ratios) in zip(axes, kinds.items()):
         z = [[max(1e-4, change[f"{i}.{kind} {r}"]) for i in range(L - 1)] for r in ratios]
         im = ax.imshow(z, aspect="auto", origin="lower", cmap="magma_r", norm=LogNorm(1e-3, 1))
         ax.set_yticks(range(len(ratios)), ratios)
@@ -350,7 +380,7 @@ def draw(path, change, ratios, chosen, L):
     for j, kind in enumerate(kinds):
         axes[-1].bar([i + .4 * j - .2 for i in range(L - 1)],
                      [chosen.get(f"{i}.{kind}", 0) for i in range(L - 1)], .4, label=kind)
-    axes[-1].set(ylabel="chosen", xlabel="block", ylim=(0, 1))
+    axes[-1].set(ylabel="chosen", xlabel="block", ylim=(0, 1.02))
     axes[-1].legend(fontsize=7)
     fig.colorbar(im, ax=list(axes[:-1]), label="change")
     fig.savefig(path, dpi=130)
@@ -378,9 +408,9 @@ def parse(own):
         ratios = sorted({float(r) for r in own["ratios"].split(",")})
     except ValueError:
         ratios = []
-    if not ratios or not all(0 < r < 1 for r in ratios):
+    if not ratios or not all(0 < r <= 1 for r in ratios) or ratios == [1]:
         raise UserError(f"--ratios={own['ratios']} has to be numbers between 0 and 1 with commas between, "
-                        "such as .5,.75,.9")
+                        "such as .5,.75,.9; a 1 besides tries attention without queries")
     if not 0 < own["budget"] < 1:
         raise UserError(f"--budget={own['budget']} has to be above 0 and below 1: "
                         "FLOPs of a sparse step over a dense one's")
@@ -391,20 +421,24 @@ def parse(own):
     return ratios
 
 
-def plan(model, batches, ratios, budget):
-    """Before anything is measured: FLOPs of all parts, dense and at every ratio. UserError: the budget
-    cannot be met."""
-    names = [name for name, _ in predictor.predictors(model)]
-    at = {r: flops(model, batches, dict.fromkeys(names, r)) for r in (0.0, *ratios)}
-    total = sum(at[0.0].values())
-    lowest = (total - sum(max(0, *(at[0.0][k] - at[r][k] for r in ratios)) for k in names)) / total
-    print(f"a sparse step computes {lowest:.1%} of a dense one's FLOPs at least, "
-          f"with every part at its cheapest ratio of {ratios}")
+def plan(model, batches, tried, budget):
+    """Before anything is measured: -> ({part: {ratio: the FLOPs it saves}}, FLOPs of a dense step). UserError: the
+    budget cannot be met."""
+    dense = flops(model, batches, {})
+    total = sum(dense.values())
+    saves = {name: {} for name in tried}
+    for r in sorted({r for ratios in tried.values() for r in ratios}):
+        at = flops(model, batches, {name: r for name, ratios in tried.items() if r in ratios})
+        for name, ratios in tried.items():
+            if r in ratios:
+                saves[name][r] = dense[name] - at[name]
+    lowest = (total - sum(max([0, *s.values()]) for s in saves.values())) / total
+    print(f"a sparse step computes {lowest:.1%} of a dense one's FLOPs at least, with every part at its cheapest ratio")
     if budget < lowest:
-        raise UserError(f"--budget={budget} cannot be met: with every part at its cheapest ratio of {ratios} "
-                        f"a step still computes {lowest:.4f} of dense LoRA's FLOPs; "
-                        f"give --budget={lowest + .005:.2f} or more")
-    return names, at, total
+        raise UserError(f"--budget={budget} cannot be met: with every part at its cheapest ratio a step still computes "
+                        f"{lowest:.4f} of dense LoRA's FLOPs; give --budget={lowest + .005:.2f} or more, or other "
+                        "--ratios")
+    return saves, total
 
 
 def main(argv):
@@ -413,20 +447,22 @@ def main(argv):
     cfg = config.load(args)
     model, warm, batches, fresh = setup(cfg, own["batches"])
     L, out = len(model.blocks), Path(own["out"] or Path(cfg.out_dir) / "ratios.py")
-    names, at, total = plan(model, batches, ratios, own["budget"])
+    tried = ratios_by_part(model, cfg, ratios)
+    saves, total = plan(model, batches, tried, own["budget"])
 
     out.parent.mkdir(parents=True, exist_ok=True)
     path = out.with_name("sensitivity.json")
     store, key = load_json(path), fingerprint(model, cfg, warm)
     done = store.setdefault(key, {})
     by = own["by"]
-    analyse(model, warm, batches, ratios, by, done, lambda: write_text(path, json.dumps(store)))
+    analyse(model, warm, batches, tried, by, done, lambda: write_text(path, json.dumps(store)))
     change = changes(done, batches, by)
-    show(rises(done, batches), change, ratios, L)
-    curves = {k: [(r, at[0.0][k] - at[r][k], change[f"{k} {r}"]) for r in ratios] for k in names}
+    show(rises(done, batches), change, L)
+    curves = {k: [(r, saved, change[f"{k} {r}"]) for r, saved in by_ratio.items()] for k, by_ratio in saves.items()}
+    whole = flops(model, batches, {})
     chosen, predicted = choose(curves, total * (1 - own["budget"]),
-                               lambda k, r: at[0.0][k] - flops(model, batches, {k: r})[k])
-    draw(out.with_suffix(".png"), change, ratios, chosen, L)
+                               lambda k, r: whole[k] - flops(model, batches, {k: r})[k])
+    draw(out.with_suffix(".png"), change, chosen, L)
 
     # the check, on batches that had no part in the choice
     wanted = sum(flops(model, fresh[:1], chosen).values())
