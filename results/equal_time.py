@@ -1,6 +1,7 @@
 """Does it pay? SparseLoRA against dense LoRA that is stopped after the same time.
 
     python -m results.equal_time tiny
+    python -m results.equal_time stories --model=DIR
     python -m results.equal_time smollm2 --model=DIR    first: python data/gsm8k_shots/prepare.py
     python -m results.equal_time long --model=DIR       first: the same with --shots=6
     python -m results.equal_time qwen_long --model=DIR  likewise
@@ -46,7 +47,7 @@ class Base(NamedTuple):
     by: str = "val_loss"  # what runs are compared by: or test_loss
 
 
-# What the two bases of SmolLM2 have in common.
+# What the two bases of SmolLM2 on GSM8K have in common.
 SMOLLM2 = ["config/smollm2.py", "--dtype=bfloat16", "--lora_targets=q,k,v,o", "--max_steps=60", "--warmup_steps=6",
            "--eval_examples=64", "--test_examples=0"]
 UPPER_MLPS = ['--mlp_sparsity={"17-28": 0.97}', "--map_rank=128"]
@@ -61,6 +62,16 @@ BASES = dict(
         "and no queries in 3-4": ['--attn_sparsity={"3-4": 1}'],
         "svd": ["--predictor=svd"],
     }, by="test_loss"),
+    stories=Base(
+        "SmolLM2-135M-Instruct on the embedded base's word problems, 86 % context",
+        ["config/smollm2.py", "--dtype=bfloat16", "--dataset=tiny", "--prompt_format=plain", "--max_steps=120",
+         "--warmup_steps=6", "--learning_rate=1e-3", "--lr_schedule=linear", "--eval_interval=40", "--save_interval=40",
+         "--eval_examples=64", "--test_examples=200", "--max_new_tokens=32"], 3, (96, 84, 72), {
+            ".97 in 17-28": [],  # as config/smollm2.py has it
+            ".97 in 17-28, no queries there": ['--attn_sparsity={"17-28": 1}'],
+            ".97 in 1-28": ['--mlp_sparsity={"1-28": 0.97}', "--map_rank=256"],
+            "svd, .97 in 17-28": ["--predictor=svd"],
+        }, by="test_loss"),
     smollm2=Base(
         "SmolLM2-135M-Instruct, GSM8K with two solved problems before each, 80 % context",
         [*SMOLLM2, "--dataset=gsm8k_shots", "--batch_size=4", "--max_seq_len=640", "--eval_interval=30",
