@@ -66,9 +66,10 @@ BASES = dict(
         "SmolLM2-135M-Instruct on the embedded base's word problems, 86 % context",
         ["config/smollm2.py", "--dtype=bfloat16", "--dataset=tiny", "--prompt_format=plain", "--max_steps=120",
          "--warmup_steps=6", "--learning_rate=1e-3", "--lr_schedule=linear", "--eval_interval=40", "--save_interval=40",
-         "--eval_examples=64", "--test_examples=200", "--max_new_tokens=32"], 3, (96, 84, 72), {
+         "--eval_examples=64", "--test_examples=200", "--max_new_tokens=32"], 3, (96, 84), {
             ".97 in 17-28": [],  # as config/smollm2.py has it
             ".97 in 17-28, no queries there": ['--attn_sparsity={"17-28": 1}'],
+            "the same, dense for 15 % of the steps": ['--attn_sparsity={"17-28": 1}', "--sparse_start=.15"],
             ".97 in 1-28": ['--mlp_sparsity={"1-28": 0.97}', "--map_rank=256"],
             "svd, .97 in 17-28": ["--predictor=svd"],
         }, by="test_loss"),
