@@ -69,7 +69,8 @@ BASES = dict(
          "--eval_examples=64", "--test_examples=200", "--max_new_tokens=32"], 3, (96, 84), {
             ".97 in 17-28": [],  # as config/smollm2.py has it
             ".97 in 17-28, no queries there": ['--attn_sparsity={"17-28": 1}'],
-            "the same, dense for 15 % of the steps": ['--attn_sparsity={"17-28": 1}', "--sparse_start=.15"],
+            ".97 in 17-28, no queries there, dense to 15 %": ['--attn_sparsity={"17-28": 1}', "--sparse_start=.15"],
+            ".97 in 17-28, no queries there, dense to 30 %": ['--attn_sparsity={"17-28": 1}', "--sparse_start=.3"],
             ".97 in 1-28": ['--mlp_sparsity={"1-28": 0.97}', "--map_rank=256"],
             "svd, .97 in 17-28": ["--predictor=svd"],
         }, by="test_loss"),
@@ -88,6 +89,7 @@ BASES = dict(
             ".97 in 17-28": UPPER_MLPS,
             "no queries in 17-28": ["--mlp_sparsity=0", *NO_QUERIES],
             ".97 in 17-28, no queries there": UPPER_MLPS + NO_QUERIES,
+            ".97 in 17-28, no queries there, dense to 15 %": [*UPPER_MLPS, *NO_QUERIES, "--sparse_start=.15"],
         }),
     qwen_long=Base(
         "Qwen2.5-Coder-0.5B-Instruct, GSM8K with six solved problems before each, 90 % context",
@@ -95,6 +97,7 @@ BASES = dict(
         3, (45, 36), {
             ".97 in 12-22": [],  # as config/qwen.py has it
             ".97 in 12-22, no queries there": ['--attn_sparsity={"12-22": 1}'],
+            ".97 in 12-22, no queries there, dense to 15 %": ['--attn_sparsity={"12-22": 1}', "--sparse_start=.15"],
             ".97 in 8-22, no queries there": ['--mlp_sparsity={"8-22": 0.97}', '--attn_sparsity={"8-22": 1}'],
         }),
 )
