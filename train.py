@@ -715,7 +715,7 @@ def main(cfg, command="python train.py"):
 
         run.log = Log(run.out / "metrics.jsonl", run.info, cfg, last_step(run), device, texts)
         with run.stop:
-            if run.info["before"] is None and cfg.test_examples:
+            if run.info["before"] is None and cfg.test_examples and cfg.max_new_tokens:
                 run.info["before"], n = accuracy(run.model, run.tokenizer, run.examples["test"], cfg.test_examples,
                                                  cfg, run.stop)
                 if n:

@@ -51,7 +51,7 @@ class Config:
     skip_bad_rows: bool = False  # leave out, and count, rows that cannot be used, instead of stopping
     max_seq_len: int = option(512, at_least=2)  # tokens; longer examples are dropped and counted
     test_examples: int = 0  # test problems answered before and after the training, 0: none
-    max_new_tokens: int = option(256, at_least=1)  # of an answer that is generated
+    max_new_tokens: int = option(256, at_least=0)  # of a generated answer; 0: there are none, only losses
 
     # run
     out_dir: str = option("out", given=True)  # adapter, metrics.jsonl and the state to resume from

@@ -27,7 +27,9 @@ def mean_loss(model, tokenized, cfg, stop):
 
 def accuracy(model, tokenizer, examples, n, cfg, stop):
     """(share that greedy generation gets right of the first n examples with an answer, their number); (None, 0)
-    without any. A prompt of more than max_seq_len tokens is left out, as in training."""
+    without any, or where max_new_tokens = 0. A prompt of more than max_seq_len tokens is left out, as in training."""
+    if not cfg.max_new_tokens:
+        return None, 0
     asked = ((data.prompt_ids(e, tokenizer, cfg.prompt_format), e) for e in examples if e.answer)
     asked = list(islice(((ids, e) for ids, e in asked if len(ids) <= cfg.max_seq_len), n))
     if not asked:

@@ -54,7 +54,7 @@ UPPER_MLPS = ['--mlp_sparsity={"17-28": 0.97}', "--map_rank=128"]
 NO_QUERIES = ['--attn_sparsity={"17-28": 1}', "--map_rank=128"]
 # What the two with long prompts have in common.
 LONG = ["--dataset=data/gsm8k_shots/6", "--batch_size=2", "--max_seq_len=1600", "--eval_interval=60",
-        "--save_interval=20", "--max_new_tokens=1"]
+        "--save_interval=20", "--max_new_tokens=0"]
 
 BASES = dict(
     tiny=Base("the embedded base and its word problems, 86 % context", ["config/tiny.py"], 4, (195, 175, 155), {

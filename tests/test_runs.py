@@ -398,6 +398,17 @@ def test_a_prompt_over_max_seq_len_is_not_answered(home, tmp_path, monkeypatch):
     assert seen == [2, 1] and result["val_accuracy"] is not None
 
 
+def test_no_answers_only_losses(home, tmp_path, monkeypatch, capsys):
+    """max_new_tokens = 0: nothing is generated, and losses are those of a run with answers."""
+    with_answers = train.main(options(home, out_dir=tmp_path / "a", max_steps=4))
+    capsys.readouterr()
+    monkeypatch.setattr(LLaMA, "generate", None)
+    without = train.main(options(home, out_dir=tmp_path / "b", max_steps=4, max_new_tokens=0))
+    assert without["val_loss"] == with_answers["val_loss"] and without["test_loss"] == with_answers["test_loss"]
+    assert without["val_accuracy"] is without["before"] is without["after"] is None and with_answers["after"] is not None
+    assert "right" not in capsys.readouterr().out
+
+
 def test_a_named_gpu_becomes_the_current_one(home, monkeypatch):
     """Triton launches there, wherever its tensors lie."""
     seen, cuda = [], dict(is_available=lambda: True, device_count=lambda: 2, set_device=lambda d: seen.append(d),
