@@ -1,7 +1,7 @@
 """Does it pay? SparseLoRA against dense LoRA that is stopped after the same time.
 
     python -m results.equal_time tiny
-    python -m results.equal_time stories --model=DIR
+    python -m results.equal_time stories --model=DIR    stories_240: longer
     python -m results.equal_time smollm2 --model=DIR    first: python data/gsm8k_shots/prepare.py
     python -m results.equal_time long --model=DIR       first: the same with --shots=6
     python -m results.equal_time qwen_long --model=DIR  likewise
@@ -52,6 +52,10 @@ SMOLLM2 = ["config/smollm2.py", "--dtype=bfloat16", "--lora_targets=q,k,v,o", "-
            "--eval_examples=64", "--test_examples=0"]
 UPPER_MLPS = ['--mlp_sparsity={"17-28": 0.97}', "--map_rank=128"]
 NO_QUERIES = ['--attn_sparsity={"17-28": 1}', "--map_rank=128"]
+# What its two on the embedded base's word problems have in common; config/smollm2.py has UPPER_MLPS.
+STORIES = ["config/smollm2.py", "--dtype=bfloat16", "--dataset=tiny", "--prompt_format=plain", "--learning_rate=1e-3",
+           "--lr_schedule=linear", "--eval_interval=40", "--save_interval=40", "--eval_examples=64",
+           "--test_examples=200", "--max_new_tokens=32"]
 # What the two with long prompts have in common.
 LONG = ["--dataset=data/gsm8k_shots/6", "--batch_size=2", "--max_seq_len=1600", "--eval_interval=60",
         "--save_interval=20", "--max_new_tokens=0"]
@@ -63,16 +67,19 @@ BASES = dict(
         "svd": ["--predictor=svd"],
     }, by="test_loss"),
     stories=Base(
-        "SmolLM2-135M-Instruct on the embedded base's word problems, 86 % context",
-        ["config/smollm2.py", "--dtype=bfloat16", "--dataset=tiny", "--prompt_format=plain", "--max_steps=120",
-         "--warmup_steps=6", "--learning_rate=1e-3", "--lr_schedule=linear", "--eval_interval=40", "--save_interval=40",
-         "--eval_examples=64", "--test_examples=200", "--max_new_tokens=32"], 3, (96, 84), {
+        "SmolLM2-135M-Instruct on the embedded base's word problems, 86 % context, 120 steps",
+        [*STORIES, "--max_steps=120", "--warmup_steps=6"], 2, (96, 84), {
             ".97 in 17-28": [],  # as config/smollm2.py has it
-            ".97 in 17-28, no queries there": ['--attn_sparsity={"17-28": 1}'],
-            ".97 in 17-28, no queries there, dense to 15 %": ['--attn_sparsity={"17-28": 1}', "--sparse_start=.15"],
-            ".97 in 17-28, no queries there, dense to 30 %": ['--attn_sparsity={"17-28": 1}', "--sparse_start=.3"],
+            ".97 in 17-28, no queries there": NO_QUERIES,
+            ".97 in 17-28, no queries there, dense to 15 %": [*NO_QUERIES, "--sparse_start=.15"],
+            ".97 in 17-28, no queries there, dense to 30 %": [*NO_QUERIES, "--sparse_start=.3"],
             ".97 in 1-28": ['--mlp_sparsity={"1-28": 0.97}', "--map_rank=256"],
             "svd, .97 in 17-28": ["--predictor=svd"],
+        }, by="test_loss"),
+    stories_240=Base(
+        "the same with 240 steps", [*STORIES, "--max_steps=240", "--warmup_steps=10"], 2, (200, 180), {
+            ".97 in 17-28, no queries there": NO_QUERIES,
+            ".97 in 17-28, no queries there, dense to 15 %": [*NO_QUERIES, "--sparse_start=.15"],
         }, by="test_loss"),
     smollm2=Base(
         "SmolLM2-135M-Instruct, GSM8K with two solved problems before each, 80 % context",
