@@ -276,9 +276,9 @@ def speedup(lines, label):
     """How much faster a sparse run came to its loss than dense LoRA comes there, as a Mean: dense LoRA's time for that
     loss, on the line through the two runs beside it (the last two where it is lower still), over the sparse run's. The
     error is that of both losses, over the line's slope; 0, unknown, of one seed. None with less than two runs of dense
-    LoRA."""
+    LoRA, or where even the shortest has a lower loss: at_most()."""
     points, s = dense_curve(lines), lines[label]
-    if len(points) < 2:
+    if len(points) < 2 or s["loss"].mean > points[0][1].mean:
         return None
     for (a, high), (b, low) in zip(points, points[1:]):
         if s["loss"].mean >= low.mean:
@@ -289,6 +289,14 @@ def speedup(lines, label):
     if s["n"] > 1:
         error = math.hypot(s["loss"].error, low.error) / abs(slope)
     return Mean(reached / s["time"].mean, error / s["time"].mean)
+
+
+def at_most(lines, label):
+    """What speedup() is less than where dense LoRA's shortest run has a lower loss than the sparse one, as a cell."""
+    points, s = dense_curve(lines), lines[label]
+    if not points or s["loss"].mean <= points[0][1].mean:
+        return ""
+    return f"< {points[0][0] / s['time'].mean:.2f}"
 
 
 def cell(value, form):
@@ -304,8 +312,8 @@ Written by results/equal_time.py, which says how; every run is a line of equal_t
 seeds. FLOPs and time: of the whole run, over full-length dense LoRA's. Time: forward and backward, sparse and dense
 steps timed in turn on the same batches, and what the switch takes. Over dense: the loss less that of dense LoRA of the
 same seed. In that time: the loss of dense LoRA with fewer steps, on a line between two runs. Faster: dense LoRA's time
-for the sparse run's loss (on that line, or on its continuation), over the sparse run's time. Rise: of a validation
-batch's loss at the switch.
+for the sparse run's loss (on that line, or on its continuation to more steps), over the sparse run's time; < where
+dense LoRA's shortest run is better already. Rise: of a validation batch's loss at the switch.
 """
 
 
@@ -320,12 +328,13 @@ def markdown(everything):
                 "|---|---|---|---|---|---|---|---|---|---|"]
         lines = lines_of(base["runs"])
         for label, s in lines.items():
-            same_time = faster = None
+            same_time, faster = None, ""
             if not label.startswith(DENSE):
-                same_time, faster = in_that_time(lines, s["time"].mean), speedup(lines, label)
+                same_time = in_that_time(lines, s["time"].mean)
+                faster = cell(speedup(lines, label), "{:.2f}") or at_most(lines, label)
             cells = [label, str(s["n"]), f"{s['flops'].mean:.0%}", cell(s["time"], "{:.1%}"),
                      cell(s["loss"], "{:.4f}"), cell(s.get("over"), "{:+.4f}"), cell(same_time, "{:.4f}"),
-                     cell(faster, "{:.2f}"), cell(s.get("accuracy"), "{:.1%}"), cell(s.get("rise"), "{:+.3f}")]
+                     faster, cell(s.get("accuracy"), "{:.1%}"), cell(s.get("rise"), "{:+.3f}")]
             out.append("| " + " | ".join(cells) + " |")
         out.append("")
     return "\n".join(out)
