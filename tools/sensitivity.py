@@ -107,6 +107,12 @@ def ratios_by_part(model, cfg, ratios):
     return out
 
 
+def each_ratio(tried):
+    """tried: {part: ratios} -> [(ratio, {part: that ratio, where it is tried})]."""
+    ratios = sorted({r for of_part in tried.values() for r in of_part})
+    return [(r, {name: r for name, of_part in tried.items() if r in of_part}) for r in ratios]
+
+
 def calibration(cfg, tokenizer, n, device):
     """n whole batches of the training set, drawn with cfg.seed."""
     _, tokenized = data.load_splits(cfg, tokenizer, ["train"], cfg.train_on)["train"]
@@ -141,8 +147,8 @@ def digest(batch):
 def maps_alone(model, warm, tried):
     """tried: {part: ratios} -> {(part, ratio): the map of what it drops where no other part is sparse}."""
     maps = {}
-    for r in sorted({r for ratios in tried.values() for r in ratios}):
-        predictor.set_ratios(model, {name: r for name, ratios in tried.items() if r in ratios})
+    for r, parts in each_ratio(tried):
+        predictor.set_ratios(model, parts)
         predictor.fit_maps(model, warm, alone=True)
         maps.update({(name, r): p.map for name, p in predictor.predictors(model) if p.rank_of_map()})
     return maps
@@ -336,19 +342,19 @@ def same_flops(model, batches, pattern, wanted):
 
 # ---- show and write ----------------------------------------------------------------------------------------
 
-def columns(changes):
-    """The keys of changes() -> {"mlp": its ratios, "attn": its ratios}, without a kind of part that was not tried."""
+def columns(tried):
+    """{part: ratios} -> {"mlp": its ratios, "attn": its ratios}, without a kind of part that is not tried."""
     out = {}
     for kind in ("mlp", "attn"):
-        ratios = {float(key.split()[1]) for key in changes if f".{kind} " in key}
-        if ratios:
-            out[kind] = sorted(ratios)
+        for name, ratios in tried.items():
+            if name.endswith(kind) and ratios:
+                out[kind] = ratios  # the same in all blocks
     return out
 
 
-def show(rise, change, L):
+def show(rise, change, tried, L):
     """The heat map: a row a block, a column a part and ratio. Numbers are rises, shades mean |rise|s."""
-    kinds = columns(change)
+    kinds = columns(tried)
     print("\nrise in loss, one part sparse: mean ± standard error; shade, by change:  "
           + "  ".join(f"{s or ' '} < {t:g}" for t, s in SHADES[:-1]) + "  █ more")
     print("block " + " | ".join("  ".join(f"{kind:>5s} {r:<8g}" for r in ratios) for kind, ratios in kinds.items()))
@@ -360,7 +366,7 @@ def show(rise, change, L):
                                      for c, m, e in row) for row in cells))
 
 
-def draw(path, change, chosen, L):
+def draw(path, change, tried, chosen, L):
     """The same as a PNG, with the chosen ratios below. Without matplotlib: no file."""
     try:
         import matplotlib
@@ -369,7 +375,7 @@ def draw(path, change, chosen, L):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     from matplotlib.colors import LogNorm
-    kinds = columns(change)
+    kinds = columns(tried)
     fig, axes = plt.subplots(len(kinds) + 1, 1, figsize=(max(6, L * .32), 2 + 1.6 * len(kinds)), sharex=True,
                              layout="constrained")
     for ax, (kind, ratios) in zip(axes, kinds.items()):
@@ -422,23 +428,22 @@ def parse(own):
 
 
 def plan(model, batches, tried, budget):
-    """Before anything is measured: -> ({part: {ratio: the FLOPs it saves}}, FLOPs of a dense step). UserError: the
-    budget cannot be met."""
+    """Before anything is measured: -> ({part: {ratio: the FLOPs it saves}}, {part: FLOPs of a dense step}). UserError:
+    the budget cannot be met."""
     dense = flops(model, batches, {})
     total = sum(dense.values())
     saves = {name: {} for name in tried}
-    for r in sorted({r for ratios in tried.values() for r in ratios}):
-        at = flops(model, batches, {name: r for name, ratios in tried.items() if r in ratios})
-        for name, ratios in tried.items():
-            if r in ratios:
-                saves[name][r] = dense[name] - at[name]
+    for r, parts in each_ratio(tried):
+        at = flops(model, batches, parts)
+        for name in parts:
+            saves[name][r] = dense[name] - at[name]
     lowest = (total - sum(max([0, *s.values()]) for s in saves.values())) / total
     print(f"a sparse step computes {lowest:.1%} of a dense one's FLOPs at least, with every part at its cheapest ratio")
     if budget < lowest:
         raise UserError(f"--budget={budget} cannot be met: with every part at its cheapest ratio a step still computes "
                         f"{lowest:.4f} of dense LoRA's FLOPs; give --budget={lowest + .005:.2f} or more, or other "
                         "--ratios")
-    return saves, total
+    return saves, dense
 
 
 def main(argv):
@@ -448,7 +453,7 @@ def main(argv):
     model, warm, batches, fresh = setup(cfg, own["batches"])
     L, out = len(model.blocks), Path(own["out"] or Path(cfg.out_dir) / "ratios.py")
     tried = ratios_by_part(model, cfg, ratios)
-    saves, total = plan(model, batches, tried, own["budget"])
+    saves, dense_flops = plan(model, batches, tried, own["budget"])
 
     out.parent.mkdir(parents=True, exist_ok=True)
     path = out.with_name("sensitivity.json")
@@ -457,12 +462,11 @@ def main(argv):
     by = own["by"]
     analyse(model, warm, batches, tried, by, done, lambda: write_text(path, json.dumps(store)))
     change = changes(done, batches, by)
-    show(rises(done, batches), change, L)
+    show(rises(done, batches), change, tried, L)
     curves = {k: [(r, saved, change[f"{k} {r}"]) for r, saved in by_ratio.items()] for k, by_ratio in saves.items()}
-    whole = flops(model, batches, {})
-    chosen, predicted = choose(curves, total * (1 - own["budget"]),
-                               lambda k, r: whole[k] - flops(model, batches, {k: r})[k])
-    draw(out.with_suffix(".png"), change, chosen, L)
+    chosen, predicted = choose(curves, sum(dense_flops.values()) * (1 - own["budget"]),
+                               lambda k, r: dense_flops[k] - flops(model, batches, {k: r})[k])
+    draw(out.with_suffix(".png"), change, tried, chosen, L)
 
     # the check, on batches that had no part in the choice
     wanted = sum(flops(model, fresh[:1], chosen).values())
