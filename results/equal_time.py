@@ -52,10 +52,12 @@ SMOLLM2 = ["config/smollm2.py", "--dtype=bfloat16", "--lora_targets=q,k,v,o", "-
            "--eval_examples=64", "--test_examples=0"]
 UPPER_MLPS = ['--mlp_sparsity={"17-28": 0.97}', "--map_rank=128"]
 NO_QUERIES = ['--attn_sparsity={"17-28": 1}', "--map_rank=128"]
-# What its two on the embedded base's word problems have in common; config/smollm2.py has UPPER_MLPS.
-STORIES = ["config/smollm2.py", "--dtype=bfloat16", "--dataset=tiny", "--prompt_format=plain", "--learning_rate=1e-3",
-           "--lr_schedule=linear", "--eval_interval=40", "--save_interval=40", "--eval_examples=64",
-           "--test_examples=200", "--max_new_tokens=32"]
+# What the bases of real models on the embedded base's word problems have in common.
+TINY_TASK = ["--dataset=tiny", "--prompt_format=plain", "--lr_schedule=linear", "--eval_examples=64",
+             "--max_new_tokens=32"]
+# Two of them are SmolLM2's; config/smollm2.py has UPPER_MLPS.
+STORIES = ["config/smollm2.py", "--dtype=bfloat16", *TINY_TASK, "--learning_rate=1e-3", "--eval_interval=40",
+           "--save_interval=40", "--test_examples=200"]
 # What the two with long prompts have in common.
 LONG = ["--dataset=data/gsm8k_shots/6", "--batch_size=2", "--max_seq_len=1600", "--eval_interval=60",
         "--save_interval=20", "--max_new_tokens=0"]
@@ -66,6 +68,19 @@ BASES = dict(
         "and no queries in 3-4": ['--attn_sparsity={"3-4": 1}'],
         "svd": ["--predictor=svd"],
     }, by="test_loss"),
+    tiny_ablations=Base(
+        "the embedded base once more: what each part of the method is worth", ["config/tiny.py"], 3, (180,), {
+            "SparseLoRA": [],
+            "channels by the loss, no map": ["--map_rank=0"],
+            "channels by energy, no map": ["--predictor=energy"],
+            "random channels, no map": ["--predictor=random"],
+            "svd": ["--predictor=svd"],
+            "map of rank 16": ["--map_rank=16"],
+            "map of rank 128, the model's width": ["--map_rank=128"],
+            "sparse from 2 % on": ["--sparse_start=.02"],
+            "sparse from 10 % on": ["--sparse_start=.1"],
+            "half of q, k, v and o too": ['--attn_sparsity={"1-4": 0.5}'],
+        }, by="test_loss"),
     stories=Base(
         "SmolLM2-135M-Instruct on the embedded base's word problems, 86 % context, 120 steps",
         [*STORIES, "--max_steps=120", "--warmup_steps=6"], 2, (96, 84), {
@@ -80,6 +95,12 @@ BASES = dict(
         "the same with 240 steps", [*STORIES, "--max_steps=240", "--warmup_steps=10"], 2, (200, 180), {
             ".97 in 17-28, no queries there": NO_QUERIES,
             ".97 in 17-28, no queries there, dense to 15 %": [*NO_QUERIES, "--sparse_start=.15"],
+        }, by="test_loss"),
+    qwen_stories=Base(
+        "Qwen2.5-Coder-0.5B-Instruct on the same problems, 60 steps, fp32",
+        ["config/qwen.py", "--dtype=float32", *TINY_TASK, "--learning_rate=5e-4", "--max_steps=60", "--warmup_steps=4",
+         "--eval_interval=20", "--save_interval=15", "--test_examples=100"], 1, (48,), {
+            ".97 in 12-22, no queries there, dense to 15 %": ['--attn_sparsity={"12-22": 1}', "--sparse_start=.15"],
         }, by="test_loss"),
     smollm2=Base(
         "SmolLM2-135M-Instruct, GSM8K with two solved problems before each, 80 % context",
