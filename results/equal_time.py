@@ -53,11 +53,10 @@ SMOLLM2 = ["config/smollm2.py", "--dtype=bfloat16", "--lora_targets=q,k,v,o", "-
 UPPER_MLPS = ['--mlp_sparsity={"17-28": 0.97}', "--map_rank=128"]
 NO_QUERIES = ['--attn_sparsity={"17-28": 1}', "--map_rank=128"]
 # What the bases of real models on the embedded base's word problems have in common.
-TINY_TASK = ["--dataset=tiny", "--prompt_format=plain", "--lr_schedule=linear", "--eval_examples=64",
-             "--max_new_tokens=32"]
+TINY_TASK = ["--dataset=tiny", "--prompt_format=plain", "--lr_schedule=linear"]
 # Two of them are SmolLM2's; config/smollm2.py has UPPER_MLPS.
 STORIES = ["config/smollm2.py", "--dtype=bfloat16", *TINY_TASK, "--learning_rate=1e-3", "--eval_interval=40",
-           "--save_interval=40", "--test_examples=200"]
+           "--save_interval=40", "--eval_examples=64", "--test_examples=200", "--max_new_tokens=32"]
 # What the two with long prompts have in common.
 LONG = ["--dataset=data/gsm8k_shots/6", "--batch_size=2", "--max_seq_len=1600", "--eval_interval=60",
         "--save_interval=20", "--max_new_tokens=0"]
@@ -99,7 +98,7 @@ BASES = dict(
     qwen_stories=Base(
         "Qwen2.5-Coder-0.5B-Instruct on the same problems, 60 steps, fp32",
         ["config/qwen.py", "--dtype=float32", *TINY_TASK, "--learning_rate=5e-4", "--max_steps=60", "--warmup_steps=4",
-         "--eval_interval=20", "--save_interval=15", "--test_examples=100"], 1, (48,), {
+         "--eval_interval=20", "--save_interval=15", "--test_examples=100", "--max_new_tokens=0"], 1, (48,), {
             ".97 in 12-22, no queries there, dense to 15 %": ['--attn_sparsity={"12-22": 1}', "--sparse_start=.15"],
         }, by="test_loss"),
     smollm2=Base(
