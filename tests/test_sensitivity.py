@@ -34,6 +34,15 @@ def test_a_change_is_a_change_whatever_its_sign(monkeypatch):
     assert sensitivity.rises(done, ["a", "b"])["0.mlp 0.5"][0] == pytest.approx(0)
 
 
+def test_what_not_all_batches_have_is_left_out(monkeypatch):
+    """An analysis of other ratios that was interrupted is in the same file."""
+    monkeypatch.setattr(sensitivity, "digest", lambda b: b)
+    done = {"a": {"dense": 1.0, "0.mlp 0.5": 1.1, "0.mlp 0.5 cosine": .9, "0.mlp 0.6": 1.2, "0.mlp 0.6 cosine": .8, "0.mlp 0.7": 1.3},
+            "b": {"dense": 1.0, "0.mlp 0.5": 1.1, "0.mlp 0.5 cosine": .7, "0.mlp 0.7": 1.3}}
+    assert sensitivity.rises(done, ["a", "b"]).keys() == {"0.mlp 0.5", "0.mlp 0.7"}
+    assert sensitivity.changes(done, ["a", "b"], "gradient") == {"0.mlp 0.5": pytest.approx(.2)}
+
+
 def test_hull():
     points = [(.5, 10, .1), (.75, 15, .6), (.9, 20, .5), (.97, 20, .7)]
     assert sensitivity.hull(points) == [(0, 0, 0), (.5, 10, .1), (.9, 20, .5)]
@@ -142,6 +151,24 @@ def test_no_queries_are_tried(home, tmp_path, model_type):
         assert not any("1.0" in key for seen in done.values() for key in seen)
 
 
+def test_rank_of_the_map_is_chosen_too(home, tmp_path, capsys):
+    """Each rank has an analysis of its own; the one that keeps more of the gradient on other batches is written."""
+    out = tmp_path / "ratios.py"
+    store = analyse(home, out, "--budget=.95", "--ranks=8,1")
+    assert len(store) == 2
+    found = {}
+    for line in capsys.readouterr().out.splitlines():
+        if line.startswith("  map of rank"):
+            found[int(line.split()[3])] = float(line.split("cosine ")[1].split(";")[0])
+    assert list(found) == [1, 8] and found[1] != found[8]
+    best = max(found, key=found.get)
+    cfg = config.load([str(home / "c.py"), str(out)])
+    assert cfg.map_rank == best and f"cosine {found[best]:.3f}" in out.read_text().splitlines()[1]
+    alone = analyse(home, tmp_path / "alone" / "ratios.py", "--budget=.95", f"--map_rank={best}")
+    assert set(alone) < set(store)  # the very measurements that a run with this rank makes
+    assert (tmp_path / "alone" / "ratios.py").read_text().splitlines()[1:] == out.read_text().splitlines()[1:]
+
+
 def test_goes_on_where_it_stopped(home, tmp_path, monkeypatch):
     whole = analyse(home, tmp_path / "a" / "r.py", "--budget=.95")
     count, real = [], sensitivity.Progress.step
@@ -171,11 +198,17 @@ def test_goes_on_where_it_stopped(home, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("flag, message", [("--budget=.01", "cannot be met"), ("--budget=1.5", "below 1"), ("--ratios=.5,x", "numbers between"),
-                                           ("--ratios=1", "numbers between"), ("--batches=0", "at least 1"), ("--batches=99", "lower --batches"),
+                                           ("--ratios=1", "numbers between"), ("--ranks=4,x", "whole numbers above 0"),
+                                           ("--ranks=0,4", "whole numbers above 0"), ("--batches=0", "at least 1"), ("--batches=99", "lower --batches"),
                                            ("--lora_r=0", "nothing to analyse"), ("--bugdet=.5", "unknown option"), ("--budget=x", "float")])
 def test_bad_values(home, tmp_path, flag, message):
     with pytest.raises(UserError, match=message):
         analyse(home, tmp_path / "r.py", flag)
+
+
+def test_ranks_need_maps(home, tmp_path):
+    with pytest.raises(UserError, match="predictor = 'svd'.* leave it out"):
+        analyse(home, tmp_path / "r.py", "--ranks=4,8", "--predictor=svd")
 
 
 def test_lowest_budget_that_is_named_can_be_met(home, tmp_path):

@@ -8,6 +8,8 @@ a compute budget.
                            (a backward pass each), or "loss", the mean over batches of |rise of the loss|
     --budget=0.75          FLOPs of a sparse training step over those of dense LoRA's
     --ratios=.5,.75,.9,.97,1   the ratios that are tried; 1, no queries, only of attention, and with a map
+    --ranks=64,256         ranks of the map, one for all parts: each has an analysis of its own, and the one whose choice
+                           is best on other batches is taken; "" is train.py's map_rank
     --batches=8            batches to measure on, and as many others to check the result on; all from
                            the training set
     --out=PATH             the config file to write; "" is out_dir/ratios.py. Beside it: a heat map (PNG), the
@@ -39,6 +41,7 @@ import json
 import random
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -55,7 +58,7 @@ from lib.files import resolve, write_text
 from lib.flops import flops_by_part
 from tools.progress import Progress
 
-OWN = dict(budget=0.75, ratios=".5,.75,.9,.97,1", batches=8, by="gradient", out="")
+OWN = dict(budget=0.75, ratios=".5,.75,.9,.97,1", ranks="", batches=8, by="gradient", out="")
 # mean |rise| of the loss below which the shade is used
 SHADES = ((.003, " "), (.01, "░"), (.03, "▒"), (.1, "▓"), (float("inf"), "█"))
 # LLaMA-3-8B's blocks: MLP at .99, attention at .75, of 32
@@ -228,13 +231,15 @@ def changes(done, batches, by="loss"):
     if by == "loss":
         return {k: sum(map(abs, v)) / len(v) for k, v in rise.items()}
     rows = [done[digest(b)] for b in batches]
-    return {k: sum(1 - row[k + " cosine"] for row in rows) / len(rows) for k in rise}
+    keys = [k for k in rise if all(k + " cosine" in row for row in rows)]
+    return {k: sum(1 - row[k + " cosine"] for row in rows) / len(rows) for k in keys}
 
 
 def by_batch(done, batches):
-    """-> {"3.mlp 0.9": [rise in loss, one a batch]}."""
+    """-> {"3.mlp 0.9": [rise in loss, one a batch]}. An analysis that was interrupted has left only a part of the
+    batches with its ratios: what not all have is not in it."""
     rows = [done[digest(b)] for b in batches]
-    keys = [k for k in rows[0] if k != "dense" and not k.endswith("cosine")]
+    keys = [k for k in rows[0] if k != "dense" and not k.endswith("cosine") and all(k in row for row in rows)]
     return {k: [row[k] - row["dense"] for row in rows] for k in keys}
 
 
@@ -399,7 +404,10 @@ def config_file(ratios, L, cfg, *comments):
     lines = [f"# {c}\n" for c in comments]
     for kind in ("mlp", "attn"):
         lines.append(f"{kind}_sparsity = {[ratios.get(f'{i}.{kind}', 0.0) for i in range(L)]}\n")
-    return "".join(lines) + f"predictor = {cfg.predictor!r}  # they were chosen with it\n"
+    lines.append(f"predictor = {cfg.predictor!r}  # they were chosen with it\n")
+    if has_maps(cfg):
+        lines.append(f"map_rank = {cfg.map_rank}  # and with this\n")
+    return "".join(lines)
 
 
 def load_json(path):
@@ -427,6 +435,22 @@ def parse(own):
     return ratios
 
 
+def ranks_of(own, cfg):
+    """The ranks of the map that are tried."""
+    if not own["ranks"]:
+        return [cfg.map_rank]
+    if not has_maps(cfg):
+        raise UserError(f"--ranks={own['ranks']} is of maps, and predictor = {cfg.predictor!r} with map_rank = "
+                        f"{cfg.map_rank} has none: leave it out, or set predictor = 'measured' and map_rank = 64")
+    try:
+        ranks = sorted({int(r) for r in own["ranks"].split(",")})
+    except ValueError:
+        ranks = [0]
+    if ranks[0] < 1:
+        raise UserError(f"--ranks={own['ranks']} has to be whole numbers above 0 with commas between, such as 64,256")
+    return ranks
+
+
 def plan(model, batches, tried, budget):
     """Before anything is measured: -> ({part: {ratio: the FLOPs it saves}}, {part: FLOPs of a dense step}). UserError:
     the budget cannot be met."""
@@ -446,49 +470,108 @@ def plan(model, batches, tried, budget):
     return saves, dense
 
 
+# ---- one rank of the map, and the best of several ----------------------------------------------------------
+
+class Choice(NamedTuple):
+    """What the analysis came to with a map of one rank."""
+    cfg: config.Config  # map_rank is that rank
+    ratios: dict  # {part: ratio}
+    predicted: float  # change
+    rise: dict  # {"3.mlp 0.9": (mean, standard error)}
+    change: dict  # {"3.mlp 0.9": change}
+
+
+def choose_ratios(model, cfg, warm, batches, tried, own, store, save):
+    """The whole analysis with maps of rank cfg.map_rank. store: {fingerprint: what was measured}."""
+    set_rank(model, cfg)
+    saves, dense = plan(model, batches, tried, own["budget"])
+    done = store.setdefault(fingerprint(model, cfg, warm), {})
+    analyse(model, warm, batches, tried, own["by"], done, save)
+    change = changes(done, batches, own["by"])
+    curves = {k: [(r, saved, change[f"{k} {r}"]) for r, saved in by_ratio.items()] for k, by_ratio in saves.items()}
+    need = sum(dense.values()) * (1 - own["budget"])
+    chosen, predicted = choose(curves, need, lambda k, r: dense[k] - flops(model, batches, {k: r})[k])
+    return Choice(cfg, chosen, predicted, rises(done, batches), change)
+
+
+def set_rank(model, cfg):
+    for _, p in predictor.predictors(model):
+        p.map_rank = cfg.map_rank
+
+
+class Check(NamedTuple):
+    """What ratios do to batches that had no part in their choice."""
+    flops: float  # over a dense step's
+    rise: float
+    error: float  # of the rise
+    cosine: float
+
+    def __str__(self):
+        return (f"{self.flops:6.1%} of the FLOPs, loss {self.rise:+.4f} ± {self.error:.4f}, "
+                f"cosine {self.cosine:.3f}")
+
+
+def check(model, warm, fresh, pattern, dense):
+    """pattern: {part: ratio}; dense: the losses of the dense model."""
+    predictor.set_ratios(model, pattern)
+    predictor.fit_maps(model, warm)
+    rise, error = mean_and_error([s - d for s, d in zip(losses(model, fresh, pattern), dense)])
+    share = sum(flops(model, fresh, pattern).values()) / sum(flops(model, fresh, {}).values())
+    return Check(share, rise, error, cosine(model, fresh, pattern))
+
+
+def best_rank(model, warm, fresh, choices, dense, by):
+    """The choice that is best on other batches."""
+    checked = []
+    for c in choices:
+        set_rank(model, c.cfg)
+        found = check(model, warm, fresh, c.ratios, dense)
+        checked.append((1 - found.cosine if by == "gradient" else abs(found.rise), c.cfg.map_rank, c))
+        print(f"  map of rank {c.cfg.map_rank:<6d} {found}; predicted change by {by} {c.predicted:.4f}")
+    return min(checked)[-1]
+
+
 def main(argv):
     own, args = split_options(argv, __doc__, **OWN)
     ratios = parse(own)
     cfg = config.load(args)
+    ranks = ranks_of(own, cfg)
     model, warm, batches, fresh = setup(cfg, own["batches"])
     L, out = len(model.blocks), Path(own["out"] or Path(cfg.out_dir) / "ratios.py")
     tried = ratios_by_part(model, cfg, ratios)
-    saves, dense_flops = plan(model, batches, tried, own["budget"])
 
     out.parent.mkdir(parents=True, exist_ok=True)
     path = out.with_name("sensitivity.json")
-    store, key = load_json(path), fingerprint(model, cfg, warm)
-    done = store.setdefault(key, {})
-    by = own["by"]
-    analyse(model, warm, batches, tried, by, done, lambda: write_text(path, json.dumps(store)))
-    change = changes(done, batches, by)
-    show(rises(done, batches), change, tried, L)
-    curves = {k: [(r, saved, change[f"{k} {r}"]) for r, saved in by_ratio.items()] for k, by_ratio in saves.items()}
-    chosen, predicted = choose(curves, sum(dense_flops.values()) * (1 - own["budget"]),
-                               lambda k, r: dense_flops[k] - flops(model, batches, {k: r})[k])
-    draw(out.with_suffix(".png"), change, tried, chosen, L)
+    store = load_json(path)
+    choices = []
+    for rank in ranks:
+        with_rank = replace(cfg, map_rank=rank)
+        choices.append(choose_ratios(model, with_rank, warm, batches, tried, own, store,
+                                     lambda: write_text(path, json.dumps(store))))
+    dense = losses(model, fresh, {})
+    best = choices[0]
+    if len(choices) > 1:
+        print(f"\nranks of the map, on {len(fresh)} other batches:")
+        best = best_rank(model, warm, fresh, choices, dense, own["by"])
+    set_rank(model, best.cfg)
+    show(best.rise, best.change, tried, L)
+    draw(out.with_suffix(".png"), best.change, tried, best.ratios, L)
 
     # the check, on batches that had no part in the choice
-    wanted = sum(flops(model, fresh[:1], chosen).values())
-    rows = {"chosen": chosen,
+    wanted = sum(flops(model, fresh[:1], best.ratios).values())
+    rows = {"chosen": best.ratios,
             **{k: same_flops(model, fresh[:1], p, wanted) for k, p in patterns(model).items() if p}}
-    dense, base = losses(model, fresh, {}), sum(flops(model, fresh, {}).values())
     print(f"\nchecked on {len(fresh)} other batches (dense loss {sum(dense) / len(dense):.4f}); "
-          f"predicted change by {by} {predicted:.4f}")
-    command, first = "python -m tools.sensitivity " + " ".join(argv), 0.0
+          f"predicted change by {own['by']} {best.predicted:.4f}")
+    command, first = "python -m tools.sensitivity " + " ".join(argv), None
     for name, pattern in rows.items():
-        predictor.set_ratios(model, pattern)
-        predictor.fit_maps(model, warm)
-        mean, error = mean_and_error([s - d for s, d in zip(losses(model, fresh, pattern), dense)])
-        share = sum(flops(model, fresh, pattern).values()) / base
-        first = share if name == "chosen" else first
-        line = (f"{name:18s} {share:6.1%} of the FLOPs, loss {mean:+.4f} ± {error:.4f}, "
-                f"cosine {cosine(model, fresh, pattern):.3f}"
-                + " (cannot come nearer)" * (abs(share - first) > .02))
+        found = check(model, warm, fresh, pattern, dense)
+        first = first or found
+        line = f"{name:18s} {found}" + " (cannot come nearer)" * (abs(found.flops - first.flops) > .02)
         print("  " + line)
         where = out if name == "chosen" else out.with_name(
             f"{out.stem}_{name.split()[0].strip(',')}{'_mlp' * ('MLP' in name)}.py")
-        write_text(where, config_file(pattern, L, cfg, command, line))
+        write_text(where, config_file(pattern, L, best.cfg, command, line))
     files = [a for a in args if a.endswith(".py")]
     print(f"\nuse it:\n  python train.py {' '.join(files or ['config/tiny.py'])} {out} "
           f"--out_dir={cfg.out_dir}_{own['budget']:g}")
