@@ -79,6 +79,11 @@ BASES = dict(
             "sparse from 2 % on": ["--sparse_start=.02"],
             "sparse from 10 % on": ["--sparse_start=.1"],
             "half of q, k, v and o too": ['--attn_sparsity={"1-4": 0.5}'],
+            # tools.sensitivity config/tiny.py --budget=.65 --batches=2 --ranks=16,64,128 --ratios=.5,.9,.97,1
+            "ratios and rank by sensitivity, 65 %": [
+                '--mlp_sparsity={"1": 0.9, "2": 0.97, "3": 0.94, "4": 0.97}', '--attn_sparsity={"4": 1}',
+                "--map_rank=128"],
+            "one ratio for all blocks, 65 %": ['--mlp_sparsity={"0-4": 0.85}', "--map_rank=128"],
         }, by="test_loss"),
     stories=Base(
         "SmolLM2-135M-Instruct on the embedded base's word problems, 86 % context, 120 steps",
