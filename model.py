@@ -294,6 +294,10 @@ class Block(nn.Module):
     def norm(self, x, w):
         return dense.rms_norm(x, w, self.eps)
 
+    def predicted(self):
+        """Whether a part of it has a predictor."""
+        return self.attn.predictor is not None or self.mlp.predictor is not None
+
     def part_of(self, target):
         """The attention or the MLP, whichever has this LoRA target."""
         if target in self.attn.shapes:
@@ -359,6 +363,7 @@ class LLaMA(nn.Module):
         self.lora_r = self.lora_alpha = 0
         self.rslora = False
         self.lora_targets = ()
+        self.lora_from = 0
         if torch.device(device).type != "meta":
             self.init_weights()
 
@@ -481,10 +486,11 @@ class LLaMA(nn.Module):
 
     # ---- LoRA
 
-    def add_lora(self, r, alpha, targets=("q", "k", "v", "o"), rslora=False):
+    def add_lora(self, r, alpha, targets=("q", "k", "v", "o"), rslora=False, first=0):
         """Adapters of rank r, scaled by alpha / r (alpha / sqrt(r) with rslora), on targets (a list or
-        "q,k,v,o"). A Kaiming-uniform as in PEFT, B zero; fp32 (fp64 in an fp64 model). Errors: an unknown
-        target, r not positive."""
+        "q,k,v,o"), in blocks from the first on. Below it no tensor needs a gradient, so autograd has no backward there.
+        A Kaiming-uniform as in PEFT, B zero; fp32 (fp64 in an fp64 model). Errors: an unknown target, r not positive, a
+        first block that the model does not have."""
         if isinstance(targets, str):
             targets = targets.split(",")
         targets = [t.strip() for t in targets]
@@ -492,13 +498,15 @@ class LLaMA(nn.Module):
         if unknown or not targets or r <= 0:
             raise UserError(f"LoRA of rank {r} on {unknown or targets}: the rank must be positive and "
                             f"targets some of {','.join(TARGETS)}")
+        if not 0 <= first < len(self.blocks):
+            raise UserError(f"lora_from = {first}, but the model has blocks 0 to {len(self.blocks) - 1}")
         dtype = torch.promote_types(self.dtype, torch.float32)
-        self.lora_r, self.lora_alpha, self.rslora = r, alpha, rslora
+        self.lora_r, self.lora_alpha, self.rslora, self.lora_from = r, alpha, rslora, first
         self.lora_targets = tuple(t for t in TARGETS if t in targets)
         scale = alpha / r
         if rslora:
             scale = alpha / math.sqrt(r)
-        for b in self.blocks:
+        for b in self.blocks[first:]:
             b.attn.lora_scale = b.mlp.lora_scale = scale
             for t in self.lora_targets:
                 part = b.part_of(t)
@@ -511,9 +519,9 @@ class LLaMA(nn.Module):
     def lora_parameters(self):
         """{PEFT's name: Parameter}."""
         out = {}
-        for i, b in enumerate(self.blocks):
+        for i in range(self.lora_from, len(self.blocks)):
             for t in self.lora_targets:
-                lora = b.part_of(t).lora
+                lora = self.blocks[i].part_of(t).lora
                 for m in "AB":
                     out[f"base_model.model.model.layers.{i}.{TARGETS[t]}.lora_{m}.weight"] = lora[f"{t}/{m}"]
         return out
@@ -538,8 +546,8 @@ class LLaMA(nn.Module):
         own = self.lora_parameters()
         odd = sorted(own.keys() ^ state.keys())
         if odd:
-            raise UserError(f"the adapter and LoRA on {','.join(self.lora_targets)} of {len(self.blocks)} "
-                            f"blocks disagree about {len(odd)} tensors, {odd[0]} first")
+            raise UserError(f"the adapter and LoRA on {','.join(self.lora_targets)} of blocks {self.lora_from} to "
+                            f"{len(self.blocks) - 1} disagree about {len(odd)} tensors, {odd[0]} first")
         for name, p in own.items():
             if p.shape != state[name].shape:
                 raise UserError(f"adapter tensor {name} has shape {tuple(state[name].shape)}, "
@@ -557,6 +565,8 @@ class LLaMA(nn.Module):
                       target_modules=[TARGETS[t].split(".")[1] for t in self.lora_targets], lora_dropout=0.0,
                       bias="none", fan_in_fan_out=False, inference_mode=True, use_rslora=self.rslora,
                       use_dora=False, modules_to_save=None)
+        if self.lora_from:
+            config |= dict(layers_to_transform=list(range(self.lora_from, len(self.blocks))), layers_pattern="layers")
         state = {k: v.cpu().contiguous() for k, v in self.lora_state().items()}
         write_safetensors(Path(path) / "adapter_model.safetensors", state, {"format": "pt", **(notes or {})})
         write_text(Path(path) / "adapter_config.json", json.dumps(config, indent=2) + "\n")
@@ -590,11 +600,11 @@ class LLaMA(nn.Module):
         rope = self.rope(batch.positions)
         if x is None:
             x = F.embedding(batch.tokens, self.embed)  # (T, D)
-        if measure and not x.requires_grad:  # so that the backward comes to the first block's attention too
-            x = x.requires_grad_()
         for i, block in enumerate(self.blocks):
             if i < first:
                 continue
+            if measure and block.predicted() and not x.requires_grad:
+                x = x.requires_grad_()  # so that the backward comes to this block, LoRA or not
             last = i == len(self.blocks) - 1
             args = (x, batch, rope, last, measure, Chosen(), cache and cache.blocks[i])
             # nothing here draws random numbers, so their state need not be kept
@@ -666,8 +676,8 @@ class LLaMA(nn.Module):
 
 def load_adapter(model, path):
     """Gives the model the adapter in path, written by save_adapter or by PEFT: add_lora and load_lora in
-    one. Which targets it has is read off its tensors' names, for target_modules may be a list, full names
-    or a regex."""
+    one. Which targets and blocks it has is read off its tensors' names, for target_modules may be a list, full names
+    or a regex. UserError: an adapter of another base, or one of only some targets or blocks in between."""
     c, state = read_adapter(path)
     blocks = {int(i) for k in state for i in re.findall(r"\.layers\.(\d+)\.", k)}
     if blocks and max(blocks) >= len(model.blocks):
@@ -677,7 +687,7 @@ def load_adapter(model, path):
     if not targets:
         raise UserError(f"the adapter in {path} changes none of {', '.join(TARGETS)}: "
                         f"{sorted(state)[:1]} cannot be read")
-    model.add_lora(c["r"], c["lora_alpha"], targets, bool(c.get("use_rslora")))
+    model.add_lora(c["r"], c["lora_alpha"], targets, bool(c.get("use_rslora")), min(blocks, default=0))
     try:
         model.load_lora(state)
     except UserError as e:

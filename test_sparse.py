@@ -33,7 +33,7 @@ KINDS = {"multi-head": dict(num_key_value_heads=6), "grouped": {}, "tied": dict(
 ALL = "q,k,v,o,gate,up,down"
 
 
-def build(seed=0, dtype=torch.float64, targets=ALL, r=4, **kw):
+def build(seed=0, dtype=torch.float64, targets=ALL, r=4, lora_from=0, **kw):
     """A small random model whose weights, norms and biases are all far from their initial values; LoRA with
     B not zero."""
     torch.manual_seed(seed)
@@ -42,7 +42,7 @@ def build(seed=0, dtype=torch.float64, targets=ALL, r=4, **kw):
         for p in m.parameters():
             p.normal_(1, .3) if p.dim() == 1 else p.normal_(0, 1.5 / math.sqrt(p.shape[1]))
     if targets:
-        m.add_lora(r, 2 * r, targets)
+        m.add_lora(r, 2 * r, targets, first=lora_from)
         with torch.no_grad():
             for p in m.lora_parameters().values():
                 p.normal_(0, .3)
@@ -245,6 +245,45 @@ def test_lora_on_any_projection(targets):
     m = build(targets=targets)
     predictor.attach(m, .5, .5, kind="svd")
     assert_same(m, batch_of())
+
+
+@pytest.mark.parametrize("how", ["dense", "svd", "measured"])
+@pytest.mark.parametrize("targets", [ALL, "q,k,v,o", "down"])
+@pytest.mark.parametrize("first", [1, 2])
+def test_lora_in_the_upper_blocks(how, targets, first):
+    """The same loss and gradients as everywhere, and no graph below the first block that has LoRA, sparse or not."""
+    m, batch = build(targets=targets, lora_from=first), batch_of()
+    if how != "dense":
+        predictor.attach(m, .6, .5, kind=how, map_rank=5)
+    if how == "measured":
+        predictor.measure(m, [batch])
+    assert_same(m, batch)
+    assert all(f"layers.{i}." not in name for name in m.lora_parameters() for i in range(first))
+    graph = []
+    hooks = [b.register_forward_hook(lambda _, args, out: graph.append(out.requires_grad)) for b in m.blocks]
+    m.loss(batch)
+    [h.remove() for h in hooks]
+    assert graph == [i >= first for i in range(len(m.blocks))]
+
+
+def test_a_block_without_lora_is_measured_too():
+    """And what a block scores does not depend on LoRA below it: with B = 0 the models are equal."""
+    scores = []
+    for first in (0, 2):
+        m = build(targets="")
+        m.add_lora(4, 8, ALL, first=first)
+        predictor.attach(m, [0, .6, .6], [0, 0, .5], kind="measured")
+        m.set_sparsity(0)
+        loss = m.loss(batch_of(), measure=True)
+        loss.backward()
+        scores.append([p.measured for _, p in predictor.predictors(m)])
+        assert len(scores[-1]) == 1  # the last block stays dense
+    assert all(torch.equal(a, b) and a.sum() > 0 for a, b in zip(*scores))
+
+
+def test_lora_from_a_block_that_is_there():
+    with pytest.raises(UserError, match="lora_from = 3, but the model has blocks 0 to 2"):
+        build(lora_from=3)
 
 
 def test_qwen3_dense_gradients_and_sparse_mlp():

@@ -404,9 +404,10 @@ def load_model(cfg, folder, device, tokenizer):
     elif cfg.init_adapter:
         load_adapter(model, cfg.init_adapter)
         say(f"goes on from {cfg.init_adapter}: rank {model.lora_r}, alpha {model.lora_alpha:g} on "
-            f"{','.join(model.lora_targets)}, whatever lora_r, lora_alpha and lora_targets say")
+            f"{','.join(model.lora_targets)} from block {model.lora_from} on, whatever lora_r, lora_alpha, "
+            "lora_targets and lora_from say")
     else:
-        model.add_lora(cfg.lora_r, cfg.lora_alpha, cfg.lora_targets)
+        model.add_lora(cfg.lora_r, cfg.lora_alpha, cfg.lora_targets, first=cfg.lora_from)
     model.recompute = cfg.recompute
     predictor.attach(model, mlp, attn, cfg.predictor_rank, cfg.predictor, cfg.map_rank, seed=cfg.seed + dist.rank())
     return model

@@ -88,6 +88,7 @@ class Config:
     lora_r: int = 32  # rank, 0: train all weights instead, densely
     lora_alpha: float = option(64.0, above=0)  # the branch is scaled by lora_alpha / lora_r
     lora_targets: str = "q,k,v,o"  # any of q,k,v,o,gate,up,down
+    lora_from: int = 0  # the first block that has LoRA: below it nothing is trained, and no backward runs
 
     # sparsity: the share of channels that context tokens skip
     mlp_sparsity: Ratios = 0.0  # in [0, 1), or a list, or {"3-30": 0.99}: blocks 3 to 30
@@ -251,6 +252,7 @@ def check(cfg):
     need("base_bits", cfg.base_bits in (4, 16), "4 or 16")
     need("base_bits", cfg.lora_r or cfg.base_bits == 16, "16 where lora_r is 0: packed weights cannot be trained")
     need("base_bits", not cfg.fsdp or cfg.base_bits == 16, "16 with fsdp: packed weights are not sharded")
+    need("lora_from", cfg.lora_r or not cfg.lora_from, "0 where lora_r is 0: all weights are trained")
     need("init_adapter", cfg.lora_r or not cfg.init_adapter, "empty where lora_r is 0: there is no LoRA")
     need("sparse_end", cfg.sparse_end >= cfg.sparse_start, f"at least sparse_start ({cfg.sparse_start})")
 

@@ -219,8 +219,8 @@ def set_end_token(folder, notes):
 # ---- adapters in PEFT's format
 
 # PEFT's options that plain LoRA does not have
-VARIANTS = ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "layers_to_transform",
-            "layer_replication", "lora_bias", "fan_in_fan_out", "target_parameters",
+VARIANTS = ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "layer_replication",
+            "lora_bias", "fan_in_fan_out", "target_parameters",
             "trainable_token_indices", "alora_invocation_tokens", "use_qalora", "use_bdlora",
             "arrow_config", "kasa_config", "monteclora_config", "velora_config")
 # initializations that also changed the base's weights

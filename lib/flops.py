@@ -6,7 +6,8 @@ GPU, where it is fused, as the whole (B, S, S), as torch counts it; a recomputat
 torch.utils.flop_counter's number (tests/test_bench.py).
 
 A product of n rows with (a, b) takes 2 n a b forward and as much again for its input's gradient, where that
-is needed, and for its weight's, where that is trained. The first block's input needs none with LoRA.
+is needed, and for its weight's, where that is trained. With LoRA the input of the first block that has it needs none,
+and the blocks below have no backward.
 """
 from lib import dense
 
@@ -23,9 +24,11 @@ def flops_by_part(model, batch, sparse_on=True):
         n, t = batch.n_sparse, len(batch.tokens)  # sparse rows, and all
         if i == len(model.blocks) - 1:
             n, t = 0, T_loss
-        out[f"{i}.attn"], need = attention(model, batch, at_work(b.attn, sparse_on, n), n, t, need, full)
-        out[f"{i}.mlp"] = mlp(model, at_work(b.mlp, sparse_on, n), n, t, need, full)
-        need = True
+        targets = ()  # that have LoRA
+        if i >= model.lora_from:
+            targets = model.lora_targets
+        out[f"{i}.attn"], need = attention(model, batch, targets, at_work(b.attn, sparse_on, n), n, t, need, full)
+        out[f"{i}.mlp"], need = mlp(model, targets, at_work(b.mlp, sparse_on, n), n, t, need, full)
     out["head"] = 2 * T_loss * D * V * (2 + full)
     return out
 
@@ -38,8 +41,9 @@ def at_work(part, sparse_on, n):
     return None
 
 
-def mlp(model, predictor, n, t, need, full):
-    """FLOPs of one block's MLP: n sparse rows of t. need: whether its input needs a gradient."""
+def mlp(model, targets, predictor, n, t, need, full):
+    """-> (FLOPs of one block's MLP, whether its output needs a gradient): n sparse rows of t. need: whether its input
+    needs one. targets: what has LoRA in this block."""
     D, I, R = model.config.hidden_size, model.config.intermediate_size, model.lora_r
     work = t * I  # rows times channels
     f = 0
@@ -47,13 +51,14 @@ def mlp(model, predictor, n, t, need, full):
         work = n * predictor.c + (t - n) * I
         f += predictor.flops(n)
         f += mapped(predictor, n, D, need)
-    f += 2 * D * work * (4 + 2 * need + 3 * full)  # forward 3 products, dh 1, dx 2, weights 3
+    backward = need or full or any(x in targets for x in ("gate", "up", "down"))
+    f += 2 * D * work * (3 + backward + 2 * need + 3 * full)  # forward 3 products, dh 1, dx 2, weights 3
     for target in ("gate", "up"):
-        if target in model.lora_targets:
+        if target in targets:
             f += 2 * R * ((2 + need) * t * D + 3 * work)
-    if "down" in model.lora_targets:
+    if "down" in targets:
         f += 2 * R * (3 * t * D + 3 * work)
-    return f
+    return f, backward
 
 
 def mapped(predictor, n, D, need):
@@ -61,15 +66,15 @@ def mapped(predictor, n, D, need):
     return 2 * n * predictor.rank_of_map() * 2 * D * (1 + need)
 
 
-def attention(model, batch, predictor, n, t, need, full):
-    """-> (FLOPs of one block's attention, whether its output needs a gradient). predictor: None where it runs
-    dense. n sparse rows, t rows for queries and outputs; keys and values always have all T."""
+def attention(model, batch, targets, predictor, n, t, need, full):
+    """-> (FLOPs of one block's attention, whether its output needs a gradient). targets: as of mlp. predictor: None
+    where it runs dense. n sparse rows, t rows for queries and outputs; keys and values always have all T."""
     c, T, (B, S) = model.config, len(batch.tokens), batch.shape
     D, R, G = c.hidden_size, model.lora_r, c.num_attention_heads // c.num_key_value_heads
     Nq, Nkv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
 
     def lora(target, rows, n_in, n_out, need):  # x A.T and z B.T; dz, dB, dA and, where it is wanted, dx
-        if target not in model.lora_targets:
+        if target not in targets:
             return 0
         return 2 * R * rows * ((2 + need) * n_in + 3 * n_out)
 
@@ -86,7 +91,7 @@ def attention(model, batch, predictor, n, t, need, full):
         f += predictor.flops(n)
     f += 2 * D * qkv * (1 + need + full)
     f += lora("q", t, D, Nq, need) + lora("k", T, D, Nkv, need) + lora("v", T, D, Nkv, need)
-    inside = need or full or any(x in model.lora_targets for x in "qkv")
+    inside = need or full or any(x in targets for x in "qkv")
     # Pairs of queries and keys: the whole square, as tools.bench counts others' code too (no lengths).
     queries = S if positions is None else positions.shape[1]
     pairs = B * queries * S
@@ -94,4 +99,4 @@ def attention(model, batch, predictor, n, t, need, full):
         pairs = dense.CausalAttention.pairs(lengths, positions)
     f += 2 * pairs * Nq * (2 + 5 * inside)  # 2 products forward, 5 backward
     f += 2 * D * o * (1 + inside + full) + lora("o", t, Nq, D, inside)
-    return f, inside or "o" in model.lora_targets
+    return f, inside or "o" in targets

@@ -52,6 +52,7 @@ SMOLLM2 = ["config/smollm2.py", "--dtype=bfloat16", "--lora_targets=q,k,v,o", "-
            "--eval_examples=64", "--test_examples=0"]
 UPPER_MLPS = ['--mlp_sparsity={"17-28": 0.97}', "--map_rank=128"]
 NO_QUERIES = ['--attn_sparsity={"17-28": 1}', "--map_rank=128"]
+LATER = [*NO_QUERIES, "--sparse_start=.15"]
 # What the bases of real models on the embedded base's word problems have in common.
 TINY_TASK = ["--dataset=tiny", "--prompt_format=plain", "--lr_schedule=linear"]
 # Two of them are SmolLM2's; config/smollm2.py has UPPER_MLPS.
@@ -99,6 +100,16 @@ BASES = dict(
         "the same with 240 steps", [*STORIES, "--max_steps=240", "--warmup_steps=10"], 2, (200, 180), {
             ".97 in 17-28, no queries there": NO_QUERIES,
             ".97 in 17-28, no queries there, dense to 15 %": [*NO_QUERIES, "--sparse_start=.15"],
+        }, by="test_loss"),
+    upper=Base(
+        "SmolLM2-135M-Instruct on the same problems, fp32, with LoRA in the upper half only",
+        ["config/smollm2.py", "--dtype=float32", *TINY_TASK, "--learning_rate=1e-3", "--max_steps=120",
+         "--warmup_steps=6", "--eval_interval=60", "--save_interval=30", "--eval_examples=32", "--test_examples=200",
+         "--max_new_tokens=0"], 2, (90, 60), {
+            ".97 in 17-28, no queries there, LoRA in all blocks": LATER,
+            "LoRA in 15-29, dense": ["--lora_from=15", "--mlp_sparsity=0"],
+            "LoRA in 15-29, .97 in 17-28, no queries there": ["--lora_from=15", *LATER],
+            "LoRA in 15-29, .97 in 17-28, no queries there, 180 steps": ["--lora_from=15", *LATER, "--max_steps=180"],
         }, by="test_loss"),
     qwen_stories=Base(
         "Qwen2.5-Coder-0.5B-Instruct on the same problems, 60 steps, fp32",

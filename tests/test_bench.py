@@ -73,6 +73,17 @@ def test_dense_flops_are_torchs(kw, targets):
     assert m.flops(b) == (n := counted(lambda: m.loss(b).backward()), n)
 
 
+@pytest.mark.parametrize("targets", ["q,k,v,o", "o", "gate,up", "q,k,v,o,gate,up,down"])
+def test_flops_of_lora_in_the_upper_blocks_are_torchs(targets):
+    """Below them forward only, sparse too."""
+    m, b = tiny(), data.collate(batch())
+    m.add_lora(4, 8, targets, first=1)
+    assert m.flops(b) == (n := counted(lambda: m.loss(b).backward()), n)
+    predictor.attach(m, .5, [1, 0, 0], kind="measured", map_rank=5)
+    predictor.measure(m, [b])
+    assert m.flops(b) == (n, counted(lambda: m.loss(b).backward()))
+
+
 def test_full_training_flops_are_torchs():
     m, b = tiny(), data.collate(batch())
     m.train_all()

@@ -96,6 +96,29 @@ def test_adapter_to_peft(tmp_path, rslora):
     assert torch.equal(logits(again), logits(ours))
 
 
+def test_adapter_of_the_upper_blocks(tmp_path):
+    """lora_from is PEFT's layers_to_transform, both ways."""
+    base = make_base(tmp_path / "base", num_hidden_layers=3)
+    ours = our_adapter(base, tmp_path / "a", first=1)
+    assert json.loads((tmp_path / "a" / "adapter_config.json").read_text())["layers_to_transform"] == [1, 2]
+    assert_equal(peft.PeftModel.from_pretrained(hf(base), tmp_path / "a").eval(), ours, hf(base))
+    theirs = peft_adapter(base, tmp_path / "b", layers_to_transform=[1, 2])
+    again = LLaMA.from_pretrained(base)
+    load_adapter(again, tmp_path / "b")
+    assert again.lora_from == 1
+    assert_equal(again, theirs, hf(base))
+    export(tmp_path / "b", tmp_path / "merged")
+    assert_equal(hf(tmp_path / "merged"), theirs, hf(base))
+
+
+@pytest.mark.parametrize("blocks", [[0], [0, 2]])
+def test_adapter_of_other_blocks_is_refused(tmp_path, blocks):
+    base = make_base(tmp_path / "base", num_hidden_layers=3)
+    peft_adapter(base, tmp_path / "a", layers_to_transform=blocks)
+    with pytest.raises(UserError, match="LoRA on q,v of blocks 0 to 2 disagree"):
+        load_adapter(LLaMA.from_pretrained(base), tmp_path / "a")
+
+
 def test_adapter_in_half_precision_is_read_as_fp32(tmp_path):
     base = make_base(tmp_path / "base")
     our_adapter(base, tmp_path / "a", "q")
@@ -107,7 +130,7 @@ def test_adapter_in_half_precision_is_read_as_fp32(tmp_path):
 
 
 REFUSED = [dict(use_dora=True), dict(bias="all"), dict(modules_to_save=["lm_head"]), dict(rank_pattern={"q_proj": 2}),
-           dict(alpha_pattern={"q_proj": 2}), dict(layers_to_transform=[0]), dict(init_lora_weights="pissa")]
+           dict(alpha_pattern={"q_proj": 2}), dict(init_lora_weights="pissa")]
 
 
 @pytest.mark.parametrize("variant", REFUSED, ids=lambda v: next(iter(v)))

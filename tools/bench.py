@@ -139,7 +139,7 @@ class Shared:
             torch.set_num_threads(cfg.threads)
         torch.manual_seed(cfg.seed)
         self.model = LLaMA(ModelConfig.from_dict(raw), getattr(torch, cfg.dtype), self.device).train()
-        self.model.add_lora(cfg.lora_r, cfg.lora_alpha, cfg.lora_targets)
+        self.model.add_lora(cfg.lora_r, cfg.lora_alpha, cfg.lora_targets, first=cfg.lora_from)
         self.model.recompute = cfg.recompute
         self.plain = self.weights()
         cfg.learning_rate = 1e-5  # the tokens are random: there is nothing to learn
@@ -292,8 +292,8 @@ def hugging_face(shared, raw):
     # its buffers are in no checkpoint
     model.model.rotary_emb = type(model.model.rotary_emb)(c).to(shared.device)
     names = [TARGETS[t].split(".")[1] for t in cfg.lora_targets.split(",")]
-    lora = peft.LoraConfig(r=cfg.lora_r, lora_alpha=cfg.lora_alpha, target_modules=names,
-                           task_type="CAUSAL_LM")
+    lora = peft.LoraConfig(r=cfg.lora_r, lora_alpha=cfg.lora_alpha, target_modules=names, task_type="CAUSAL_LM",
+                           layers_to_transform=list(range(cfg.lora_from, c.num_hidden_layers)))
     model = peft.get_peft_model(model, lora, autocast_adapter_dtype=False).to(shared.device).train()
     if cfg.recompute:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
