@@ -21,16 +21,21 @@ import shlex
 import statistics
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
+import config
+import data.tokenizer
 from config import UserError
 from lib.cli import run, split_options
-from lib.files import write_text
-from tools import bench_measure
+from lib.files import resolve, write_text
+from tools import bench_measure, sensitivity
+from train import load_model
 
 ROOT = Path(__file__).resolve().parent.parent
 OWN = dict(seeds=0, jobs=2, dry=False, collect=False)
@@ -109,7 +114,8 @@ BASES = dict(
             ".97 in 17-28, no queries there, LoRA in all blocks": LATER,
             "LoRA in 15-29, dense": ["--lora_from=15", "--mlp_sparsity=0"],
             "LoRA in 15-29, .97 in 17-28, no queries there": ["--lora_from=15", *LATER],
-            "LoRA in 15-29, .97 in 17-28, no queries there, 180 steps": ["--lora_from=15", *LATER, "--max_steps=180"],
+            "LoRA in 15-29, .97 in 17-28, no queries there, 240 steps": [
+                "--lora_from=15", *NO_QUERIES, "--sparse_start=.1", "--max_steps=240", "--warmup_steps=10"],
         }, by="test_loss"),
     qwen_stories=Base(
         "Qwen2.5-Coder-0.5B-Instruct on the same problems, 60 steps, fp32",
@@ -186,11 +192,33 @@ def train(r):
         command = [sys.executable, *r.command[1:], "--resume=True"]
         failed = subprocess.run(command, cwd=ROOT, stdout=f, stderr=f).returncode
     last = (log.read_text().strip().splitlines() or [""])[-1]
+    if not failed and config.load(r.command[2:]).lora_from:
+        write_text(r.out / "dense_step.json", json.dumps(dense_step(r)))
     if failed:
         print(f"failed ({failed}): {shlex.join(r.command)}\n  {last}", flush=True)
     else:
         print(f"done: {r.label}, seed {r.seed}", flush=True)
     return not failed
+
+
+def dense_step(r, n=7):
+    """A dense step of a run whose LoRA is in some blocks, over one with LoRA in all: {"time", "flops"}. Time: of forward
+    and backward, median over n batches in turn."""
+    cfg = replace(config.load(r.command[2:]), mlp_sparsity=0.0, attn_sparsity=0.0)
+    torch.set_num_threads(1)
+    folder, device = resolve(cfg.model), torch.device("cpu")
+    tokenizer = data.tokenizer.load(folder)
+    some, every = (load_model(c, folder, device, tokenizer) for c in (cfg, replace(cfg, lora_from=0)))
+    ratios, flops = [], [0, 0]
+    for b in sensitivity.calibration(cfg, tokenizer, n + 1, device):
+        seconds = []
+        for i, model in enumerate((some, every)):
+            start = time.perf_counter()
+            model.loss(b).backward()
+            seconds.append(time.perf_counter() - start)
+            flops[i] += model.flops(b)[0]
+        ratios.append(seconds[0] / seconds[1])
+    return dict(time=statistics.median(ratios[1:]), flops=flops[0] / flops[1])  # the first warms up
 
 
 def options_of(r):
@@ -216,7 +244,8 @@ def finished(r):
 def read(r, by):
     """What a finished run wrote -> what equal_time.json keeps of it. "time" is in steps of dense LoRA: a dense step
     counts 1, a sparse one what the run measured at its end, in turn on the same batches; what comes between steps,
-    extra passes and the fit of the maps at the switch, counts its seconds over a dense step's."""
+    extra passes and the fit of the maps at the switch, counts its seconds over a dense step's. Where LoRA is in some
+    blocks only, all that times what dense_step() measured."""
     result = json.loads((r.out / "result.json").read_text())
     steps = [json.loads(line) for line in (r.out / "metrics.jsonl").read_text().splitlines()]
     losses = [[m["step"], m["val_loss"]] for m in steps if m.get("val_loss") is not None]
@@ -226,9 +255,13 @@ def read(r, by):
     between = result["seconds"] - sum(m["seconds"] for m in steps)
     ratio = result.get("time_ratio", 1.0)
     dense_seconds = statistics.median(m["seconds"] / (ratio if m["sparse"] else 1.0) for m in steps)
+    own = dict(time=1.0, flops=1.0)  # a dense step of its own, in steps of dense LoRA
+    if (r.out / "dense_step.json").exists():
+        own = json.loads((r.out / "dense_step.json").read_text())
     kept = dict(label=r.label, seed=r.seed, **about(r), steps=len(steps), seconds=result["seconds"],
-                flops=result["flops"] / result["dense_flops"] * len(steps), step_time=ratio,
-                time=len(steps) - sparse + ratio * sparse + between / dense_seconds,
+                flops=own["flops"] * result["flops"] / result["dense_flops"] * len(steps),
+                step_time=own["time"] * ratio,
+                time=own["time"] * (len(steps) - sparse + ratio * sparse + between / dense_seconds),
                 loss=result[by], accuracy=result.get("after"),
                 rise=rise[0] if rise else None, losses=losses)
     return {key: rounded(value) for key, value in kept.items() if value is not None}
@@ -271,12 +304,12 @@ def mean(values):
 
 
 def lines_of(runs):
-    """[run] -> {label: {quantity: Mean, "n"}}. flops and time: over full-length dense LoRA's. over: by how much the
+    """[run], full-length dense LoRA's among them -> {label: {quantity: Mean, "n"}}. flops and time: over its. over: by how much the
     loss is higher than that of full-length dense LoRA with the same seed."""
     by_label = {}
     for r in runs:
         by_label.setdefault(r["label"], {})[r["seed"]] = r
-    full = max(r["steps"] for r in runs)
+    full = max(r["steps"] for r in runs if r["label"] == DENSE)
     dense = by_label.get(DENSE, {})
     out = {}
     for label, seeds in by_label.items():
