@@ -304,12 +304,13 @@ def mean(values):
 
 
 def lines_of(runs):
-    """[run], full-length dense LoRA's among them -> {label: {quantity: Mean, "n"}}. flops and time: over its. over: by how much the
+    """[run] -> {label: {quantity: Mean, "n"}}. flops and time: over full-length dense LoRA's. over: by how much the
     loss is higher than that of full-length dense LoRA with the same seed."""
     by_label = {}
     for r in runs:
         by_label.setdefault(r["label"], {})[r["seed"]] = r
-    full = max(r["steps"] for r in runs if r["label"] == DENSE)
+    finished_dense = [r["steps"] for r in runs if r["label"] == DENSE]
+    full = max(finished_dense or (r["steps"] for r in runs))
     dense = by_label.get(DENSE, {})
     out = {}
     for label, seeds in by_label.items():

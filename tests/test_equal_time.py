@@ -58,6 +58,23 @@ def test_time_counts_sparse_steps_by_their_ratio_and_the_switch(runs):
         equal_time.train(other)
 
 
+def test_runs_with_lora_in_some_blocks_are_counted_in_steps_of_lora_in_all(runs):
+    finish(runs[2], loss=1.0, steps=10, sparse=8, between=3.0)
+    whole = equal_time.read(runs[2], "val_loss")
+    command = [*runs[2].command[:-1], "--lora_from=3", "--batch_size=2", runs[2].command[-1]]
+    found = equal_time.dense_step(runs[2]._replace(command=command), n=1)
+    assert .5 < found["flops"] < .8 and 0 < found["time"] < 2  # half of the six blocks have no backward
+    (runs[2].out / "dense_step.json").write_text(json.dumps(dict(time=.5, flops=.25)))
+    part = equal_time.read(runs[2], "val_loss")
+    assert [part[k] / whole[k] for k in ("time", "step_time", "flops")] == [.5, .5, .25]
+
+
+def test_a_longer_sparse_run_is_set_beside_full_length_dense_lora(runs):
+    finish(runs[0], loss=1.0, steps=10, sparse=0)
+    finish(runs[2], loss=1.0, steps=20, sparse=20)
+    assert equal_time.lines_of(equal_time.collect([], runs, "val_loss"))["sparse"]["time"].mean == 1.0
+
+
 def test_tables_set_a_sparse_run_beside_dense_ones_of_its_time(runs):
     full, half, sparse = runs
     finish(full, loss=1.0, steps=10, sparse=0)
