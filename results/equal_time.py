@@ -107,11 +107,13 @@ BASES = dict(
             ".97 in 17-28, no queries there, dense to 15 %": [*NO_QUERIES, "--sparse_start=.15"],
         }, by="test_loss"),
     upper=Base(
-        "SmolLM2-135M-Instruct on the same problems, fp32, with LoRA in the upper half only",
+        "SmolLM2-135M-Instruct on the same problems, fp32, with LoRA in some blocks only",
         ["config/smollm2.py", "--dtype=float32", *TINY_TASK, "--learning_rate=1e-3", "--max_steps=120",
          "--warmup_steps=6", "--eval_interval=60", "--save_interval=30", "--eval_examples=32", "--test_examples=200",
          "--max_new_tokens=0"], 2, (90, 60), {
             ".97 in 17-28, no queries there, LoRA in all blocks": LATER,
+            "LoRA in 10-29, dense": ["--lora_from=10", "--mlp_sparsity=0"],
+            "LoRA in 10-29, .97 in 17-28, no queries there": ["--lora_from=10", *LATER],
             "LoRA in 15-29, dense": ["--lora_from=15", "--mlp_sparsity=0"],
             "LoRA in 15-29, .97 in 17-28, no queries there": ["--lora_from=15", *LATER],
             "LoRA in 15-29, .97 in 17-28, no queries there, 240 steps": [
