@@ -84,6 +84,8 @@ BASES = dict(
             "map of rank 128, the model's width": ["--map_rank=128"],
             "sparse from 2 % on": ["--sparse_start=.02"],
             "sparse from 10 % on": ["--sparse_start=.1"],
+            "LoRA in 2-5, dense": ["--lora_from=2", "--mlp_sparsity=0"],
+            "LoRA in 2-5, SparseLoRA": ["--lora_from=2"],
             "half of q, k, v and o too": ['--attn_sparsity={"1-4": 0.5}'],
             # tools.sensitivity config/tiny.py --budget=.65 --batches=2 --ranks=16,64,128 --ratios=.5,.9,.97,1
             "ratios and rank by sensitivity, 65 %": [
