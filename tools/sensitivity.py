@@ -545,6 +545,8 @@ def main(argv):
     store = load_json(path)
     choices = []
     for rank in ranks:
+        if len(ranks) > 1:
+            print(f"map of rank {rank}: ", end="")
         with_rank = replace(cfg, map_rank=rank)
         choices.append(choose_ratios(model, with_rank, warm, batches, tried, own, store,
                                      lambda: write_text(path, json.dumps(store))))
