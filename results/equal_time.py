@@ -1,7 +1,7 @@
 """Does it pay? SparseLoRA against dense LoRA that is stopped after the same time.
 
-    python -m results.equal_time tiny
-    python -m results.equal_time stories --model=DIR    stories_240: longer
+    python -m results.equal_time tiny                   tiny_ablations: what each part is worth
+    python -m results.equal_time stories --model=DIR    stories_240: longer; upper: LoRA in some blocks only
     python -m results.equal_time smollm2 --model=DIR    first: python data/gsm8k_shots/prepare.py
     python -m results.equal_time long --model=DIR       first: the same with --shots=6
     python -m results.equal_time qwen_long --model=DIR  likewise
@@ -58,9 +58,9 @@ SMOLLM2 = ["config/smollm2.py", "--dtype=bfloat16", "--lora_targets=q,k,v,o", "-
 UPPER_MLPS = ['--mlp_sparsity={"17-28": 0.97}', "--map_rank=128"]
 NO_QUERIES = ['--attn_sparsity={"17-28": 1}', "--map_rank=128"]
 LATER = [*NO_QUERIES, "--sparse_start=.15"]
-# What the bases of real models on the embedded base's word problems have in common.
+# What SmolLM2's bases on the embedded base's word problems have in common.
 TINY_TASK = ["--dataset=tiny", "--prompt_format=plain", "--lr_schedule=linear"]
-# Two of them are SmolLM2's; config/smollm2.py has UPPER_MLPS.
+# And two of them; config/smollm2.py has UPPER_MLPS.
 STORIES = ["config/smollm2.py", "--dtype=bfloat16", *TINY_TASK, "--learning_rate=1e-3", "--eval_interval=40",
            "--save_interval=40", "--eval_examples=64", "--test_examples=200", "--max_new_tokens=32"]
 # What the two with long prompts have in common.
@@ -74,7 +74,8 @@ BASES = dict(
         "svd": ["--predictor=svd"],
     }, by="test_loss"),
     tiny_ablations=Base(
-        "the embedded base once more: what each part of the method is worth", ["config/tiny.py"], 3, (180,), {
+        "the embedded base once more: what each part of the method is worth (beside other jobs: times say little)",
+        ["config/tiny.py"], 2, (180,), {
             "SparseLoRA": [],
             "channels by the loss, no map": ["--map_rank=0"],
             "channels by energy, no map": ["--predictor=energy"],
@@ -112,20 +113,10 @@ BASES = dict(
         "SmolLM2-135M-Instruct on the same problems, fp32, with LoRA in some blocks only",
         ["config/smollm2.py", "--dtype=float32", *TINY_TASK, "--learning_rate=1e-3", "--max_steps=120",
          "--warmup_steps=6", "--eval_interval=60", "--save_interval=30", "--eval_examples=32", "--test_examples=200",
-         "--max_new_tokens=0"], 2, (90, 60), {
-            ".97 in 17-28, no queries there, LoRA in all blocks": LATER,
-            "LoRA in 10-29, dense": ["--lora_from=10", "--mlp_sparsity=0"],
+         "--max_new_tokens=0"], 1, (90, 60), {
             "LoRA in 10-29, .97 in 17-28, no queries there": ["--lora_from=10", *LATER],
-            "LoRA in 15-29, dense": ["--lora_from=15", "--mlp_sparsity=0"],
-            "LoRA in 15-29, .97 in 17-28, no queries there": ["--lora_from=15", *LATER],
             "LoRA in 15-29, .97 in 17-28, no queries there, 240 steps": [
                 "--lora_from=15", *NO_QUERIES, "--sparse_start=.1", "--max_steps=240", "--warmup_steps=10"],
-        }, by="test_loss"),
-    qwen_stories=Base(
-        "Qwen2.5-Coder-0.5B-Instruct on the same problems, 60 steps, fp32",
-        ["config/qwen.py", "--dtype=float32", *TINY_TASK, "--learning_rate=5e-4", "--max_steps=60", "--warmup_steps=4",
-         "--eval_interval=20", "--save_interval=15", "--test_examples=100", "--max_new_tokens=0"], 1, (48,), {
-            ".97 in 12-22, no queries there, dense to 15 %": ['--attn_sparsity={"12-22": 1}', "--sparse_start=.15"],
         }, by="test_loss"),
     smollm2=Base(
         "SmolLM2-135M-Instruct, GSM8K with two solved problems before each, 80 % context",
