@@ -413,7 +413,8 @@ def draw(runs, path):
         return  # optional
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    fig, ax = plt.subplots(figsize=(6, 4), layout="constrained")
+    fig, ax = plt.subplots(figsize=(9, 4), layout="constrained")
+    ax.set_prop_cycle(color=plt.get_cmap("tab20").colors)  # a base may have more than ten lines
     lines = lines_of(runs)
     dense = dense_curve(lines)
     ax.errorbar([t for t, _ in dense], [v.mean for _, v in dense], [v.error for _, v in dense], marker="o", capsize=2,
@@ -423,7 +424,7 @@ def draw(runs, path):
             ax.errorbar(s["time"].mean, s["loss"].mean, s["loss"].error, marker="s", capsize=2, label=label)
     ax.set_xlabel("time of the run / full dense LoRA's")
     ax.set_ylabel("loss at the end")
-    ax.legend()
+    fig.legend(loc="outside right upper", fontsize=8)
     fig.savefig(path, dpi=130)
     plt.close(fig)
 
