@@ -294,9 +294,9 @@ class Block(nn.Module):
     def norm(self, x, w):
         return dense.rms_norm(x, w, self.eps)
 
-    def predicted(self):
-        """Whether a part of it has a predictor."""
-        return self.attn.predictor is not None or self.mlp.predictor is not None
+    def predictors(self):
+        """Those of its parts that have one."""
+        return [part.predictor for part in (self.attn, self.mlp) if part.predictor is not None]
 
     def part_of(self, target):
         """The attention or the MLP, whichever has this LoRA target."""
@@ -576,9 +576,8 @@ class LLaMA(nn.Module):
     def set_sparsity(self, on):
         """The one switch: the attached ratios, or dense."""
         for b in self.blocks:
-            for part in (b.attn, b.mlp):
-                if part.predictor is not None:
-                    part.predictor.switch(on)
+            for p in b.predictors():
+                p.switch(on)
 
     def rope(self, positions):
         """cos and sin (T, hd/2) of positions (T,), in fp32 (fp64 in an fp64 model)."""
@@ -603,7 +602,7 @@ class LLaMA(nn.Module):
         for i, block in enumerate(self.blocks):
             if i < first:
                 continue
-            if measure and block.predicted() and not x.requires_grad:
+            if measure and block.predictors() and not x.requires_grad:
                 x = x.requires_grad_()  # so that the backward comes to this block, LoRA or not
             last = i == len(self.blocks) - 1
             args = (x, batch, rope, last, measure, Chosen(), cache and cache.blocks[i])

@@ -579,7 +579,7 @@ def fit_maps(model, batches, alone=False):
                 fit_attention(block, batches, ropes, before, None)
                 fit_mlp(block, batches, dense_middle, None)
                 continue
-            diverged = diverged or any(p.ratio > 0 for p in predictors_of(block))
+            diverged = diverged or any(p.ratio > 0 for p in block.predictors())
             if not diverged:
                 sparse = dense
                 continue
@@ -589,18 +589,14 @@ def fit_maps(model, batches, alone=False):
             sparse = mlp_halves(block, batches, middle)
 
 
-def predictors_of(block):
-    return [p for p in (block.attn.predictor, block.mlp.predictor) if p is not None]
-
-
 def dense_halves(block, batches, ropes, xs):
     """xs: what enters the block, (T, D) for each batch -> what its attention half makes of it, and its MLP half of
     that, where no row is sparse."""
-    for p in predictors_of(block):
+    for p in block.predictors():
         p.switch(False)
     middle = attention_halves(block, batches, ropes, xs)
     out = mlp_halves(block, batches, middle)
-    for p in predictors_of(block):
+    for p in block.predictors():
         p.switch(True)
     return middle, out
 

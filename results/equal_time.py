@@ -57,10 +57,10 @@ SMOLLM2 = ["config/smollm2.py", "--dtype=bfloat16", "--lora_targets=q,k,v,o", "-
            "--eval_examples=64", "--test_examples=0"]
 UPPER_MLPS = ['--mlp_sparsity={"17-28": 0.97}', "--map_rank=128"]
 NO_QUERIES = ['--attn_sparsity={"17-28": 1}', "--map_rank=128"]
-LATER = [*NO_QUERIES, "--sparse_start=.15"]
-# What SmolLM2's bases on the embedded base's word problems have in common.
+NO_QUERIES_LATER = [*NO_QUERIES, "--sparse_start=.15"]
+# The embedded base's word problems, for SmolLM2.
 TINY_TASK = ["--dataset=tiny", "--prompt_format=plain", "--lr_schedule=linear"]
-# And two of them; config/smollm2.py has UPPER_MLPS.
+# What its two bases in bf16 there have in common; config/smollm2.py has UPPER_MLPS.
 STORIES = ["config/smollm2.py", "--dtype=bfloat16", *TINY_TASK, "--learning_rate=1e-3", "--eval_interval=40",
            "--save_interval=40", "--eval_examples=64", "--test_examples=200", "--max_new_tokens=32"]
 # What the two with long prompts have in common.
@@ -99,7 +99,7 @@ BASES = dict(
         [*STORIES, "--max_steps=120", "--warmup_steps=6"], 2, (96, 84), {
             ".97 in 17-28": [],  # as config/smollm2.py has it
             ".97 in 17-28, no queries there": NO_QUERIES,
-            ".97 in 17-28, no queries there, dense to 15 %": [*NO_QUERIES, "--sparse_start=.15"],
+            ".97 in 17-28, no queries there, dense to 15 %": NO_QUERIES_LATER,
             ".97 in 17-28, no queries there, dense to 30 %": [*NO_QUERIES, "--sparse_start=.3"],
             ".97 in 1-28": ['--mlp_sparsity={"1-28": 0.97}', "--map_rank=256"],
             "svd, .97 in 17-28": ["--predictor=svd"],
@@ -107,14 +107,14 @@ BASES = dict(
     stories_240=Base(
         "the same with 240 steps", [*STORIES, "--max_steps=240", "--warmup_steps=10"], 2, (200, 180), {
             ".97 in 17-28, no queries there": NO_QUERIES,
-            ".97 in 17-28, no queries there, dense to 15 %": [*NO_QUERIES, "--sparse_start=.15"],
+            ".97 in 17-28, no queries there, dense to 15 %": NO_QUERIES_LATER,
         }, by="test_loss"),
     upper=Base(
         "SmolLM2-135M-Instruct on the same problems, fp32, with LoRA in some blocks only",
         ["config/smollm2.py", "--dtype=float32", *TINY_TASK, "--learning_rate=1e-3", "--max_steps=120",
          "--warmup_steps=6", "--eval_interval=60", "--save_interval=30", "--eval_examples=32", "--test_examples=200",
          "--max_new_tokens=0"], 1, (90, 60), {
-            "LoRA in 10-29, .97 in 17-28, no queries there": ["--lora_from=10", *LATER],
+            "LoRA in 10-29, .97 in 17-28, no queries there": ["--lora_from=10", *NO_QUERIES_LATER],
             "LoRA in 15-29, .97 in 17-28, no queries there, 240 steps": [
                 "--lora_from=15", *NO_QUERIES, "--sparse_start=.1", "--max_steps=240", "--warmup_steps=10"],
         }, by="test_loss"),
@@ -133,7 +133,7 @@ BASES = dict(
             ".97 in 17-28": UPPER_MLPS,
             "no queries in 17-28": ["--mlp_sparsity=0", *NO_QUERIES],
             ".97 in 17-28, no queries there": UPPER_MLPS + NO_QUERIES,
-            ".97 in 17-28, no queries there, dense to 15 %": [*UPPER_MLPS, *NO_QUERIES, "--sparse_start=.15"],
+            ".97 in 17-28, no queries there, dense to 15 %": [*UPPER_MLPS, *NO_QUERIES_LATER],
         }),
     qwen_long=Base(
         "Qwen2.5-Coder-0.5B-Instruct, GSM8K with six solved problems before each, 90 % context",
