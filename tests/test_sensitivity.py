@@ -169,6 +169,29 @@ def test_rank_of_the_map_is_chosen_too(home, tmp_path, capsys):
     assert (tmp_path / "alone" / "ratios.py").read_text().splitlines()[1:] == out.read_text().splitlines()[1:]
 
 
+def test_the_check(home):
+    """Rise and cosine on other batches, against both models run there; nothing changes where nothing is sparse."""
+    cfg = config.load([str(home / "c.py")])
+    model, warm, _, fresh = sensitivity.setup(cfg, 2)
+    dense = sensitivity.dense_of(model, fresh)
+    assert sensitivity.check(model, warm, fresh, {}, dense) == pytest.approx((1, 0, 0, 1), abs=1e-6)
+    pattern = {"0.mlp": .5, "1.mlp": .75}
+    found = sensitivity.check(model, warm, fresh, pattern, dense)
+    rises, cosines = [], []
+    for b in fresh:
+        at = []
+        for ratios in ({}, pattern):
+            predictor.set_ratios(model, ratios)
+            if ratios:
+                predictor.fit_maps(model, warm)
+            at.append(sensitivity.gradient(model, b))
+        (loss, g), (sparse_loss, sparse_g) = at
+        rises.append((sparse_loss - loss) / b.weights.sum().item())
+        cosines.append(torch.dot(g, sparse_g).item() / (g.norm() * sparse_g.norm()).item())
+    assert found.flops < .99 and found.cosine == pytest.approx(sum(cosines) / 2, rel=1e-5) and found.cosine < .999
+    assert (found.rise, found.error) == pytest.approx(sensitivity.mean_and_error(rises), rel=1e-3, abs=1e-6)
+
+
 def test_goes_on_where_it_stopped(home, tmp_path, monkeypatch):
     whole = analyse(home, tmp_path / "a" / "r.py", "--budget=.95")
     count, real = [], sensitivity.Progress.step

@@ -248,24 +248,6 @@ def mean_and_error(values):
     return t.mean().item(), t.std().item() / len(t) ** .5 if len(t) > 1 else float("nan")
 
 
-@torch.no_grad()
-def losses(model, batches, ratios):
-    predictor.set_ratios(model, ratios)
-    return [model.loss(b).item() / b.weights.sum().item() for b in batches]
-
-
-def cosine(model, batches, ratios):
-    """Mean over the batches of the gradient's cosine with the dense model's, at {part: ratio}."""
-    total = 0.0
-    for b in batches:
-        predictor.set_ratios(model, {})
-        _, dense = gradient(model, b)
-        predictor.set_ratios(model, ratios)
-        _, sparse = gradient(model, b)
-        total += torch.cosine_similarity(sparse, dense, 0).item()
-    return total / len(batches)
-
-
 def flops(model, batches, ratios):
     """{part: FLOPs of a training step of these batches at {part: ratio}}, "head" included."""
     predictor.set_ratios(model, ratios)
@@ -511,13 +493,33 @@ class Check(NamedTuple):
                 f"cosine {self.cosine:.3f}")
 
 
+class Dense(NamedTuple):
+    """What the dense model makes of a batch."""
+    loss: float  # per scored token
+    gradient: torch.Tensor  # as of gradient(), on the CPU, for there are many
+
+
+def dense_of(model, batches):
+    """-> [Dense]."""
+    predictor.set_ratios(model, {})
+    out = []
+    for b in batches:
+        loss, g = gradient(model, b)
+        out.append(Dense(loss / b.weights.sum().item(), g.cpu()))
+    return out
+
+
 def check(model, warm, fresh, pattern, dense):
-    """pattern: {part: ratio}; dense: the losses of the dense model."""
+    """pattern: {part: ratio}; dense: dense_of(model, fresh)."""
     predictor.set_ratios(model, pattern)
     predictor.fit_maps(model, warm)
-    rise, error = mean_and_error([s - d for s, d in zip(losses(model, fresh, pattern), dense)])
+    rises, cosine = [], 0.0
+    for b, d in zip(fresh, dense):
+        loss, g = gradient(model, b)
+        rises.append(loss / b.weights.sum().item() - d.loss)
+        cosine += torch.cosine_similarity(g.cpu(), d.gradient, 0).item() / len(fresh)
     share = sum(flops(model, fresh, pattern).values()) / sum(flops(model, fresh, {}).values())
-    return Check(share, rise, error, cosine(model, fresh, pattern))
+    return Check(share, *mean_and_error(rises), cosine)
 
 
 def best_rank(model, warm, fresh, choices, dense, by):
@@ -550,7 +552,7 @@ def main(argv):
         with_rank = replace(cfg, map_rank=rank)
         choices.append(choose_ratios(model, with_rank, warm, batches, tried, own, store,
                                      lambda: write_text(path, json.dumps(store))))
-    dense = losses(model, fresh, {})
+    dense = dense_of(model, fresh)
     best = choices[0]
     if len(choices) > 1:
         print(f"\nranks of the map, on {len(fresh)} other batches:")
@@ -563,7 +565,7 @@ def main(argv):
     wanted = sum(flops(model, fresh[:1], best.ratios).values())
     rows = {"chosen": best.ratios,
             **{k: same_flops(model, fresh[:1], p, wanted) for k, p in patterns(model).items() if p}}
-    print(f"\nchecked on {len(fresh)} other batches (dense loss {sum(dense) / len(dense):.4f}); "
+    print(f"\nchecked on {len(fresh)} other batches (dense loss {sum(d.loss for d in dense) / len(dense):.4f}); "
           f"predicted change by {own['by']} {best.predicted:.4f}")
     command, first = "python -m tools.sensitivity " + " ".join(argv), None
     for name, pattern in rows.items():
