@@ -1,7 +1,7 @@
 """Does it pay? SparseLoRA against dense LoRA that is stopped after the same time.
 
     python -m results.equal_time tiny                   tiny_ablations: what each part is worth
-    python -m results.equal_time stories --model=DIR    stories_240: longer; upper: LoRA in some blocks only
+    python -m results.equal_time stories --model=DIR    stories_240: longer; upper: see BASES
     python -m results.equal_time smollm2 --model=DIR    first: python data/gsm8k_shots/prepare.py
     python -m results.equal_time long --model=DIR       first: the same with --shots=6
     python -m results.equal_time qwen_long --model=DIR  likewise
@@ -58,6 +58,7 @@ SMOLLM2 = ["config/smollm2.py", "--dtype=bfloat16", "--lora_targets=q,k,v,o", "-
 UPPER_MLPS = ['--mlp_sparsity={"17-28": 0.97}', "--map_rank=128"]
 NO_QUERIES = ['--attn_sparsity={"17-28": 1}', "--map_rank=128"]
 NO_QUERIES_LATER = [*NO_QUERIES, "--sparse_start=.15"]
+LOWER_TOO = ['--mlp_sparsity={"1-28": 0.97}', "--map_rank=256", "--sparse_start=.15", "--sparse_end=.9"]
 # The embedded base's word problems, for SmolLM2.
 TINY_TASK = ["--dataset=tiny", "--prompt_format=plain", "--lr_schedule=linear"]
 # What its two bases in bf16 there have in common; config/smollm2.py has UPPER_MLPS.
@@ -110,13 +111,16 @@ BASES = dict(
             ".97 in 17-28, no queries there, dense to 15 %": NO_QUERIES_LATER,
         }, by="test_loss"),
     upper=Base(
-        "SmolLM2-135M-Instruct on the same problems, fp32, with LoRA in some blocks only",
+        "SmolLM2-135M-Instruct on the same problems, fp32: LoRA in some blocks only; the lower half sparse too",
         ["config/smollm2.py", "--dtype=float32", *TINY_TASK, "--learning_rate=1e-3", "--max_steps=120",
          "--warmup_steps=6", "--eval_interval=60", "--save_interval=30", "--eval_examples=32", "--test_examples=200",
          "--max_new_tokens=0"], 1, (90, 60), {
             "LoRA in 10-29, .97 in 17-28, no queries there": ["--lora_from=10", *NO_QUERIES_LATER],
             "LoRA in 15-29, .97 in 17-28, no queries there, 240 steps": [
                 "--lora_from=15", *NO_QUERIES, "--sparse_start=.1", "--max_steps=240", "--warmup_steps=10"],
+            ".97 in 1-28, dense to 15 % and from 90 % on": LOWER_TOO,
+            ".97 in 1-28, no queries in 17-28, dense to 15 % and from 90 % on": [
+                *LOWER_TOO, '--attn_sparsity={"17-28": 1}'],
         }, by="test_loss"),
     smollm2=Base(
         "SmolLM2-135M-Instruct, GSM8K with two solved problems before each, 80 % context",
