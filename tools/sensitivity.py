@@ -34,6 +34,9 @@ If changes add up, this choice is the best. They do not quite (errors of one blo
 so it is checked: its true rise on other batches, beside that of uniform ratios and of the published
 middle-to-late pattern at the same FLOPs. Cost: 2 (L - 1) parts * ratios * batches forward and backward passes, by the
 loss only forward and each from its own block on (half of the model on average).
+
+What keeps more of the gradient need not train better. The embedded base at 65 % of the FLOPs, two seeds: chosen, cosine
+.79, test loss .037 +- .003; one ratio for all MLPs, .66, .031 +- .003. So train with both before a long run.
 """
 import bisect
 import hashlib
