@@ -202,12 +202,11 @@ def start_sparse(run):
         rows = measure_enough(run)
         start = time.perf_counter()
         predictor.fix(model)
-        chosen = "channels chosen"
+        chosen = f"channels chosen on {rows:,} context rows"
         if any(p.rank_of_map() for _, p in predictor.predictors(model)):
-            chosen = f"channels chosen, maps of rank {run.cfg.map_rank} fitted"
-            fit_maps(run)
+            chosen += f", maps of rank {run.cfg.map_rank} fitted on {fit_maps(run):,}"
         info["seconds"] += time.perf_counter() - start
-        say(f"  {chosen} on {rows:,} context rows")
+        say(f"  {chosen}")
     run.log.record(dict(step=info["step"], **selection(run)))
 
 
@@ -232,7 +231,8 @@ def measure_enough(run):
 
 
 def fit_maps(run):
-    """Fits the maps on examples that were measured: on twice as many rows as have to be, or on all."""
+    """Fits the maps on examples that were measured: on twice as many rows as have to be, or on all. Returns on how
+    many, over all ranks."""
     model, info = run.model, run.info
     wanted = 2 * ROWS_PER_WIDTH * model.config.hidden_size
     batches = []
@@ -245,6 +245,7 @@ def fit_maps(run):
         batches += more
         step += 1
     predictor.fit_maps(model, batches)
+    return rows
 
 
 @torch.no_grad()
