@@ -204,7 +204,8 @@ def start_sparse(run):
         predictor.fix(model)
         chosen = f"channels chosen on {rows:,} context rows"
         if any(p.rank_of_map() for _, p in predictor.predictors(model)):
-            chosen += f", maps of rank {run.cfg.map_rank} fitted on {fit_maps(run):,}"
+            fitted_on = fit_maps(run)
+            chosen += f", maps of rank {run.cfg.map_rank} fitted on {fitted_on:,}"
         info["seconds"] += time.perf_counter() - start
         say(f"  {chosen}")
     run.log.record(dict(step=info["step"], **selection(run)))
