@@ -3,7 +3,7 @@
     python -m results.equal_time tiny                   tiny_ablations: what each part is worth
     python -m results.equal_time stories --model=DIR    stories_240: longer; upper: see BASES
     python -m results.equal_time smollm2 --model=DIR    first: python data/gsm8k_shots/prepare.py
-    python -m results.equal_time long --model=DIR       first: the same with --shots=6
+    python -m results.equal_time long --model=DIR       first: the same with --shots=6; long_120: longer
     python -m results.equal_time qwen_long --model=DIR  likewise
 
     BASE            one of BASES below: which runs there are; each is a train.py command line that can be pasted
@@ -138,6 +138,11 @@ BASES = dict(
             "no queries in 17-28": ["--mlp_sparsity=0", *NO_QUERIES],
             ".97 in 17-28, no queries there": UPPER_MLPS + NO_QUERIES,
             ".97 in 17-28, no queries there, dense to 15 %": [*UPPER_MLPS, *NO_QUERIES_LATER],
+        }),
+    long_120=Base(
+        "the same with 120 steps, fp32",
+        [*SMOLLM2, *LONG, "--dtype=float32", "--max_steps=120", "--warmup_steps=10", "--eval_interval=120"], 1, (90,), {
+            ".97 in 17-28, no queries there": UPPER_MLPS + NO_QUERIES,
         }),
     qwen_long=Base(
         "Qwen2.5-Coder-0.5B-Instruct, GSM8K with six solved problems before each, 90 % context",
@@ -345,7 +350,8 @@ def speedup(lines, label):
     """How much faster a sparse run came to its loss than dense LoRA comes there, as a Mean: dense LoRA's time for that
     loss, on the line through the two runs beside it (the last two where it is lower still), over the sparse run's. The
     error is that of both losses, over the line's slope; 0, unknown, of one seed. None with less than two runs of dense
-    LoRA, or where even the shortest has a lower loss: at_most()."""
+    LoRA, where the longer of the two is no better than the shorter, or where even the shortest has a lower loss:
+    at_most()."""
     points, s = dense_curve(lines), lines[label]
     if len(points) < 2 or s["loss"].mean > points[0][1].mean:
         return None
@@ -353,6 +359,8 @@ def speedup(lines, label):
         if s["loss"].mean >= low.mean:
             break
     slope = (low.mean - high.mean) / (b - a)  # of the loss, in one full run's time
+    if slope >= 0:
+        return None
     reached = b + (s["loss"].mean - low.mean) / slope
     error = 0.0
     if s["n"] > 1:

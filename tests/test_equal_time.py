@@ -104,6 +104,8 @@ def test_speedup_follows_the_line_of_the_runs_beside_it():
     assert equal_time.speedup(lines, "worst") is None and equal_time.at_most(lines, "worst") == "< 1.20"
     assert equal_time.at_most(lines, "behind") == ""
     assert equal_time.speedup({DENSE: lines[DENSE], "ahead": lines["ahead"]}, "ahead") is None
+    lines[DENSE] = lines[f"{DENSE}, 6 steps"] | dict(time=Mean(1.0, 0))  # more steps gave nothing
+    assert equal_time.speedup(lines, "ahead") is None
 
 
 def test_what_is_known_of_other_runs_stays(runs):
