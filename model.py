@@ -82,15 +82,6 @@ class Part(nn.Module):
                 out += [torch.empty(0, n_in, **like), torch.empty(n_out, 0, **like)]
         return out
 
-    def kept(self, x, n):
-        """x (T, D), n sparse rows -> what to keep of this part in this forward: None (all), KeepMLP,
-        KeepAttention or SkipQueries."""
-        keep = None
-        if self.predictor is not None and self.predictor.c and n:
-            keep = self.predictor.select(x[:n])
-        self.channels = keep and keep.channels
-        return keep
-
     def measurer(self, measure):
         """Who is shown what this part computes in a dense pass that measures: its predictor, or nobody."""
         if measure:
@@ -239,7 +230,7 @@ class Attention(Part):
 
 def attend(q, k, v, lengths, positions=None):
     """Causal attention, q (B, H, S, hd), k and v (B, K, S, hd). Rows behind an example's end are zero and
-    come later: no mask. positions (B, Sq): q (B, H, Sq, hd) has the queries of some tokens only, of those there."""
+    come later: no mask. positions (B, Sq): only the tokens at these positions have queries, q (B, H, Sq, hd)."""
     if q.device.type == "cpu":
         return dense.CausalAttention.apply(q, k, v, lengths, positions)
     if positions is not None:
@@ -329,10 +320,15 @@ class Block(nn.Module):
         return x + self.mlp(h, n, keep, self.mlp.measurer(measure))
 
     def choose(self, name, h, n, chosen):
-        """What part `name` keeps for its normed input h (T, D): chosen in the forward, and only read in its
-        recomputation."""
+        """What part `name` keeps for its normed input h (T, D), whose first n rows are sparse: None (all), KeepMLP,
+        KeepAttention or SkipQueries. Chosen in the forward, and only read in its recomputation."""
         if name not in chosen:
-            chosen[name] = getattr(self, name).kept(h, n)
+            part = getattr(self, name)
+            keep = None
+            if part.predictor is not None and part.predictor.c and n:
+                keep = part.predictor.select(h[:n])
+            part.channels = keep and keep.channels
+            chosen[name] = keep
         return chosen[name]
 
     def decode(self, x, rope, cache):

@@ -12,7 +12,7 @@ x W.T + b for an attention channel of q, k or v, of h = silu(g) u for an MLP cha
               dropped ones would have added is replaced by a low-rank map of the input (below).
     svd       the paper's: W.T ~= P Q with P (D, r), Q (r, N), computed once from the weights (lib/factors.py).
               Attention never builds (n, N): with Z = x P and M = Z.T Z (r, r), energy_j = q_j.T M q_j: the
-              exact energy of the approximate activation, for 2 n D r + 2 n r^2 operations. A bias is one more
+              exact energy of the approximate activation, for 2 n D r + 2 r^2 (n + N) operations. A bias is one more
               column of ones in Z, one more row of Q. The MLP needs silu per token: sum over rows of
               (silu(Zg qg_i) (Zu qu_i))^2, in blocks (kernels.mlp_scores).
     energy    true energies, summed and fixed in the same way, without a map: the ablation of `measured`
@@ -36,8 +36,8 @@ A map that is fitted in the dense model meets other inputs in the sparse one, an
 So once the channels are chosen, the maps are fitted block after block (fit_maps), each on what enters its MLP in the
 sparse model, whose blocks below have their maps by then; and to a little more than E: also to half of what those
 blocks, and its own block's attention, have left missing. That takes forward passes only. (SmolLM2, MLP .9, r = 64, 8
-batches, rise of the loss / cosine of the gradient with the dense model's: fitted in the dense model .124 / .870, so
-.077 / .891; without the half of what is missing .084 / .883.)
+batches, rise of the loss / cosine of the gradient with the dense model's: each map fitted alone .125 / .869, so
+.077 / .891. What the half is worth stands at PULL.)
 
 Sinks: the first tokens of each text have MLP outputs of up to 100,000 times the others'. data.collate makes them dense
 rows (dense_first), so they neither vote nor enter the fit.
@@ -59,8 +59,9 @@ import math
 
 import torch
 
+import config
 import kernels
-from config import UserError, is_ratio
+from config import UserError
 from lib import dist
 from lib.factors import factors
 from sparse import Keep, KeepAttention, KeepMLP, SkipQueries, lora_forward
@@ -247,7 +248,7 @@ class Predictor:
         self.c = 0  # how many channels a forward keeps now; 0: dense
         self.sharded = part.sharded()
         self.P = self.Q = self.ranks = None  # of svd: set_factors()
-        self.rows = self.measured = None  # how many rows were measured, and the sum of their scores: forget()
+        self.rows = self.score_sums = None  # how many rows were measured, and the sum of their scores: forget()
         self.forget()
         self.fixed = None  # what fix() chose: KeepMLP, KeepAttention or SkipQueries
         self.selections = None  # watch() puts a list here: select() appends what it is given and what it keeps
@@ -271,7 +272,7 @@ class Predictor:
             n = len(w)  # energies of q, k and v: pairs are scored when they are chosen
         high = torch.promote_types(w.dtype, torch.float32)
         self.rows = torch.zeros(1, dtype=high, device=w.device)
-        self.measured = torch.zeros(n, dtype=high, device=w.device)
+        self.score_sums = torch.zeros(n, dtype=high, device=w.device)
 
     @property
     def map(self):
@@ -294,10 +295,10 @@ class Predictor:
             return
         self.rows += len(h)
         if self.kind == "energy":
-            self.measured += energy(h)
+            self.score_sums += energy(h)
             return
-        high = self.measured.dtype
-        self.measured += taylor_mlp(h.to(high), dh.to(high))
+        high = self.score_sums.dtype
+        self.score_sums += taylor_mlp(h.to(high), dh.to(high))
 
     def see_attention(self, y, dy):
         """What a dense step's context rows would lose of q, k, v, side by side, and the gradients: (n, Nq + 2 Nkv)."""
@@ -305,22 +306,22 @@ class Predictor:
             return
         self.rows += len(y)
         if self.kind == "measured":
-            self.measured += taylor_attention(self.part, y, dy)
+            self.score_sums += taylor_attention(self.part, y, dy)
             return
         if self.part.qkv_bias is not None:
             y = y + self.part.qkv_bias  # as the oracle has it
-        self.measured += energy(y)
+        self.score_sums += energy(y)
 
     @torch.no_grad()
     def fix(self):
         """Chooses the channels from what was measured. A map is fitted after that: fit_maps."""
         if self.is_mlp:
-            self.set_fixed(top(self.measured, self.c))
+            self.set_fixed(top(self.score_sums, self.c))
             return
         if self.no_queries:
             self.set_fixed()
             return
-        scores = self.measured
+        scores = self.score_sums
         if self.kind == "energy":
             scores = attention_scores(self.part, scores)
         self.set_fixed(*top_attention(self.part, scores, self.c))
@@ -445,8 +446,8 @@ def attach(model, mlp_sparsity, attn_sparsity, rank=8, kind="svd", map_rank=64, 
     no queries without a map, or attention channels dropped in a model with q/k norms, which would rescale what is left
     of a query."""
     n = len(model.blocks)
-    mlp = ratio_list(mlp_sparsity, n, "mlp_sparsity")
-    attn = ratio_list(attn_sparsity, n, "attn_sparsity")
+    mlp = config.ratios(mlp_sparsity, n, "mlp_sparsity")
+    attn = config.ratios(attn_sparsity, n, "attn_sparsity")
     if kind not in KINDS:
         raise UserError(f"predictor = {kind!r} is none of {', '.join(KINDS)}")
     if 1 in attn and (kind != "measured" or not map_rank):
@@ -475,18 +476,6 @@ def predicted_weights(model):
         with dist.whole(p.block):
             for i, w in enumerate(p.part.predicted_weights()):
                 yield name, i, w
-
-
-def ratio_list(ratios, n, name):
-    """A float for all n blocks, or a list of one a block -> the list, checked."""
-    if not isinstance(ratios, (list, tuple)):
-        ratios = [ratios] * n
-    if len(ratios) != n:
-        raise UserError(f"{name} has {len(ratios)} ratios, but the model has {n} blocks: give one a block")
-    if not all(is_ratio(r, name) for r in ratios):
-        raise UserError(f"{name} = {ratios} holds a ratio outside [0, 1), for attention [0, 1]: 0 is dense, .9 keeps a "
-                        "tenth")
-    return ratios
 
 
 def predictors(model):
@@ -546,7 +535,7 @@ def fix(model):
         if not p.measures():
             continue
         dist.all_reduce(p.rows)
-        dist.all_reduce(p.measured)
+        dist.all_reduce(p.score_sums)
         if not p.rows:
             raise UserError(f"predictor={p.kind} has measured nothing yet: no dense step had a context token; "
                             "set mlp_sparsity = 0 and attn_sparsity = 0 for texts without prompts")
@@ -563,7 +552,7 @@ def fit_maps(model, batches, alone=False):
     head of this file. Sparsity is fully on after it. Does nothing where there is no map.
 
     alone: each map as if no other part were sparse, on what enters it in the dense model (tools.sensitivity).
-    Costs about two dense forward passes of each batch, and four (T, D) of memory a batch."""
+    Costs about two dense forward passes of each batch, and six (T, D) of memory a batch."""
     if not any(p.rank_of_map() for _, p in predictors(model)):
         return
     with dist.whole(model):
@@ -749,7 +738,7 @@ def state(model):
             continue
         if p.fixed is None:
             out[f"{name}.sums.rows"] = p.rows
-            out[f"{name}.sums.scores"] = p.measured
+            out[f"{name}.sums.scores"] = p.score_sums
             continue
         channels = [p.fixed.channels]
         if not p.is_mlp:
@@ -778,7 +767,7 @@ def load_state(model, tensors, first_rank=True):
                 p.set_map(fitted)
         elif first_rank and rows is not None:
             p.rows.copy_(rows)
-            p.measured.copy_(tensors[f"{name}.sums.scores"])
+            p.score_sums.copy_(tensors[f"{name}.sums.scores"])
 
 
 def tensors_of(tensors, start):

@@ -76,9 +76,8 @@ def loop(run):
             evaluate(run)
             info["evaluated"] = step
 
-        # The numbers of the step's examples, and this rank's micro-batches of them.
-        numbers = run.order(step)
-        batches = dist.micro_batches(run.tokenized["train"], numbers, cfg, run.device, seed=step * cfg.batch_size)
+        # This rank's micro-batches of the step's examples.
+        batches = batches_of(run, step)
 
         # Dense at first, then sparse. At the switch the channels that dense steps have measured are fixed.
         sparse = is_sparse(run, step)
@@ -97,7 +96,7 @@ def loop(run):
 
         # Its line is printed one step later: then the device need not wait for the host.
         work = count_work(model, batches)
-        log.step(metrics, numbers, step=step, lr=lr, sparse=sparse, **work)
+        log.step(metrics, run.order(step), step=step, lr=lr, sparse=sparse, **work)
         for name, n in work.items():
             info[name] += n
         info["step"] += 1
@@ -108,6 +107,12 @@ def loop(run):
             log.flush()
             save(run)
     log.flush()
+
+
+def batches_of(run, step):
+    """This rank's micro-batches of the examples of a step, [data.Batch]."""
+    cfg = run.cfg
+    return dist.micro_batches(run.tokenized["train"], run.order(step), cfg, run.device, seed=step * cfg.batch_size)
 
 
 def forward_backward(model, grad, batches, measure=False):
@@ -204,7 +209,7 @@ def start_sparse(run):
         predictor.fix(model)
         chosen = f"channels chosen on {rows:,} context rows"
         if any(p.rank_of_map() for _, p in predictor.predictors(model)):
-            fitted_on = fit_maps(run)
+            fitted_on = fit_on_measured(run)
             chosen += f", maps of rank {run.cfg.map_rank} fitted on {fitted_on:,}"
         info["seconds"] += time.perf_counter() - start
         say(f"  {chosen}")
@@ -223,15 +228,14 @@ def measure_enough(run):
             return rows
         run.stop.check()
         start = time.perf_counter()
-        numbers = run.order(info["step"] + info["extra"])
-        batches = dist.micro_batches(run.tokenized["train"], numbers, run.cfg, run.device)
+        batches = batches_of(run, info["step"] + info["extra"])
         predictor.measure_more(model, batches)
         info["flops"] += count_work(model, batches)["flops"]
         info["seconds"] += time.perf_counter() - start
         info["extra"] += 1
 
 
-def fit_maps(run):
+def fit_on_measured(run):
     """Fits the maps on examples that were measured: on twice as many rows as have to be, or on all. Returns on how
     many, over all ranks."""
     model, info = run.model, run.info
@@ -239,7 +243,7 @@ def fit_maps(run):
     batches = []
     rows = step = 0
     while rows < wanted and step < info["step"] + info["extra"]:
-        more = dist.micro_batches(run.tokenized["train"], run.order(step), run.cfg, run.device)
+        more = batches_of(run, step)
         rows += dist.add(sum(b.n_sparse for b in more))[0]
         # about two forward passes, as many FLOPs as a dense step has on frozen weights
         info["flops"] += count_work(model, more)["dense_flops"]
@@ -586,8 +590,7 @@ def finish(run):
         result["after"], result["test_examples"] = accuracy(run.model, run.tokenizer, run.examples["test"],
                                                             cfg.test_examples, cfg, run.stop)
     if predictor.predictors(run.model) and not predictor.measuring(run.model):
-        steps = (dist.micro_batches(run.tokenized["train"], run.order(i), cfg, run.device) for i in range(11))
-        result["time_ratio"] = time_ratio(run.model, steps, run.stop)
+        result["time_ratio"] = time_ratio(run.model, (batches_of(run, step) for step in range(11)), run.stop)
         run.grad.zero_()
     info["finished"] = True
     save(run)

@@ -15,5 +15,5 @@ max_new_tokens = 16  # "the correct answer is answer4"
 
 mlp_sparsity = {"17-30": 0.97}
 attn_sparsity = {"17-19": 0.20, "21-23": 0.20, "25-29": 0.20}
-predictor = "svd"  # as published; ours: "measured", with dense_first = 4: it chooses by the loss and adds a map
+predictor = "svd"  # as published; how to have ours: see math.py
 dense_first = 0

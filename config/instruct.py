@@ -20,5 +20,5 @@ test_examples = 0  # the published score, MT-Bench, needs a judge model
 
 mlp_sparsity = {"3-30": 0.99}
 attn_sparsity = {"14-19": 0.40, "21-23": 0.40, "25-29": 0.40}
-predictor = "svd"  # as published; ours: "measured", with dense_first = 4: it chooses by the loss and adds a map
+predictor = "svd"  # as published; how to have ours: see math.py
 dense_first = 0

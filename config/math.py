@@ -16,9 +16,15 @@ save_interval = 500
 test_examples = 200  # of GSM8K's 1,319; python -m tools.eval out/math scores all of the test sets
 
 # LLaMA-3-8B's ratios. Blocks count from 0, both ends included. Another model needs its own: LLaMA-2's are
-# published too (config/llama2_7b.py or llama2_13b.py after this file), tools/sensitivity.py finds others, and
-# --mlp_sparsity=.25 --attn_sparsity=0 is a cautious guess of ours.
+# published too (config/llama2_7b.py or llama2_13b.py after this file), and tools/sensitivity.py proposes others.
 mlp_sparsity = {"3-30": 0.99}
 attn_sparsity = {"14-19": 0.75, "21-23": 0.75, "25-29": 0.75}
-predictor = "svd"  # as published; ours: "measured", with dense_first = 4: it chooses by the loss and adds a map
+predictor = "svd"
 dense_first = 0
+
+# Ours, which chooses by the loss and adds a map. The upper half is what smaller models hardly feel; untried at 8 B:
+# mlp_sparsity = {"16-30": 0.97}
+# attn_sparsity = {"16-30": 1}  # no queries, where prompts are long; else 0
+# predictor = "measured"
+# map_rank = 256
+# dense_first = 4

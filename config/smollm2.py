@@ -23,7 +23,7 @@ lora_alpha = 32
 lora_targets = "q,k,v,o,gate,up,down"
 
 # Ratios: the upper blocks are all but free, the lower ones pay for depth, for their errors pass through all above.
-# Before any training (results/selection.md) this keeps .985 of the gradient's direction. A faster one, .88 of it:
+# Before any training (results/selection.md) this keeps .985 of the gradient's direction. A faster one, .87 of it:
 # mlp_sparsity = {"1-28": 0.97} with map_rank = 256; so far dense LoRA of its time was better (results/equal_time.md).
 # Between the two in FLOPs: {"1-16": 0.5, "17-28": 0.97}.
 # Where prompts are long, attn_sparsity = {"17-28": 1} besides: no queries there (results/equal_time.md).

@@ -2,7 +2,7 @@
 
     load("gsm8k", "train") -> [Example]                     raw text (examples.py)
     tokenize(examples, tokenizer, ...) -> [Tokenized]       a weight for each token
-    load_splits(cfg, tokenizer) -> {split: both}            of a run
+    load_splits(cfg, tokenizer) -> {split: ([Example], [Tokenized])}   of a run
     collate([Tokenized], "output") -> Batch                 rows of one stream, without padding
 
 weights[i] is how much the *prediction* of token i counts: 0 in a prompt, 1 in a response and its end-of-text
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from config import UserError
-from data.examples import Example, hold_out, load, load_split, question, source  # noqa: F401 (offered here)
+from data.examples import Example, hold_out, load, question, source  # noqa: F401 (offered here)
 from data.tokenizer import HOLE
 
 

@@ -75,22 +75,6 @@ def load(name_or_path, split="train", allow_empty=False, skipped=None):
     return examples
 
 
-def load_split(cfg, split):
-    """[Example] of "train", "val" or "test" as a Config has it, however long they are."""
-    other = split
-    if split == "train":
-        other = "val"
-    held_out = source(cfg, other) is None
-    dataset, part = source(cfg, split) or source(cfg, "train")
-    examples = load(dataset, part, cfg.prompt_weight > 0)
-    if not held_out:
-        return examples
-    train, rest = hold_out(examples, [True] * len(examples), cfg.val_fraction)
-    if split == "train":
-        return [examples[i] for i in train]
-    return [examples[i] for i in rest]
-
-
 def source(cfg, split):
     """(data set, its part) that a split is read from; None where it is held out of the training examples. A
     file brings no splits of its own, a folder of yours those whose files it has."""

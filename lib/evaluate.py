@@ -59,14 +59,14 @@ def time_ratio(model, batches, stop):
     for k, micro in enumerate(batches):
         stop.check()
         seconds = {}
-        for scale in ((0, 1) if k % 2 else (1, 0)):
-            model.set_sparsity(scale)
+        for sparse in ((0, 1) if k % 2 else (1, 0)):
+            model.set_sparsity(sparse)
             synchronize(model.device)
             start = time.perf_counter()
             for b in micro:
                 model.loss(b).backward()
             synchronize(model.device)
-            seconds[scale] = time.perf_counter() - start
+            seconds[sparse] = time.perf_counter() - start
         ratios.append(seconds[1] / seconds[0])
     return statistics.median(ratios[1:] or ratios)  # the first warms up
 

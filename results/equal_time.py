@@ -61,7 +61,7 @@ NO_QUERIES_LATER = [*NO_QUERIES, "--sparse_start=.15"]
 LOWER_TOO = ['--mlp_sparsity={"1-28": 0.97}', "--map_rank=256", "--sparse_start=.15", "--sparse_end=.9"]
 # The embedded base's word problems, for SmolLM2.
 TINY_TASK = ["--dataset=tiny", "--prompt_format=plain", "--lr_schedule=linear"]
-# What its two bases in bf16 there have in common; config/smollm2.py has UPPER_MLPS.
+# What its two bases in bf16 there have in common: the ratios too, which are config/smollm2.py's, UPPER_MLPS.
 STORIES = ["config/smollm2.py", "--dtype=bfloat16", *TINY_TASK, "--learning_rate=1e-3", "--eval_interval=40",
            "--save_interval=40", "--eval_examples=64", "--test_examples=200", "--max_new_tokens=32"]
 # What the two with long prompts have in common.
@@ -189,9 +189,10 @@ def train(r):
         return True
     r.out.mkdir(parents=True, exist_ok=True)
     log = r.out / "log.txt"
-    here = bench_measure.machine(torch.device("cpu"))
-    write_text(r.out / "about.json", json.dumps(dict(
-        options=options_of(r), commit=here["commit"], machine=f"{here['cpu']}, {here['cores']} cores")))
+    if not (r.out / "about.json").exists():
+        here = bench_measure.machine(torch.device("cpu"))
+        write_text(r.out / "about.json", json.dumps(dict(
+            options=options_of(r), commit=here["commit"], machine=f"{here['cpu']}, {here['cores']} cores")))
     with open(log, "a") as f:
         command = [sys.executable, *r.command[1:], "--resume=True"]
         failed = subprocess.run(command, cwd=ROOT, stdout=f, stderr=f).returncode
@@ -235,12 +236,13 @@ def about(r):
 
 
 def finished(r):
-    if not (r.out / "result.json").exists():
+    """Whether the run was made to its end. UserError: one of other options has begun there."""
+    if not (r.out / "about.json").exists():
         return False
     there = about(r)["options"]
     if there != options_of(r):
         raise UserError(f"{r.out} holds a run of other options, `{there}`: remove it")
-    return True
+    return (r.out / "result.json").exists()
 
 
 # ---- collecting --------------------------------------------------------------------------------------------

@@ -744,28 +744,29 @@ def test_empty_responses_where_they_make_sense(tmp_path):
         data.load(path, "train")
 
 
-def test_equal_prompts_are_not_held_out_and_trained_on(tmp_path):
+def test_equal_prompts_are_not_held_out_and_trained_on(small, tmp_path):
     rows = [{"prompt": str(i // 3), "response": f"answer {i}"} for i in range(60)]
-    cfg = config.Config(dataset=str(write(tmp_path / "a.jsonl", *rows)), val_fraction=.1)
-    train, val = (data.load_split(cfg, split) for split in ("train", "val"))
+    train, val = raw(small, write(tmp_path / "a.jsonl", *rows), "train", "val", val_fraction=.1)
     assert (len(train), len(val)) == (54, 6) and not {e.prompt for e in train} & {e.prompt for e in val}
     rows = [{"prompt": "", "response": f"text {i}"} for i in range(20)]  # texts to pretrain on
-    cfg = config.Config(dataset=str(write(tmp_path / "b.jsonl", *rows)), val_fraction=.1)
-    assert [len(data.load_split(cfg, split)) for split in ("train", "val")] == [18, 2]
+    train, val = raw(small, write(tmp_path / "b.jsonl", *rows), "train", "val", val_fraction=.1)
+    assert (len(train), len(val)) == (18, 2)
 
 
-def test_held_out_part_of_a_file(tmp_path):
+def test_held_out_part_of_a_file(small, tmp_path):
     path = write(tmp_path / "a.jsonl", *[{"prompt": str(i), "response": "b"} for i in range(50)])
-    cfg = config.Config(dataset=str(path), val_fraction=.1)
-    train, val, test = (data.load_split(cfg, split) for split in ("train", "val", "test"))
+    train, val, test = raw(small, path, val_fraction=.1)
     assert (len(train), len(val)) == (45, 5) and val == test and not set(train) & set(val)
-    assert data.load_split(config.Config(dataset=str(path), val_fraction=.1, seed=5), "val") == val
-    assert len(data.load_split(config.Config(dataset=str(path), val_fraction=0.0), "val")) == 50
+    assert raw(small, path, "val", val_fraction=.1, seed=5) == [val]
+    assert len(raw(small, path, "val", val_fraction=0.0)[0]) == 50
     other = write(tmp_path / "b.jsonl", {"prompt": "v", "response": "b"})
-    cfg = config.Config(dataset=str(path), val_dataset=str(other))
-    assert [len(data.load_split(cfg, split)) for split in ("train", "val", "test")] == [50, 1, 1]
-    cfg = config.Config(dataset=str(other))
-    assert [len(data.load_split(cfg, split)) for split in ("train", "val", "test")] == [1, 1, 1]
+    assert [len(e) for e in raw(small, path, val_dataset=str(other))] == [50, 1, 1]
+    assert [len(e) for e in raw(small, other)] == [1, 1, 1]
+
+
+def raw(tokenizer, path, *names, **options):
+    """[[Example]] of these splits."""
+    return [examples for examples, _ in splits(tokenizer, path, *names, **options).values()]
 
 
 def splits(tokenizer, path, *names, **options):
@@ -783,9 +784,6 @@ def test_long_rows_are_dropped_before_the_split(small, tmp_path):
         assert [(len(e), len(t)) for e, t in out.values()] == [(5 + n_long, 5), (1, 1), (1, 1)]
         assert f"dropped: {n_long} too long" in data.statistics(*out["train"]) and "dropped" not in data.statistics(*out["val"])
         assert not set(out["train"][0]) & set(out["val"][0]) and out["val"] == out["test"]
-    cfg = config.Config(dataset=str(write(tmp_path / "b.jsonl", *[{"prompt": str(i), "response": "b"} for i in range(50)])), val_fraction=.1)
-    for split, (examples, tokenized) in data.load_splits(cfg, small).items():  # where none is long, as by text alone
-        assert examples == data.load_split(cfg, split) and tokenized == data.tokenize(examples, small, cfg.max_seq_len)
     only = write(tmp_path / "c.jsonl", GOOD, {"prompt": "x y z " * 300, "response": "b"})
     assert [len(t) for _, t in splits(small, only, max_seq_len=64).values()] == [1, 1, 1]
     with pytest.raises(UserError, match="no example is left.*1 too long.*max_seq_len is 64"):
@@ -799,7 +797,6 @@ def test_a_folder_holds_out_what_it_lacks(small, tmp_path):
     assert count() == [38, 2, 2]
     write(tmp_path / "test.jsonl", *[{"prompt": "t", "response": "", "answer": "b"}] * 3)
     assert count() == [38, 2, 3] and splits(small, tmp_path)["test"][1] == []
-    assert [len(data.load_split(config.Config(dataset=str(tmp_path)), s)) for s in ("train", "val", "test")] == [38, 2, 3]
     write(tmp_path / "val.jsonl", *rows[:7])
     assert count() == [40, 7, 3]
     (tmp_path / "test.jsonl").unlink()

@@ -56,6 +56,10 @@ def test_time_counts_sparse_steps_by_their_ratio_and_the_switch(runs):
     other = runs[2]._replace(command=[*runs[2].command[:3], "--map_rank=2", *runs[2].command[4:]])
     with pytest.raises(UserError, match="holds a run of other options, `config/tiny.py --map_rank=1"):
         equal_time.train(other)
+    (runs[2].out / "result.json").unlink()  # one that has only begun likewise
+    with pytest.raises(UserError, match="holds a run of other options"):
+        equal_time.train(other)
+    assert equal_time.about(runs[2])["commit"] == "abc" and not equal_time.finished(runs[2])
 
 
 def test_runs_with_lora_in_some_blocks_are_counted_in_steps_of_lora_in_all(runs):

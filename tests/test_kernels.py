@@ -142,8 +142,6 @@ def check_swiglu(T, C, dtype):
     close(K.swiglu(strided(gu)), K.swiglu_ref(gu.double()), dtype)
     want = K.swiglu_backward_ref(dh.double(), gu.double())
     close(K.swiglu_backward(strided(dh), strided(gu)), want, dtype)
-    assert K.swiglu_backward(dh, gu, out=gu) is gu
-    close(gu, want, dtype)
 
 
 @on_kernels
@@ -223,7 +221,6 @@ def test_backward_references_are_the_gradients():
     (torch.nn.functional.silu(gu[:, :C]) * gu[:, C:] * dh).sum().backward()
     close(K.swiglu(gu.detach()), torch.nn.functional.silu(gu[:, :C]).detach() * gu[:, C:].detach(), f64)
     close(K.swiglu_backward(dh, gu.detach()), gu.grad, f64)
-    close(K.swiglu_backward(dh, mine := gu.detach().clone(), out=mine), gu.grad, f64)
 
     qkv, angle = randn(9, 4 * hd, dtype=f64).requires_grad_(), randn(9, hd // 2, dtype=f64)
     rows = channels(9, 14)

@@ -220,6 +220,13 @@ def test_goes_on_where_it_stopped(home, tmp_path, monkeypatch):
     assert len(analyse(home, tmp_path / "b" / "r.py", "--budget=.95", "--predictor=random")) == 2  # another predictor does
 
 
+def test_the_command_line_that_it_ends_with_trains_the_model_that_was_analysed():
+    args = ["config/qwen.py", "--model=/a b", "--threads=1", "--map_rank=16", "--out_dir=x"]
+    assert sensitivity.use_it(args, "x/ratios.py", "x_0.8") == (
+        "python train.py config/qwen.py x/ratios.py '--model=/a b' --threads=1 --out_dir=x_0.8")
+    assert sensitivity.use_it([], "r.py", "o") == "python train.py config/tiny.py r.py --out_dir=o"
+
+
 @pytest.mark.parametrize("flag, message", [("--budget=.01", "cannot be met"), ("--budget=1.5", "below 1"), ("--ratios=.5,x", "numbers between"),
                                            ("--ratios=1", "numbers between"), ("--ranks=4,x", "whole numbers above 0"),
                                            ("--ranks=0,4", "whole numbers above 0"), ("--batches=0", "at least 1"), ("--batches=99", "lower --batches"),

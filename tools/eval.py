@@ -348,7 +348,7 @@ def complete(path, o):
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     o = {**o, "rank": rank, "world": world, "dataset": run.get("dataset", "")}
     own_file = examples.names_a_file(o["dataset"])
-    o["own_tests"] = run.get("val_dataset", "") if own_file else o["dataset"]  # as data.load_split has it
+    o["own_tests"] = run.get("val_dataset", "") if own_file else o["dataset"]  # as data.source has it
     o["prompt_format"] = o["prompt_format"] or run.get("prompt_format", "")
     o["max_new_tokens"] = o["max_new_tokens"] or run.get("max_new_tokens", 0)
     if o["device"] == "auto":

@@ -42,6 +42,7 @@ import bisect
 import hashlib
 import json
 import random
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -62,7 +63,7 @@ from lib.flops import flops_by_part
 from tools.progress import Progress
 
 OWN = dict(budget=0.75, ratios=".5,.75,.9,.97,1", ranks="", batches=8, by="gradient", out="")
-# mean |rise| of the loss below which the shade is used
+# the change, 1 - cosine or mean |rise|, below which a shade is used
 SHADES = ((.003, " "), (.01, "░"), (.03, "▒"), (.1, "▓"), (float("inf"), "█"))
 # LLaMA-3-8B's blocks: MLP at .99, attention at .75, of 32
 PUBLISHED = ([(3, 30)], [(14, 19), (21, 23), (25, 29)])
@@ -343,7 +344,7 @@ def columns(tried):
 
 
 def show(rise, change, tried, L):
-    """The heat map: a row a block, a column a part and ratio. Numbers are rises, shades mean |rise|s."""
+    """The heat map: a row a block, a column a part and ratio. Numbers are rises, shades changes."""
     kinds = columns(tried)
     print("\nrise in loss, one part sparse: mean ± standard error; shade, by change:  "
           + "  ".join(f"{s or ' '} < {t:g}" for t, s in SHADES[:-1]) + "  █ more")
@@ -393,6 +394,14 @@ def config_file(ratios, L, cfg, *comments):
     if has_maps(cfg):
         lines.append(f"map_rank = {cfg.map_rank}  # and with this\n")
     return "".join(lines)
+
+
+def use_it(args, ratios, out_dir):
+    """The command line that trains with the config file `ratios`. args: of train.py, as they were given here."""
+    files = [a for a in args if a.endswith(".py")] or ["config/tiny.py"]
+    set_there = ("--out_dir=", "--predictor=", "--map_rank=", "--mlp_sparsity=", "--attn_sparsity=")
+    options = [a for a in args if a.startswith("--") and not a.startswith(set_there)]
+    return shlex.join(["python", "train.py", *files, str(ratios), *options, f"--out_dir={out_dir}"])
 
 
 def load_json(path):
@@ -579,9 +588,8 @@ def main(argv):
         where = out if name == "chosen" else out.with_name(
             f"{out.stem}_{name.split()[0].strip(',')}{'_mlp' * ('MLP' in name)}.py")
         write_text(where, config_file(pattern, L, best.cfg, command, line))
-    files = [a for a in args if a.endswith(".py")]
-    print(f"\nuse it:\n  python train.py {' '.join(files or ['config/tiny.py'])} {out} "
-          f"--out_dir={cfg.out_dir}_{own['budget']:g}")
+    out_dir = f"{cfg.out_dir}_{own['budget']:g}"
+    print(f"\nuse it:\n  {use_it(args, out, out_dir)}")
 
 
 if __name__ == "__main__":
