@@ -143,6 +143,10 @@ BASES = dict(
         "the same with 120 steps, fp32",
         [*SMOLLM2, *LONG, "--dtype=float32", "--max_steps=120", "--warmup_steps=10", "--eval_interval=120"], 1, (90,), {
             ".97 in 17-28, no queries there": UPPER_MLPS + NO_QUERIES,
+            "LoRA in 15-29, dense": ["--lora_from=15", "--mlp_sparsity=0"],
+            "LoRA in 15-29, .97 in 17-28, no queries there": ["--lora_from=15", *UPPER_MLPS, *NO_QUERIES],
+            "LoRA in 15-29, .97 in 17-28, no queries there, 200 steps": [
+                "--lora_from=15", *UPPER_MLPS, *NO_QUERIES, "--max_steps=200", "--eval_interval=200"],
         }),
     qwen_long=Base(
         "Qwen2.5-Coder-0.5B-Instruct, GSM8K with six solved problems before each, 90 % context",
