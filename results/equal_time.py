@@ -423,25 +423,54 @@ def markdown(everything):
     return "\n".join(out)
 
 
+def course(runs):
+    """The runs of one label, with all its seeds -> [(time, validation loss)] along the run, means over the seeds. time:
+    of so many steps, dense ones and sparse ones, as a part of the whole run's."""
+    first = runs[0]
+    cfg = config.load(shlex.split(first["options"]))
+    seconds = [0.0]  # after so many steps, in dense steps
+    for i in range(first["steps"]):
+        sparse = cfg.sparse_start <= i / first["steps"] < cfg.sparse_end
+        seconds.append(seconds[-1] + (first["step_time"] if sparse else 1.0))
+    whole = statistics.fmean(r["time"] for r in runs)
+    out = []
+    for points in zip(*(r["losses"] for r in runs)):
+        step = points[0][0]
+        out.append((whole * seconds[step] / seconds[-1], statistics.fmean(loss for _, loss in points)))
+    return out
+
+
 def draw(runs, path):
-    """The loss at the end against the time of the run; dense LoRA's runs make a curve."""
+    """Right: the loss at the end against the time of the run; dense LoRA's runs make a curve. Left, where runs have
+    been validated on the way: their validation loss against the time so far."""
     try:
         import matplotlib
     except ImportError:
         return  # optional
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    fig, ax = plt.subplots(figsize=(9, 4), layout="constrained")
-    ax.set_prop_cycle(color=plt.get_cmap("tab20").colors)  # a base may have more than ten lines
+    tab20 = plt.get_cmap("tab20").colors  # pairs of a dark and a light one; a base may have more than ten lines
+    blue, light_blue = tab20[:2]
+    others = iter(tab20[2::2] + tab20[3::2])
     lines = lines_of(runs)
     dense = dense_curve(lines)
+    full = max(r["steps"] for r in runs if r["label"] == DENSE)
+    on_the_way = any(len(r["losses"]) > 1 for r in runs)
+    fig, axes = plt.subplots(1, 1 + on_the_way, figsize=(9 + 4 * on_the_way, 4), layout="constrained", squeeze=False)
+    *left, ax = axes[0]
     ax.errorbar([t for t, _ in dense], [v.mean for _, v in dense], [v.error for _, v in dense], marker="o", capsize=2,
-                label="dense LoRA, fewer steps")
+                color=blue, label="dense LoRA, fewer steps")
     for label, s in lines.items():
+        color = blue if label == DENSE else light_blue
         if not label.startswith(DENSE):
-            ax.errorbar(s["time"].mean, s["loss"].mean, s["loss"].error, marker="s", capsize=2, label=label)
-    ax.set_xlabel("time of the run / full dense LoRA's")
-    ax.set_ylabel("loss at the end")
+            color = next(others)
+            ax.errorbar(s["time"].mean, s["loss"].mean, s["loss"].error, marker="s", capsize=2, color=color, label=label)
+        if left:
+            points = course([r for r in runs if r["label"] == label])
+            left[0].plot([t / full for t, _ in points], [loss for _, loss in points], marker=".", lw=1, color=color)
+    for a in left:
+        a.set(xlabel="time so far / full dense LoRA's", ylabel="validation loss", yscale="log")
+    ax.set(xlabel="time of the run / full dense LoRA's", ylabel="loss at the end")
     fig.legend(loc="outside right upper", fontsize=8)
     fig.savefig(path, dpi=130)
     plt.close(fig)

@@ -112,6 +112,17 @@ def test_speedup_follows_the_line_of_the_runs_beside_it():
     assert equal_time.speedup(lines, "ahead") is None
 
 
+def test_the_way_of_a_run_is_in_its_own_time():
+    """Ten steps, the first two dense, the others at half of their time; a switch of 1.2 dense steps is spread."""
+    def run(seed, *losses):
+        return dict(label="sparse", seed=seed, options="config/tiny.py --sparse_start=.2", steps=10, step_time=.5,
+                    time=7.2, losses=[[step, loss] for step, loss in losses])
+
+    points = equal_time.course([run(0, (2, 4.0), (6, 2.0), (10, 1.0)), run(1, (2, 6.0), (6, 3.0), (10, 1.5))])
+    assert [time for time, _ in points] == pytest.approx([2.4, 4.8, 7.2])
+    assert [loss for _, loss in points] == [5.0, 2.5, 1.25]
+
+
 def test_what_is_known_of_other_runs_stays(runs):
     finish(runs[0], loss=1.0, steps=10, sparse=0)
     known = [dict(label=DENSE, seed=0, loss=9.0), dict(label=DENSE, seed=1, loss=8.0), dict(label="old", seed=0)]
