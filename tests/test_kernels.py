@@ -184,10 +184,22 @@ def test_in_the_interpreter():
     if K.INTERPRET or CUDA or K.triton is None:
         pytest.skip("the tests above have run, or there is no triton")
     env = dict(os.environ, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "not compile"]
-    run = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-2000:]
-    assert int(re.search(r"(\d+) passed", run.stdout)[1]) >= 18, run.stdout
+    command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k"]
+    halves = [[*command, f"not compile and {half}"] for half in ("float16", "not float16")]
+    passed = 0
+    for output in at_once(halves, env):
+        passed += int(re.search(r"(\d+) passed", output)[1])
+    assert passed >= 18
+
+
+def at_once(commands, env):
+    """Python with these arguments, each in a process of its own, all at a time -> what they print."""
+    runs = [subprocess.Popen([sys.executable, *command], env=env, cwd=ROOT, stdout=subprocess.PIPE,
+                             stderr=subprocess.STDOUT, text=True) for command in commands]
+    outputs = [run.communicate()[0] for run in runs]
+    for run, output in zip(runs, outputs):
+        assert run.returncode == 0, output[-5000:]
+    return outputs
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -341,10 +353,9 @@ def compiled(tmp_path, *args):
     if K.triton is None:
         pytest.skip("no triton")
     env = dict(os.environ, TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
-    run = subprocess.run([sys.executable, "-m", "tests.test_kernels", *map(str, args)], env=env, cwd=ROOT,
-                         capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-3000:]
-    return [json.loads(line) for line in run.stdout.splitlines()]
+    commands = [["-m", "tests.test_kernels", str(arch), *map(str, args)] for arch in LIMITS]
+    lines = "".join(at_once(commands, env)).splitlines()
+    return [json.loads(line) for line in lines if line.startswith("{")]
 
 
 @pytest.mark.parametrize("dtype, D", [("bf16", 4096), *(pytest.param(*p, marks=pytest.mark.slow) for p in
@@ -382,10 +393,8 @@ def test_others_compile(dtype, tmp_path):
         assert r["kernel"] != "mlp_scores_kernel" or dtype == "fp32" or r["mma"] + r["wgmma"] > 0, r
 
 
-if __name__ == "__main__":  # python -m tests.test_kernels matmuls bf16 4096: one JSON line a configuration
-    what, dtype, *D = sys.argv[1:]
-    for arch in LIMITS:
-        compile_all = dict(matmuls=compile_matmuls, packed=compile_packed, others=compile_others)[what]
-        results = compile_all(arch, dtype, *map(int, D))
-        for result in results:
-            print(json.dumps(result | dict(dtype=dtype)), flush=True)
+if __name__ == "__main__":  # python -m tests.test_kernels 90 matmuls bf16 4096: one JSON line a configuration
+    arch, what, dtype, *D = sys.argv[1:]
+    compile_all = dict(matmuls=compile_matmuls, packed=compile_packed, others=compile_others)[what]
+    for result in compile_all(int(arch), dtype, *map(int, D)):
+        print(json.dumps(result | dict(dtype=dtype)), flush=True)
