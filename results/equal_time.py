@@ -69,7 +69,7 @@ LONG = ["--dataset=data/gsm8k_shots/6", "--batch_size=2", "--max_seq_len=1600", 
         "--save_interval=20", "--max_new_tokens=0"]
 
 BASES = dict(
-    tiny=Base("the embedded base and its word problems, 86 % context", ["config/tiny.py"], 4, (195, 175, 155), {
+    tiny=Base("the embedded base and its word problems, 86 % context", ["config/tiny.py"], 5, (195, 175, 155), {
         "SparseLoRA": [],
         "and no queries in 3-4": ['--attn_sparsity={"3-4": 1}'],
         "svd": ["--predictor=svd"],
