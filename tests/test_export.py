@@ -14,7 +14,7 @@ import data
 import data.tokenizer
 from config import UserError
 from model import LLaMA, load_adapter
-from tools.export import export
+from tools.export import export, main
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
@@ -279,6 +279,11 @@ def test_target_may_be_a_link(tmp_path, monkeypatch):
         export(tmp_path / "a", tmp_path / "fresh")
 
 
+def test_a_shard_has_a_size():
+    with pytest.raises(UserError, match="--shard_gb=-1.0 must be positive"):
+        main(["a", "merged", "--shard_gb=-1"])
+
+
 def test_command_line(tmp_path):
     base = make_base(tmp_path / "base")
     ours = our_adapter(base, tmp_path / "a")
@@ -288,7 +293,7 @@ def test_command_line(tmp_path):
     def command(*args):
         return subprocess.run([sys.executable, "-m", "tools.export", str(tmp_path / "a"), str(tmp_path / "merged"), *args], cwd=ROOT,
                               capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    for args in ((), ("--mdel=x",), ("--shard_gb=-1",)):
+    for args in ((), ("--mdel=x",)):
         r = command(*args)
         assert r.returncode == 1 and r.stderr.startswith("error: ") and r.stderr.count("\n") == 1, r.stderr
     assert "Traceback" in command("--debug=True").stderr

@@ -336,12 +336,17 @@ def compile_others(arch, dtype):
             yield compile_kernel(arch, K.rope_kernel, types, ["n_rot", "n_heads"], block)
 
 
-def test_exact_fp32_takes_small_tiles(tmp_path):
-    """One for both products, without spills; TF32 and half precision have the large ones too."""
-    if K.triton is None or K.INTERPRET:
-        pytest.skip("nothing is tuned")
+@pytest.mark.slow
+def test_exact_fp32_compiles(tmp_path):
+    """Without spills."""
     results = compiled(tmp_path, "matmuls", "exact", 4096) + compiled(tmp_path, "packed", "exact", 4096)
     assert len(results) == 10 and all(r["spilled"] == 0 for r in results)
+
+
+def test_exact_fp32_takes_small_tiles():
+    """One for both products; TF32 and half precision have the large ones too."""
+    if K.triton is None or K.INTERPRET:
+        pytest.skip("nothing is tuned")
     for tuner in (K.nt_kernel, K.nn_kernel, K.nt_packed_kernel, K.nn_packed_kernel):
         table = dict.fromkeys({"table"} & set(tuner.fn.arg_names))
         n = [len(K.fitting(tuner.configs, dict(PRECISION=precision, x=torch.empty(0, dtype=dtype), **table)))

@@ -74,7 +74,7 @@ PARALLEL = {"dense": dict(mlp_sparsity=0.0, attn_sparsity=0.0), "svd": dict(pred
             "no queries": dict(attn_sparsity=1)}
 
 
-@pytest.mark.parametrize("kind", PARALLEL)
+@pytest.mark.parametrize("kind", ["dense", pytest.param("svd", marks=pytest.mark.slow), "measured", "no queries"])
 def test_two_ranks_equal_one_process(home, tmp_path, monkeypatch, kind):
     """48 examples in batches of 5: shares of 3 and 2, in the last batch of an epoch 2 and 1."""
     changes = dict(PARALLEL[kind], micro_batch_size=2)
@@ -103,7 +103,7 @@ def hook_answers(rank):
 
 
 @pytest.mark.parametrize("kind", [pytest.param("dense", marks=pytest.mark.slow), pytest.param("svd", marks=pytest.mark.slow),
-                                  "measured", "no queries"])
+                                  "measured", pytest.param("no queries", marks=pytest.mark.slow)])
 def test_fsdp_equals_data_parallel(home, tmp_path, kind):
     """Bit for bit, with a rank that has one micro-batch less, and with recomputation; both ranks generate the same texts."""
     changes = dict(PARALLEL[kind], micro_batch_size=2, recompute=kind == "measured")

@@ -32,7 +32,8 @@ KINDS = {"measured": {}, "no queries": dict(attn_sparsity=1), "random": dict(pre
          "no warm-up": dict(sparse_start=0.0, split="random"), "all weights": dict(lora_r=0, learning_rate=1e-3, weight_decay=0.1)}
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=pytest.mark.slow) if kind in ("random", "svd") else kind
+                                  for kind in KINDS])
 def test_stopped_and_resumed_equals_uninterrupted(home, tmp_path, monkeypatch, kind, capsys):
     """Stopped by a signal in the warm-up, right before an evaluation, and in the sparse part: the same bits in the end."""
     changes = KINDS[kind]
@@ -352,7 +353,7 @@ def test_each_step_has_its_own_seconds(home, tmp_path, monkeypatch):
 
 
 def test_the_plan_counts_the_dense_steps_that_come(home, tmp_path, capsys):
-    train.main(options(home, out_dir=tmp_path / "a", max_steps=100, sparse_start=.07, eval_interval=0, test_examples=0))
+    train.main(options(home, out_dir=tmp_path / "a", max_steps=25, sparse_start=.28, eval_interval=0, test_examples=0))
     out = capsys.readouterr().out
     assert "dense for 7 steps" in out and "sparse from step 7 on" in out
 
