@@ -177,7 +177,11 @@ def is_sparse(run, step):
     ratio."""
     if not predictor.predictors(run.model):
         return False
-    return run.cfg.sparse_start <= step / run.max_steps < run.cfg.sparse_end
+    return in_sparse_part(run.cfg, step, run.max_steps)
+
+
+def in_sparse_part(cfg, step, max_steps):
+    return cfg.sparse_start <= step / max_steps < cfg.sparse_end
 
 
 def last_step(run):

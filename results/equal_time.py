@@ -35,7 +35,7 @@ from config import UserError
 from lib.cli import run, split_options
 from lib.files import resolve, write_text
 from tools import bench_measure, sensitivity
-from train import load_model
+from train import in_sparse_part, load_model
 
 ROOT = Path(__file__).resolve().parent.parent
 OWN = dict(seeds=0, jobs=2, dry=False, collect=False)
@@ -313,14 +313,19 @@ def mean(values):
     return Mean(statistics.fmean(values), error)
 
 
+def full_length(runs):
+    """The steps of full-length dense LoRA; where it has not finished, of the longest run."""
+    finished_dense = [r["steps"] for r in runs if r["label"] == DENSE]
+    return max(finished_dense or (r["steps"] for r in runs))
+
+
 def lines_of(runs):
     """[run] -> {label: {quantity: Mean, "n"}}. flops and time: over full-length dense LoRA's. over: by how much the
     loss is higher than that of full-length dense LoRA with the same seed."""
     by_label = {}
     for r in runs:
         by_label.setdefault(r["label"], {})[r["seed"]] = r
-    finished_dense = [r["steps"] for r in runs if r["label"] == DENSE]
-    full = max(finished_dense or (r["steps"] for r in runs))
+    full = full_length(runs)
     dense = by_label.get(DENSE, {})
     out = {}
     for label, seeds in by_label.items():
@@ -430,8 +435,8 @@ def course(runs):
     cfg = config.load(shlex.split(first["options"]))
     seconds = [0.0]  # after so many steps, in dense steps
     for i in range(first["steps"]):
-        sparse = cfg.sparse_start <= i / first["steps"] < cfg.sparse_end
-        seconds.append(seconds[-1] + (first["step_time"] if sparse else 1.0))
+        step_time = first["step_time"] if in_sparse_part(cfg, i, first["steps"]) else 1.0
+        seconds.append(seconds[-1] + step_time)
     whole = statistics.fmean(r["time"] for r in runs)
     out = []
     for points in zip(*(r["losses"] for r in runs)):
@@ -454,7 +459,7 @@ def draw(runs, path):
     others = iter(tab20[2::2] + tab20[3::2])
     lines = lines_of(runs)
     dense = dense_curve(lines)
-    full = max(r["steps"] for r in runs if r["label"] == DENSE)
+    full = full_length(runs)
     on_the_way = any(len(r["losses"]) > 1 for r in runs)
     fig, axes = plt.subplots(1, 1 + on_the_way, figsize=(9 + 4 * on_the_way, 4), layout="constrained", squeeze=False)
     *left, ax = axes[0]

@@ -784,6 +784,9 @@ def test_long_rows_are_dropped_before_the_split(small, tmp_path):
         assert [(len(e), len(t)) for e, t in out.values()] == [(5 + n_long, 5), (1, 1), (1, 1)]
         assert f"dropped: {n_long} too long" in data.statistics(*out["train"]) and "dropped" not in data.statistics(*out["val"])
         assert not set(out["train"][0]) & set(out["val"][0]) and out["val"] == out["test"]
+    short = write(tmp_path / "b.jsonl", *[{"prompt": str(i), "response": "b"} for i in range(50)])
+    for examples, tokenized in splits(small, short, val_fraction=.1).values():  # where none is long
+        assert tokenized == data.tokenize(examples, small, config.Config().max_seq_len)
     only = write(tmp_path / "c.jsonl", GOOD, {"prompt": "x y z " * 300, "response": "b"})
     assert [len(t) for _, t in splits(small, only, max_seq_len=64).values()] == [1, 1, 1]
     with pytest.raises(UserError, match="no example is left.*1 too long.*max_seq_len is 64"):

@@ -112,6 +112,14 @@ def test_speedup_follows_the_line_of_the_runs_beside_it():
     assert equal_time.speedup(lines, "ahead") is None
 
 
+def test_a_picture_without_dense_lora(runs, tmp_path):
+    """Of what has finished, whatever has: here of a sparse run alone."""
+    pytest.importorskip("matplotlib")
+    finish(runs[2], loss=1.0, steps=10, sparse=8)
+    equal_time.draw([equal_time.read(runs[2], "val_loss")], tmp_path / "a.png")
+    assert (tmp_path / "a.png").exists()
+
+
 def test_the_way_of_a_run_is_in_its_own_time():
     """Ten steps, the first two dense, the others at half of their time; a switch of 1.2 dense steps is spread."""
     def run(seed, *losses):

@@ -225,6 +225,8 @@ def test_the_command_line_that_it_ends_with_trains_the_model_that_was_analysed()
     assert sensitivity.use_it(args, "x/ratios.py", "x_0.8") == (
         "python train.py config/qwen.py x/ratios.py '--model=/a b' --threads=1 --out_dir=x_0.8")
     assert sensitivity.use_it([], "r.py", "o") == "python train.py config/tiny.py r.py --out_dir=o"
+    # what is left out of it stands in the file, no map too
+    assert "map_rank = 0 " in sensitivity.config_file({}, 2, config.Config(map_rank=0))
 
 
 @pytest.mark.parametrize("flag, message", [("--budget=.01", "cannot be met"), ("--budget=1.5", "below 1"), ("--ratios=.5,x", "numbers between"),

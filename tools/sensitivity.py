@@ -391,7 +391,7 @@ def config_file(ratios, L, cfg, *comments):
     for kind in ("mlp", "attn"):
         lines.append(f"{kind}_sparsity = {[ratios.get(f'{i}.{kind}', 0.0) for i in range(L)]}\n")
     lines.append(f"predictor = {cfg.predictor!r}  # they were chosen with it\n")
-    if has_maps(cfg):
+    if cfg.predictor == "measured":
         lines.append(f"map_rank = {cfg.map_rank}  # and with this\n")
     return "".join(lines)
 
@@ -399,8 +399,8 @@ def config_file(ratios, L, cfg, *comments):
 def use_it(args, ratios, out_dir):
     """The command line that trains with the config file `ratios`. args: of train.py, as they were given here."""
     files = [a for a in args if a.endswith(".py")] or ["config/tiny.py"]
-    set_there = ("--out_dir=", "--predictor=", "--map_rank=", "--mlp_sparsity=", "--attn_sparsity=")
-    options = [a for a in args if a.startswith("--") and not a.startswith(set_there)]
+    changed = ("--out_dir=", "--map_rank=", "--mlp_sparsity=", "--attn_sparsity=")  # options win over files
+    options = [a for a in args if a.startswith("--") and not a.startswith(changed)]
     return shlex.join(["python", "train.py", *files, str(ratios), *options, f"--out_dir={out_dir}"])
 
 
