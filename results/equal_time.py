@@ -4,7 +4,7 @@
     python -m results.equal_time stories --model=DIR    stories_240: longer; upper: see BASES
     python -m results.equal_time smollm2 --model=DIR    first: python data/gsm8k_shots/prepare.py
     python -m results.equal_time long --model=DIR       first: the same with --shots=6; long_120: longer
-    python -m results.equal_time qwen_long --model=DIR  likewise
+    python -m results.equal_time qwen_long --model=DIR  likewise; qwen_stories: the word problems
 
     BASE            one of BASES below: which runs there are; each is a train.py command line that can be pasted
     --seeds=0       of each run; 0: as many as BASES says
@@ -156,6 +156,15 @@ BASES = dict(
             ".97 in 12-22, no queries there": ['--attn_sparsity={"12-22": 1}'],
             ".97 in 12-22, no queries there, dense to 15 %": ['--attn_sparsity={"12-22": 1}', "--sparse_start=.15"],
             ".97 in 8-22, no queries there": ['--mlp_sparsity={"8-22": 0.97}', '--attn_sparsity={"8-22": 1}'],
+        }),
+    qwen_stories=Base(
+        "Qwen2.5-Coder-0.5B-Instruct on the embedded base's word problems, 86 % context, 40 steps, fp32",
+        ["config/qwen.py", "--dtype=float32", *TINY_TASK, "--max_steps=40", "--warmup_steps=4", "--eval_interval=40",
+         "--save_interval=10", "--eval_examples=128", "--test_examples=0"], 2, (32, 28), {
+            ".97 in 12-22": [],
+            ".97 in 12-22, no queries there": ['--attn_sparsity={"12-22": 1}'],
+            ".97 in 12-22, no queries there, dense to 15 %": ['--attn_sparsity={"12-22": 1}', "--sparse_start=.15"],
+            "svd, .97 in 12-22": ["--predictor=svd"],
         }),
 )
 
