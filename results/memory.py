@@ -226,6 +226,16 @@ def small_card():
     return [f"| {what} | {n / 1e9:.2f} GB |" for what, n in parts.items()]
 
 
+def steps_in_4_bits():
+    """What a whole dense step with recompute takes on a base in 4 bits, everything counted."""
+    lines = []
+    for name, examples in (("8B", 8), ("13B", 8), ("70B", 4)):
+        model = make_model(MODELS[name], bits=4)
+        total = sum(weight_bytes(model, 1)) + step_bytes(model, examples, True) + RESERVE
+        lines.append(f"| {name}, {examples} x 512 tokens | {total / 1e9:.1f} GB |")
+    return lines
+
+
 def table(cards, bits=16):
     """Lines of Markdown."""
     names = " | ".join(f"{card} GB" for card in cards)
@@ -236,6 +246,8 @@ def table(cards, bits=16):
 if __name__ == "__main__":
     lines = [HEAD, *table(CARDS), "", "With `--base_bits=4` (the weights with the buffer in which one at a time is "
              "unpacked):", "", *table(SMALL_CARDS, 4), "",
-             "LLaMA-3-8B on a 24 GB card:", "", "| what | bytes |", "|---|---|", *small_card()]
+             "LLaMA-3-8B on a 24 GB card:", "", "| what | bytes |", "|---|---|", *small_card(), "",
+             "All of a dense step with `--base_bits=4 --recompute=True`:", "", "| model | bytes |", "|---|---|",
+             *steps_in_4_bits()]
     (Path(__file__).parent / "memory.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
