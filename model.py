@@ -171,37 +171,46 @@ class Attention(Part):
         if isinstance(keep, SkipQueries):
             return self.skip_queries(x, batch, rope, keep)
         H, K, n = self.n_heads, self.n_kv_heads, batch.n_sparse
-        every = slice(0, len(x))
-        wanted = every
         if last:  # nothing reads the other rows' queries: with 3 of 512 tokens scored, 1.6 % of a sparse step
-            wanted = batch.loss
-            [q] = self.grid(self.project(x[wanted], "q"), batch, rope, wanted, (H,), H)
-            k, v = self.grid(self.project(x, "kv"), batch, rope, every, (K, K), K)
-        else:
-            y = self.project(x, "qkv", keep, n, measurer)  # (T, Nq + 2 Nkv)
-            q, k, v = self.grid(y, batch, rope, every, (H, K, K), H + K)  # (B, H, S, hd), twice (B, K, S, hd)
+            k, v = self.keys_and_values(x, batch, rope)
+            if cache is not None:
+                cache.fill(k, v)
+            return self.read(x, batch.loss, batch, rope, k, v)
+        every = slice(0, len(x))
+        y = self.project(x, "qkv", keep, n, measurer)  # (T, Nq + 2 Nkv)
+        q, k, v = self.grid(y, batch, rope, every, (H, K, K), H + K)  # (B, H, S, hd), twice (B, K, S, hd)
         if cache is not None:
             cache.fill(k, v)
         a = attend(q, k, v, batch.lengths)  # (B, H, S, hd)
-        a = a.transpose(1, 2).flatten(2).flatten(0, 1)  # (B S, Nq)
-        rows = dense.Gather.apply(a, batch.places[wanted])  # (T, Nq), in the last block (T_loss, Nq)
-        return self.output(rows, keep, n)  # in the last block keep is None
+        return self.output(to_rows(a, batch.places), keep, n)
+
+    def keys_and_values(self, x, batch, rope):
+        """x (T, D) -> k, v (B, K, S, hd) each, of all rows."""
+        K = self.n_kv_heads
+        return self.grid(self.project(x, "kv"), batch, rope, slice(0, len(x)), (K, K), K)
+
+    def read(self, x, rows, batch, rope, k, v):
+        """What rows `rows` (a slice) of the stream x (T, D) read from keys and values: (T', D)."""
+        H = self.n_heads
+        [q] = self.grid(self.project(x[rows], "q"), batch, rope, rows, (H,), H)  # (B, H, S, hd)
+        a = attend(q, k, v, batch.lengths)  # (B, H, S, hd)
+        return self.output(to_rows(a, batch.places[rows]))
 
     def skip_queries(self, x, batch, rope, keep):
         """x (T, D) -> (T, D): only the dense rows have queries, in a grid of their own (B, Sd)."""
-        H, K, n = self.n_heads, self.n_kv_heads, batch.n_sparse
+        H, n = self.n_heads, batch.n_sparse
         context, others = x.split([n, len(x) - n])  # (n, D), (T - n, D)
-        U, V, b = keep.map
-        instead = torch.addmm(b, context @ U, V)  # (n, D)
+        k, v = self.keys_and_values(x, batch, rope)  # (B, K, S, hd)
+        exact = None
+        if keep.dense_forward:
+            with torch.no_grad():
+                exact = self.read(x, slice(0, n), batch, rope, k, v)  # (n, D)
+        instead = sparse.Map.apply(context, keep.map, exact)  # (n, D)
         cos, sin = rope
         [q] = dense.RopeScatter.apply(self.project(others, "q"), cos[n:], sin[n:], batch.dense_places, H, self.head_dim,
                                       batch.dense_positions.shape, (H,))  # (B, H, Sd, hd)
-        every = slice(0, len(x))
-        k, v = self.grid(self.project(x, "kv"), batch, rope, every, (K, K), K)  # (B, K, S, hd)
         a = attend(q, k, v, batch.dense_lengths, batch.dense_positions)  # (B, H, Sd, hd)
-        a = a.transpose(1, 2).flatten(2).flatten(0, 1)  # (B Sd, Nq)
-        y = self.output(dense.Gather.apply(a, batch.dense_places))  # (T - n, D)
-        return torch.cat([instead, y])
+        return torch.cat([instead, self.output(to_rows(a, batch.dense_places))])
 
     def decode(self, x, rope, cache):
         """One new token for each of B texts: x (B, D) -> (B, D). cache: this block's keys and values."""
@@ -236,6 +245,11 @@ def attend(q, k, v, lengths, positions=None):
     if positions is not None:
         return dense.attend_from(q, k, v, positions)
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def to_rows(a, places):
+    """a (B, H, S, hd), attention's grid -> its rows at these places b S + position: (T, Nq)."""
+    return dense.Gather.apply(a.transpose(1, 2).flatten(2).flatten(0, 1), places)
 
 
 class MLP(Part):

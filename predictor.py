@@ -232,10 +232,11 @@ class Predictor:
     """What attach() hangs on an attention or an MLP with a ratio above 0. model.py calls select(x) on the sparse rows
     of a forward; sparse.py, in the backward of a dense step that measures, see_mlp or see_attention."""
 
-    def __init__(self, block, part, ratio, kind, map_rank, rng):
+    def __init__(self, block, part, ratio, kind, map_rank, rng, dense_forward=False):
         self.block = block  # which FSDP makes whole
         self.part = part
         self.ratio = ratio
+        self.dense_forward = dense_forward  # whether only the backward is sparse
         self.kind = kind
         self.map_rank = map_rank
         self.rng = rng
@@ -415,6 +416,8 @@ class Predictor:
             kept = keep_mlp(self.part, top(self.scores(x), self.c))
         else:
             kept = keep_attention(self.part, *top_attention(self.part, self.scores(x), self.c))
+        if self.dense_forward:
+            kept = kept._replace(dense_forward=True)
         if self.selections is not None:
             self.selections.append((x, kept))
         return kept
@@ -437,14 +440,15 @@ class Predictor:
 
 # ---- the public functions ----------------------------------------------------------------------------------
 
-def attach(model, mlp_sparsity, attn_sparsity, rank=8, kind="svd", map_rank=64, seed=0):
+def attach(model, mlp_sparsity, attn_sparsity, rank=8, kind="svd", map_rank=64, seed=0, dense_forward=""):
     """Gives every block but the last a ratio and a way to choose channels, and switches sparsity fully on.
 
     mlp_sparsity, attn_sparsity: a float for all blocks, or a list of n_layers floats in [0, 1), for attention [0, 1].
-    rank: of the SVD. kind: one of KINDS. map_rank: of the map that `measured` fits, 0: none. The last block stays
-    dense: only its loss rows compute anything but keys and values. Errors: UserError for an unknown kind, a bad ratio,
-    no queries without a map, or attention channels dropped in a model with q/k norms, which would rescale what is left
-    of a query."""
+    rank: of the SVD. kind: one of KINDS. map_rank: of the map that `measured` fits, 0: none. dense_forward: blocks, "1-16"
+    or "" for none, where only the backward is sparse. The last block stays dense: only its loss rows compute anything
+    but keys and values. Errors: UserError for an unknown kind, a bad ratio, no queries without a map, or attention
+    channels dropped where that cannot be: in a model with q/k norms, which would rescale what is left of a query, or
+    with a dense forward."""
     n = len(model.blocks)
     mlp = config.ratios(mlp_sparsity, n, "mlp_sparsity")
     attn = config.ratios(attn_sparsity, n, "attn_sparsity")
@@ -457,12 +461,17 @@ def attach(model, mlp_sparsity, attn_sparsity, rank=8, kind="svd", map_rank=64, 
         raise UserError(f"attn_sparsity = {max(r for r in attn if r < 1)} cannot be used with a "
                         f"{model.config.model_type} model: its q/k norms would rescale the channels that are left; set "
                         "attn_sparsity = 0, or 1 where there are to be no queries (MLP sparsity works)")
+    backward_only = config.blocks(dense_forward, n, "dense_forward")
+    for i in backward_only:
+        if 0 < attn[i] < 1:
+            raise UserError(f"dense_forward = {dense_forward!r} names block {i}, whose attn_sparsity is {attn[i]}: there "
+                            "it has to be 0 or 1")
     model.selection_rng = torch.Generator(model.embed.device).manual_seed(seed)
     for i, block in enumerate(model.blocks):
         for part, ratio in ((block.attn, attn[i]), (block.mlp, mlp[i])):
             part.predictor = None
             if ratio > 0 and i < n - 1:
-                part.predictor = Predictor(block, part, ratio, kind, map_rank, model.selection_rng)
+                part.predictor = Predictor(block, part, ratio, kind, map_rank, model.selection_rng, i in backward_only)
     if kind == "svd" and predictors(model):
         made = factors(lambda: predicted_weights(model), rank)
         for name, p in predictors(model):
@@ -712,6 +721,11 @@ def quality(p, x, kept):
     down = kernels.unpacked(part.down)  # (I, D)
     dropped = true.index_fill(1, kept.channels, 0) @ down  # (n, D)
     size = (true @ down).float().square().sum(1)  # (n,)
+    found = {
+        "held": float(energies[kept.channels].sum() / energies.sum()),
+        "loudest": float(size.max() / size.median())}
+    if p.dense_forward:  # nothing is missing
+        return found
     missing = dropped
     if kept.map is not None:
         U, V, b = kept.map
@@ -720,11 +734,7 @@ def quality(p, x, kept):
     def share(y):
         return float((y.float().square().sum(1) / size).mean())
 
-    return {
-        "held": float(energies[kept.channels].sum() / energies.sum()),
-        "residual": share(missing),
-        "without_map": share(dropped),
-        "loudest": float(size.max() / size.median())}
+    return dict(found, residual=share(missing), without_map=share(dropped))
 
 
 # ---- to save and to go on ----------------------------------------------------------------------------------

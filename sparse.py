@@ -28,6 +28,10 @@ and the backward is the exact gradient of that forward:
     MLP      dh = dy Wd[idx].T    dg, du = swiglu'(dh, g, u)    dx = dg Wg[idx] + du Wu[idx] (+ (dy V.T) U.T)
     LoRA     dz = s dy B    dx += dz A    dA = dz.T x    dB = s dy.T z    with z = x A.T
 
+Dense forward: in some blocks a sparse row may leave nothing out in the forward, and only its backward is that of the
+kept channels and the map, at the values of the full forward. Then the loss is the dense model's, and what is left out is
+missing in the gradient only (predictor.py says why that pays).
+
 (The paper's code drops the base branch's gradient in the attention projections; here it is kept.) Frozen
 weights get no gradient; with lora_r = 0 the weights themselves are trained, and dW = dy.T x is computed in
 the same place.
@@ -70,6 +74,7 @@ class SkipQueries(NamedTuple):
     """An attention whose sparse rows make keys and values only, for the dense rows to read. What they would have read
     themselves is replaced by a map of their normed input."""
     map: Optional[tuple] = None  # U (D, r), V (r, D), b (D,): (x U) V + b stands in
+    dense_forward: bool = False  # only in the backward
     channels: tuple = ()  # as the others have it: none is dropped
 
 
@@ -79,6 +84,7 @@ class KeepMLP(NamedTuple):
     gate_up: Keep  # the same as rows of the fused gate_up: 2C
     down: Keep  # and of down: C
     map: Optional[tuple] = None  # U (D, r), V (r, D), b (D,): they add (x U) V + b
+    dense_forward: bool = False  # only the backward drops anything
 
 
 # ---- the two products, all rows of a weight or the kept ones -----------------------------------------------
@@ -239,6 +245,24 @@ class KeepInputs(Function):
         return dx, dw, None, None, None, *dlora
 
 
+class Map(Function):
+    """The map that stands in for attention where sparse rows have no queries. x (n, D), (U, V, b) -> (n, D), (x U) V + b;
+    or y, if given: what attention itself made of x, so that only the backward goes through the map."""
+
+    @staticmethod
+    def forward(ctx, x, map, y):
+        ctx.map = map
+        if y is not None:
+            return y.view_as(y)
+        U, V, b = map
+        return torch.addmm(b, x @ U, V)
+
+    @staticmethod
+    def backward(ctx, dy):
+        U, V, _ = ctx.map
+        return dy @ V.T @ U.T, None, None  # dx = (dy V.T) U.T
+
+
 # ---- MLP ---------------------------------------------------------------------------------------------------
 # The two functions below see rows of one kind only: all dense (keep None), or all sparse, with LoRA cut down to
 # the kept channels. C is I where all channels stay. SwiGLU calls them for each kind of rows.
@@ -246,6 +270,10 @@ class KeepInputs(Function):
 def mlp_forward(x, gate_up, down, keep, lora, s, y):
     """x (T, D) -> writes y (T, D). lora: A, B of gate, of up, of down. Returns what the backward needs: gu (T, 2C),
     gate and up before the nonlinearity; LoRA's z of gate and up, and of down."""
+    if keep is not None and keep.dense_forward:
+        gu, z_gu, z_down = mlp_forward(x, gate_up, down, None, lora, s, y)
+        return kernels.columns(gu, keep.gate_up.idx), z_gu, z_down
+    lora = kept_lora(lora, keep)
     gu = kept_nt(x, gate_up, keep and keep.gate_up)  # g = x Wg[idx].T, u = x Wu[idx].T
     z_gu = lora_forward(x, gu, gate_up_spans(gu), lora[:4], s)
     h = kernels.swiglu(gu)  # h = silu(g) u, (T, C)
@@ -260,6 +288,7 @@ def mlp_forward(x, gate_up, down, keep, lora, s, y):
 def mlp_backward(dy, x, gate_up, down, keep, lora, s, gu, z_gu, z_down, dx, want_h):
     """dy (T, D) -> writes dx (T, D) (None: not wanted). Returns LoRA's six gradients, and for whoever else wants them h
     (only with want_h), dh = dL/dh (T, C) and dgu (T, 2C)."""
+    lora = kept_lora(lora, keep)
     h = None
     if want_h or z_down.shape[1]:
         h = kernels.swiglu(gu)  # (T, C): cheaper to redo than to keep
@@ -323,7 +352,7 @@ class SwiGLU(Function):
         y = x.new_empty(len(x), down.shape[1])  # (T, D)
         saved = []
         for rows, keep_rows in kinds_of_rows(len(x), n, keep):
-            saved += mlp_forward(x[rows], gate_up, down, keep_rows, kept_lora(lora, keep_rows), s, y[rows])
+            saved += mlp_forward(x[rows], gate_up, down, keep_rows, lora, s, y[rows])
         ctx.save_for_backward(x, *lora, *saved)
         ctx.weights = gate_up, down
         ctx.keep, ctx.n, ctx.s, ctx.measurer = keep, n, s, measurer
@@ -345,8 +374,8 @@ class SwiGLU(Function):
             dx_rows = None
             if dx is not None:
                 dx_rows = dx[rows]
-            gradients, h, dh, dgu = mlp_backward(dy[rows], x[rows], gate_up, down, keep, kept_lora(lora, keep), ctx.s,
-                                                 gu, z_gu, z_down, dx_rows, want_h)
+            gradients, h, dh, dgu = mlp_backward(dy[rows], x[rows], gate_up, down, keep, lora, ctx.s, gu, z_gu, z_down,
+                                                 dx_rows, want_h)
             add_kept(dlora, gradients, keep)
         if ctx.keep is None:  # rows of one kind only, so the loop ran once: h, dh and dgu are those of all rows
             if ctx.measurer is not None:

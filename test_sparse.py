@@ -121,7 +121,11 @@ class Masked:
         if kept == ():
             U, V, b = self.m.blocks[i].attn.predictor.map
             n = self.batch.n_sparse
-            return torch.cat([x[:n] @ (U @ V) + b, self.attention(i, x, None)[n:]])
+            whole = self.attention(i, x, None)
+            instead = x[:n] @ (U @ V) + b
+            if self.m.blocks[i].attn.predictor.dense_forward:
+                instead = valued(instead, whole[:n])
+            return torch.cat([instead, whole[n:]])
         H, K, hd = self.c.num_attention_heads, self.c.num_key_value_heads, self.c.head_dim
         at = f"model.layers.{i}.self_attn."
         qkv = []
@@ -151,13 +155,26 @@ class Masked:
         at = f"model.layers.{i}.mlp."
         g = x @ self.weights[at + "gate_proj.weight"].T + self.low_rank(x, at + "gate_proj")
         u = x @ self.weights[at + "up_proj.weight"].T + self.low_rank(x, at + "up_proj")
-        h = g * torch.sigmoid(g) * u * self.mask(kept, self.c.intermediate_size)
+        all_h = g * torch.sigmoid(g) * u
+        h = all_h * self.mask(kept, self.c.intermediate_size)
         y = h @ self.weights[at + "down_proj.weight"].T + self.low_rank(h, at + "down_proj")
         if kept is not None and self.m.blocks[i].mlp.predictor.map is not None:
             U, V, b = self.m.blocks[i].mlp.predictor.map
             n = self.batch.n_sparse
             y = y + torch.cat([x[:n] @ (U @ V) + b, x.new_zeros(len(x) - n, len(b))])
+        if kept is not None and self.m.blocks[i].mlp.predictor.dense_forward:
+            # LoRA's last factor multiplies what was computed, and that is all of h A.T.
+            whole = all_h @ self.weights[at + "down_proj.weight"].T
+            y = valued(y - self.low_rank(h, at + "down_proj"), whole)
+            if at + "down_proj.lora_A.weight" in self.lora:
+                A, B = self.lora[at + "down_proj.lora_A.weight"], self.lora[at + "down_proj.lora_B.weight"]
+                y = y + self.m.lora_alpha / self.m.lora_r * valued(h @ A.T, all_h @ A.T) @ B.T
         return y
+
+
+def valued(y, value):
+    """Has this value, and y's gradient."""
+    return y + (value - y).detach()
 
 
 def grads(loss, m):
@@ -218,6 +235,31 @@ def test_no_queries_equals_masked_dense(kind, targets):
     U, V, b = m.blocks[1].attn.predictor.map
     assert U.shape == (48, 5) and V.shape == (5, 48) and b.abs().min() > 0
     assert_same(m, batch)
+
+
+@pytest.mark.parametrize("how, targets", [("measured", ALL), ("measured", "q,k,v,o"), ("measured", "down"), ("svd", ALL)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_dense_forward_equals_masked_dense(kind, how, targets):
+    """The loss is the dense model's, and the gradient that of the kept channels and of the maps at its
+    values; block 1 is sparse in both passes in a second run."""
+    m, batch = build(targets=targets, **KINDS[kind]), batch_of(dense_first=2)
+    dense = m.loss(batch)
+    queries = 0 if how == "svd" else 1
+    for blocks in ("0-1", "0"):
+        predictor.attach(m, [.6, .6, 0], [queries, queries, 0], 4, how, map_rank=5, dense_forward=blocks)
+        if how == "measured":
+            predictor.measure(m, [batch, batch_of(seed=1, dense_first=2)])
+        assert_same(m, batch)
+        assert (abs(m.loss(batch) - dense) < 1e-12 * dense) == (blocks == "0-1")
+    of_sparse, of_dense = grads(m.loss(batch), m), grads(dense, m)
+    assert any((of_sparse[k] - of_dense[k]).abs().max() > 1e-3 for k in of_dense if of_dense[k] is not None)
+
+
+def test_dense_forward_needs_whole_attention():
+    with pytest.raises(UserError, match="names block 1, whose attn_sparsity is 0.5"):
+        predictor.attach(build(), .5, [0, .5, 0], dense_forward="0-1")
+    with pytest.raises(UserError, match="dense_forward names block 3, but the model's blocks are 0 to 2"):
+        predictor.attach(build(), .5, 0, dense_forward="0-3")
 
 
 @pytest.mark.parametrize("split", ["output", "none", "random", "rectangle"])
@@ -344,13 +386,14 @@ def test_what_is_measured_does_not_depend_on_micro_batches_or_recomputation(kind
             assert torch.allclose(t, other[k], rtol=1e-9, atol=1e-9 * t.abs().max()), k
 
 
-@pytest.mark.parametrize("kind, attn", [*((kind, .5) for kind in predictor.KINDS), ("measured", 1)])
-def test_recompute_changes_nothing(kind, attn):
+@pytest.mark.parametrize("kind, attn, dense_forward",
+                         [*((kind, .5, "") for kind in predictor.KINDS), ("measured", 1, ""), ("measured", 1, "0")])
+def test_recompute_changes_nothing(kind, attn, dense_forward):
     """Block inputs are kept, the rest is computed again, with the same channels (`random` would draw
     others)."""
     def run(recompute):
         m, batch = build(), batch_of()
-        predictor.attach(m, .6, attn, kind=kind, seed=3)
+        predictor.attach(m, .6, attn, kind=kind, seed=3, dense_forward=dense_forward)
         m.recompute = recompute
         if kind in ("measured", "energy"):
             predictor.measure(m, [batch])

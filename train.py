@@ -419,7 +419,8 @@ def load_model(cfg, folder, device, tokenizer):
     else:
         model.add_lora(cfg.lora_r, cfg.lora_alpha, cfg.lora_targets, first=cfg.lora_from)
     model.recompute = cfg.recompute
-    predictor.attach(model, mlp, attn, cfg.predictor_rank, cfg.predictor, cfg.map_rank, seed=cfg.seed + dist.rank())
+    predictor.attach(model, mlp, attn, cfg.predictor_rank, cfg.predictor, cfg.map_rank, cfg.seed + dist.rank(),
+                     cfg.dense_forward)
     return model
 
 

@@ -97,6 +97,7 @@ class Config:
     predictor_rank: int = option(8, at_least=1)  # of svd
     map_rank: int = 64  # measured: of the linear map that stands in for what is dropped, 0: none
     dense_first: int = 4  # tokens at the start of each text that are dense: attention sinks
+    dense_forward: str = ""  # blocks, "1-16", whose forward leaves nothing out: only their backward is sparse
     sparse_start: float = option(0.05, at_most=1)  # fraction of the training that runs dense first
     sparse_end: float = option(1.0, at_most=1)  # fraction after which it is dense again
     split: Literal["output", "none", "random", "rectangle"] = "output"  # dense tokens; output: scored ones
@@ -254,6 +255,7 @@ def check(cfg):
     need("base_bits", not cfg.fsdp or cfg.base_bits == 16, "16 with fsdp: packed weights are not sharded")
     need("lora_from", cfg.lora_r or not cfg.lora_from, "0 where lora_r is 0: all weights are trained")
     need("init_adapter", cfg.lora_r or not cfg.init_adapter, "empty where lora_r is 0: there is no LoRA")
+    blocks(cfg.dense_forward, None, "dense_forward")
     need("sparse_end", cfg.sparse_end >= cfg.sparse_start, f"at least sparse_start ({cfg.sparse_start})")
 
 
@@ -296,6 +298,11 @@ def is_ratio(value, name):
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return False
     return 0 <= value < 1 or name == "attn_sparsity" and value == 1
+
+
+def blocks(value, n_layers, name):
+    """The blocks that an option names, "" for none."""
+    return block_range(value, n_layers, name) if value else range(0)
 
 
 def block_range(key, n_layers, name):

@@ -45,25 +45,28 @@ def mlp(model, targets, predictor, n, t, need, full):
     """-> (FLOPs of one block's MLP, whether its output needs a gradient): n sparse rows of t. need: whether its input
     needs one. targets: what has LoRA in this block."""
     D, I, R = model.config.hidden_size, model.config.intermediate_size, model.lora_r
-    work = t * I  # rows times channels
+    forward = work = t * I  # rows times channels, in the forward and in the backward
     f = 0
     if predictor is not None:
         work = n * predictor.c + (t - n) * I
+        if not predictor.dense_forward:
+            forward = work
         f += predictor.flops(n)
         f += mapped(predictor, n, D, need)
     backward = need or full or any(x in targets for x in ("gate", "up", "down"))
-    f += 2 * D * work * (3 + backward + 2 * need + 3 * full)  # forward 3 products, dh 1, dx 2, weights 3
+    f += 2 * D * (3 * forward + (backward + 2 * need + 3 * full) * work)  # 3 products; dh 1, dx 2, weights 3
     for target in ("gate", "up"):
         if target in targets:
-            f += 2 * R * ((2 + need) * t * D + 3 * work)
+            f += 2 * R * ((2 + need) * t * D + forward + 2 * work)
     if "down" in targets:
-        f += 2 * R * (3 * t * D + 3 * work)
+        f += 2 * R * (3 * t * D + forward + 2 * work)
     return f, backward
 
 
 def mapped(predictor, n, D, need):
     """FLOPs of a part's map on n sparse rows: (x U) V, and (dy V.T) U.T where the input needs a gradient."""
-    return 2 * n * predictor.rank_of_map() * 2 * D * (1 + need)
+    passes = need + (not predictor.dense_forward)
+    return 2 * n * predictor.rank_of_map() * 2 * D * passes
 
 
 def attention(model, batch, targets, predictor, n, t, need, full):
@@ -99,4 +102,16 @@ def attention(model, batch, targets, predictor, n, t, need, full):
         pairs = dense.CausalAttention.pairs(lengths, positions)
     f += 2 * pairs * Nq * (2 + 5 * inside)  # 2 products forward, 5 backward
     f += 2 * D * o * (1 + inside + full) + lora("o", t, Nq, D, inside)
+    if no_queries and predictor.dense_forward:  # forward the sparse rows have queries after all
+        f += 2 * n * 2 * D * Nq
+        f += 2 * R * n * (D + Nq) * sum(x in targets for x in "qo")
+        f += 2 * all_pairs(model, batch) * Nq * 2
     return f, inside or "o" in targets
+
+
+def all_pairs(model, batch):
+    """Pairs of queries and keys where every row has a query."""
+    B, S = batch.shape
+    if model.device.type == "cpu":
+        return dense.CausalAttention.pairs(batch.lengths, None)
+    return B * S * S

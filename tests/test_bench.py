@@ -110,11 +110,12 @@ def test_sparse_flops_are_torchs(targets, kind, map_rank, ratios, model_type, tm
     assert dense == counted(lambda: m.loss(b).backward()) and m.flops(b) == (dense, dense)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen2"])
-def test_flops_without_queries_are_torchs(model_type):
+@pytest.mark.parametrize("dense_forward", ["", "0-1", "1"])
+@pytest.mark.parametrize("model_type, targets", [("llama", "q,k,v,o"), ("qwen2", "q,k,v,o,gate,up,down")])
+def test_flops_without_queries_are_torchs(model_type, targets, dense_forward):
     m, b = tiny(model_type=model_type), data.collate(batch())
-    m.add_lora(4, 8, "q,k,v,o,gate,up,down")
-    predictor.attach(m, [.5, 0, 0], [1, 1, 0], kind="measured", map_rank=5)
+    m.add_lora(4, 8, targets)
+    predictor.attach(m, [.5, .5, 0], [1, 1, 0], kind="measured", map_rank=5, dense_forward=dense_forward)
     before = m.flops(b)
     predictor.measure(m, [b])
     dense, sparse = m.flops(b)

@@ -71,7 +71,7 @@ def assert_close_runs(a, b):
 
 
 PARALLEL = {"dense": dict(mlp_sparsity=0.0, attn_sparsity=0.0), "svd": dict(predictor="svd"), "measured": {},
-            "no queries": dict(attn_sparsity=1)}
+            "no queries": dict(attn_sparsity=1, dense_forward="0")}
 
 
 @pytest.mark.parametrize("kind", ["dense", pytest.param("svd", marks=pytest.mark.slow), "measured", "no queries"])

@@ -161,13 +161,14 @@ def traffic(model, batch):
         n, t = batch.n_sparse, T
         if i == len(model.blocks) - 1:
             n, t = 0, T_loss
-        channels, p = t * c.intermediate_size, at_work(b.mlp, True, n)
+        numbers += 22 * t * c.hidden_size + 8 * t * c.intermediate_size
+        p = at_work(b.mlp, True, n)
         if p is not None:
-            channels -= n * (c.intermediate_size - p.c)
-        numbers += 22 * t * c.hidden_size + 8 * channels
+            passes = 5 if p.dense_forward else 8
+            numbers -= passes * n * (c.intermediate_size - p.c)
         p = at_work(b.attn, True, n)
         if p is not None and p.no_queries:
-            t -= n
+            t -= n / 2 if p.dense_forward else n
         numbers += 8 * c.head_dim * (t * c.num_attention_heads + T * c.num_key_value_heads)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return model.embed.element_size() * (numbers + 5 * T_loss * c.vocab_size) + 28 * trained

@@ -87,10 +87,12 @@ def setup(cfg, n):
                              tokenizer)
     warm = n if cfg.predictor in ("measured", "energy") else 0
     batches = calibration(cfg, tokenizer, warm + 2 * n, device)
-    attn = .5
-    if model.config.qk_norm:  # which attn_sparsity between 0 and 1 would rescale
-        attn = 1.0 if has_maps(cfg) else 0.0
-    predictor.attach(model, .5, attn, cfg.predictor_rank, cfg.predictor, cfg.map_rank, cfg.seed)
+    attn = []
+    backward_only = config.blocks(cfg.dense_forward, len(model.blocks), "dense_forward")
+    for i in range(len(model.blocks)):
+        whole = model.config.qk_norm or i in backward_only  # where a ratio between 0 and 1 cannot be
+        attn.append(float(has_maps(cfg)) if whole else .5)
+    predictor.attach(model, .5, attn, cfg.predictor_rank, cfg.predictor, cfg.map_rank, cfg.seed, cfg.dense_forward)
     if warm:
         predictor.measure_more(model, batches[:warm])
         predictor.fix(model)
@@ -106,7 +108,7 @@ def ratios_by_part(model, cfg, ratios):
     out = {}
     for name, p in predictor.predictors(model):
         allowed = [r for r in ratios if r < 1]
-        if not p.is_mlp and model.config.qk_norm:
+        if not p.is_mlp and (model.config.qk_norm or p.dense_forward):
             allowed = []
         if not p.is_mlp and 1 in ratios and has_maps(cfg):
             allowed.append(1.0)
@@ -309,7 +311,8 @@ def published(L):
 
 def patterns(model):
     """{name: {part: relative ratio}} of what the choice is compared with."""
-    names = [name for name, p in predictor.predictors(model) if p.is_mlp or not model.config.qk_norm]
+    names = [name for name, p in predictor.predictors(model)
+             if p.is_mlp or not (model.config.qk_norm or p.dense_forward)]
     mlp, attn = published(len(model.blocks))
     late = {**{f"{i}.mlp": r for i, r in mlp.items()}, **{f"{i}.attn": r for i, r in attn.items()}}
     return {"uniform": dict.fromkeys(names, 1.0),
