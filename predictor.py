@@ -48,6 +48,12 @@ little. With a ratio of 1 an attention's sparse rows make keys and values in ful
 map of its normed input, fitted in the same way to all that attention would have added (E, w = 1 / |E|), stands in.
 That saves q, o and, for those rows, the products of queries and keys.
 
+Dense forward. What the forward leaves out moves the loss alike on every batch: a bias, which no number of steps averages
+away. What the backward leaves out differs from batch to batch, as the gradient itself does: noise. So in the blocks of
+`dense_forward` a sparse row leaves nothing out on the way up, and its backward is that of the kept channels and of the
+maps. That saves half as much, and may be done in the lower half of the network too. (SmolLM2, GSM8K behind six solved
+problems, MLP .97 and no queries in blocks 1-28, r = 128, a trained adapter: cosine .88, FLOPs of a step .57.)
+
 Attention's channels hang together: q and k are kept in rotary pairs (d, d + hd/2) of a key/value head, the
 same for every query head that reads it; a value channel's output-projection rows are those of every query
 head of its group (keep_attention).
@@ -568,17 +574,15 @@ def fit_maps(model, batches, alone=False):
         dense = [model.embed.detach()[b.tokens] for b in batches]  # (T, D) each: what enters a block, all dense
     sparse = dense  # and what enters it in the sparse model
     ropes = [model.rope(b.positions) for b in batches]
-    diverged = False  # whether a block so far is sparse, and the two differ
+    diverged = False  # whether a block so far is sparse in the forward, and the two differ
     for block in model.blocks[:-1]:
         with dist.whole(block):
             before = dense
             dense_middle, dense = dense_halves(block, batches, ropes, before)
-            if alone:
+            diverged = diverged or any(p.ratio > 0 and not p.dense_forward for p in block.predictors())
+            if alone or not diverged:
                 fit_attention(block, batches, ropes, before, None)
                 fit_mlp(block, batches, dense_middle, None)
-                continue
-            diverged = diverged or any(p.ratio > 0 for p in block.predictors())
-            if not diverged:
                 sparse = dense
                 continue
             fit_attention(block, batches, ropes, sparse, dense_middle)

@@ -210,9 +210,12 @@ def test_the_map_is_all_that_its_row_adds(tiny_run):
 
 
 def test_a_row_without_queries(tiny_run, tmp_path):
-    bench.main(tiny_run + ["--steps=1", "--real=False", "--rows=dense,attention", "--attn_sparsity=1", "--map_rank=4"])
-    dense, without = json.loads((tmp_path / "out.json").read_text())["full"]["rows"]
-    assert without["row"] == "+ attention, measured + map" and without["flops"] < dense["flops"]
+    bench.main(tiny_run + ["--steps=1", "--real=False", "--rows=LoRA,attention", "--attn_sparsity=1", "--map_rank=4",
+                           "--dense_forward=0-1"])
+    rows = json.loads((tmp_path / "out.json").read_text())["full"]["rows"]
+    assert [r["row"] for r in rows] == ["dense LoRA", "+ attention, measured + map",
+                                        "+ attention, measured + map, dense forward"]
+    assert rows[1]["flops"] < rows[2]["flops"] < rows[0]["flops"]
 
 
 def test_rows_on_4_bits(tiny_run, tmp_path, capsys):

@@ -136,8 +136,8 @@ def calibration(cfg, tokenizer, n, device):
 
 def fingerprint(model, cfg, warm):
     """A hash of all that a measurement depends on but the batch: the weights and the predictor."""
-    key = hashlib.sha256(f"4 {cfg.predictor} {cfg.predictor_rank} {cfg.map_rank} {cfg.seed} {cfg.dtype} "
-                         f"{list(map(digest, warm))}".encode())
+    key = hashlib.sha256(f"5 {cfg.predictor} {cfg.predictor_rank} {cfg.map_rank} {cfg.seed} {cfg.dtype} "
+                         f"{cfg.dense_forward} {list(map(digest, warm))}".encode())
     for name, p in model.named_parameters():
         if not name.endswith("/A"):  # with B = 0 an adapter changes nothing; with a trained B, B differs too
             key.update(f"{name} {checksum(p if p.dim() == 2 else p[None])}".encode())
