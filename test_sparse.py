@@ -237,8 +237,8 @@ def test_no_queries_equals_masked_dense(kind, targets):
     assert_same(m, batch)
 
 
-@pytest.mark.parametrize("how, targets", [("measured", ALL), ("measured", "q,k,v,o"), ("measured", "down"), ("svd", ALL)])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind, how, targets", [*((kind, "measured", ALL) for kind in KINDS), ("biases", "svd", ALL),
+                                                ("biases", "measured", "q,k,v,o"), ("biases", "measured", "down")])
 def test_dense_forward_equals_masked_dense(kind, how, targets):
     """The loss is the dense model's, and the gradient that of the kept channels and of the maps at its
     values; block 1 is sparse in both passes in a second run."""
