@@ -142,7 +142,8 @@ BASES = dict(
         }),
     long_120=Base(
         "the same with 120 steps, fp32",
-        [*SMOLLM2, *LONG, "--dtype=float32", "--max_steps=120", "--warmup_steps=10", "--eval_interval=120"], 1, (90, 60), {
+        [*SMOLLM2, *LONG, "--dtype=float32", "--max_steps=120", "--warmup_steps=10", "--eval_interval=120"], 1,
+        (90, 60), {
             ".97 in 17-28, no queries there": UPPER_MLPS + NO_QUERIES,
             ".97 and no queries in 1-28, dense forward there": [*NO_QUERIES_BELOW, "--dense_forward=1-28"],
             ".97 and no queries in 1-28, dense forward in 1-16": [*NO_QUERIES_BELOW, "--dense_forward=1-16"],
