@@ -512,12 +512,13 @@ def build_packed(**kw):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("how, attn", [("dense", 0), ("svd", .5), ("oracle", .5), ("measured", .5), ("measured", 1)])
-def test_4_bits_equal_masked_dense(kind, how, attn):
+@pytest.mark.parametrize("how, attn, dense_forward", [("dense", 0, ""), ("svd", .5, ""), ("oracle", .5, ""),
+                                                      ("measured", .5, ""), ("measured", 1, ""), ("measured", 1, "0")])
+def test_4_bits_equal_masked_dense(kind, how, attn, dense_forward):
     """On the unpacked weights; channels that are gathered, and channels that were copied out, with a map."""
     m, batch = build_packed(**KINDS[kind]), batch_of(dense_first=2)
     if how != "dense":
-        predictor.attach(m, .6, attn, rank=4, kind=how, map_rank=5)
+        predictor.attach(m, .6, attn, rank=4, kind=how, map_rank=5, dense_forward=dense_forward)
     if how == "measured":
         predictor.measure(m, [batch])
     assert_same(m, batch)
