@@ -197,7 +197,8 @@ class Attention(Part):
         return self.output(to_rows(a, batch.places[rows]))
 
     def skip_queries(self, x, batch, rope, keep):
-        """x (T, D) -> (T, D): only the dense rows have queries, in a grid of their own (B, Sd)."""
+        """x (T, D) -> (T, D): only the dense rows have queries, in a grid of their own (B, Sd). With a dense forward
+        the sparse rows have theirs too, but no backward through them."""
         H, n = self.n_heads, batch.n_sparse
         context, others = x.split([n, len(x) - n])  # (n, D), (T - n, D)
         k, v = self.keys_and_values(x, batch, rope)  # (B, K, S, hd)

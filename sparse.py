@@ -22,15 +22,15 @@ rows of W:
              for the kept ones (B_g[idx], B_u[idx], A_d[:, idx]): a sparse row adds to the gradient of what it
              computed, and to no other (without queries: to k's and v's)
 
-and the backward is the exact gradient of that forward:
+and the backward is the exact gradient of that forward (but see "Dense forward"):
 
     qkv      dx = dy[:, idx] W[idx]      o     dx[:, idx] = dy W[idx].T
     MLP      dh = dy Wd[idx].T    dg, du = swiglu'(dh, g, u)    dx = dg Wg[idx] + du Wu[idx] (+ (dy V.T) U.T)
     LoRA     dz = s dy B    dx += dz A    dA = dz.T x    dB = s dy.T z    with z = x A.T
 
 Dense forward: in some blocks a sparse row may leave nothing out in the forward, and only its backward is that of the
-kept channels and the map, at the values of the full forward. Then the loss is the dense model's, and what is left out is
-missing in the gradient only (predictor.py says why that pays).
+kept channels and the map, at the values of the full forward. Then the loss is the dense model's, and what is left out
+is missing in the gradient only (predictor.py says why that pays).
 
 (The paper's code drops the base branch's gradient in the attention projections; here it is kept.) Frozen
 weights get no gradient; with lora_r = 0 the weights themselves are trained, and dW = dy.T x is computed in
@@ -71,7 +71,8 @@ class KeepAttention(NamedTuple):
 
 
 class SkipQueries(NamedTuple):
-    """An attention whose sparse rows make keys and values only, for the dense rows to read. What they would have read
+    """An attention whose sparse rows make keys and values only (dense_forward: and go back through no others), for the
+    dense rows to read. What they would have read
     themselves is replaced by a map of their normed input."""
     map: Optional[tuple] = None  # U (D, r), V (r, D), b (D,): (x U) V + b stands in
     dense_forward: bool = False  # only in the backward
@@ -246,14 +247,14 @@ class KeepInputs(Function):
 
 
 class Map(Function):
-    """The map that stands in for attention where sparse rows have no queries. x (n, D), (U, V, b) -> (n, D), (x U) V + b;
+    """The map that stands in for attention where sparse rows have no queries. x (n, D), (U, V, b) -> (x U) V + b, (n, D);
     or y, if given: what attention itself made of x, so that only the backward goes through the map."""
 
     @staticmethod
     def forward(ctx, x, map, y):
         ctx.map = map
         if y is not None:
-            return y.view_as(y)
+            return y
         U, V, b = map
         return torch.addmm(b, x @ U, V)
 

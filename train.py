@@ -260,8 +260,8 @@ def fit_on_measured(run):
 @torch.no_grad()
 def selection(run):
     """Prints, and returns, what the kept channels are worth on one validation batch: the share of the true energy that
-    they hold, how much of the MLPs' outputs is missing, and how far sparsity moves the loss. A selection that fails
-    shows here. Leaves sparsity fully on."""
+    they hold, how much of the MLPs' outputs is missing (of those whose forward is sparse), and how far sparsity moves
+    the loss. A selection that fails shows here, but not one for the backward only. Leaves sparsity fully on."""
     model, cfg = run.model, run.cfg
     if not predictor.predictors(model):
         return {}
@@ -293,7 +293,8 @@ def selection(run):
         if v.get("loudest", 0) > 1000:
             say(f"  {name}: one context row's output has {v['loudest']:,.0f} times the median energy, as attention "
                 f"sinks do: a larger dense_first (now {cfg.dense_first}) may keep such rows out")
-    say(f"  its loss: {dense_loss:.4f} dense, {sparse_loss:.4f} sparse ({sparse_loss - dense_loss:+.4f})")
+    what = "its loss" if mlps else "loss on one validation batch"
+    say(f"  {what}: {dense_loss:.4f} dense, {sparse_loss:.4f} sparse ({sparse_loss - dense_loss:+.4f})")
     held = {name: v["held"] for name, v in seen.items()}
     return dict(held=held, dense_loss=dense_loss, sparse_loss=sparse_loss)
 
@@ -408,6 +409,10 @@ def load_model(cfg, folder, device, tokenizer):
                         f"{c.sliding_window}: lower it")
     mlp = config.ratios(cfg.mlp_sparsity, L, "mlp_sparsity")
     attn = config.ratios(cfg.attn_sparsity, L, "attn_sparsity")
+    backward_only = config.blocks_of(cfg.dense_forward, L, "dense_forward")
+    if backward_only and any(mlp + attn) and not any(mlp[i] or attn[i] for i in backward_only):
+        raise UserError(f"dense_forward = {cfg.dense_forward!r} names only blocks that are dense in both passes: give "
+                        "them a ratio in mlp_sparsity or attn_sparsity")
     if cfg.lora_r == 0:
         model.train_all()
         mlp = attn = [0.0] * L  # a weight that is trained needs all its rows

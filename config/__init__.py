@@ -255,7 +255,7 @@ def check(cfg):
     need("base_bits", not cfg.fsdp or cfg.base_bits == 16, "16 with fsdp: packed weights are not sharded")
     need("lora_from", cfg.lora_r or not cfg.lora_from, "0 where lora_r is 0: all weights are trained")
     need("init_adapter", cfg.lora_r or not cfg.init_adapter, "empty where lora_r is 0: there is no LoRA")
-    blocks(cfg.dense_forward, None, "dense_forward")
+    blocks_of(cfg.dense_forward, None, "dense_forward")
     need("sparse_end", cfg.sparse_end >= cfg.sparse_start, f"at least sparse_start ({cfg.sparse_start})")
 
 
@@ -300,8 +300,8 @@ def is_ratio(value, name):
     return 0 <= value < 1 or name == "attn_sparsity" and value == 1
 
 
-def blocks(value, n_layers, name):
-    """The blocks that an option names, "" for none."""
+def blocks_of(value, n_layers, name):
+    """The blocks that an option names, "1-16" or "5", "" for none. UserError: as of block_range."""
     return block_range(value, n_layers, name) if value else range(0)
 
 
@@ -310,7 +310,7 @@ def block_range(key, n_layers, name):
     found = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", str(key).replace(" ", ""))
     first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
     if first > last:
-        raise UserError(f'{name} has the key {key!r}: a range of blocks is written "3-30", a single one "5"')
+        raise UserError(f'{name} names blocks by {key!r}: a range of blocks is written "3-30", a single one "5"')
     if n_layers is not None and last >= n_layers:
         raise UserError(f"{name} names block {last}, but the model's blocks are 0 to {n_layers - 1}")
     return range(first, last + 1)

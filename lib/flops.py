@@ -95,23 +95,21 @@ def attention(model, batch, targets, predictor, n, t, need, full):
     f += 2 * D * qkv * (1 + need + full)
     f += lora("q", t, D, Nq, need) + lora("k", T, D, Nkv, need) + lora("v", T, D, Nkv, need)
     inside = need or full or any(x in targets for x in "qkv")
-    # Pairs of queries and keys: the whole square, as tools.bench counts others' code too (no lengths).
-    queries = S if positions is None else positions.shape[1]
-    pairs = B * queries * S
-    if lengths is not None and model.device.type == "cpu":
-        pairs = dense.CausalAttention.pairs(lengths, positions)
+    pairs = pairs_of(model, batch, lengths, positions)
     f += 2 * pairs * Nq * (2 + 5 * inside)  # 2 products forward, 5 backward
     f += 2 * D * o * (1 + inside + full) + lora("o", t, Nq, D, inside)
     if no_queries and predictor.dense_forward:  # forward the sparse rows have queries after all
         f += 2 * n * 2 * D * Nq
         f += 2 * R * n * (D + Nq) * sum(x in targets for x in "qo")
-        f += 2 * all_pairs(model, batch) * Nq * 2
+        f += 2 * pairs_of(model, batch, batch.lengths) * Nq * 2
     return f, inside or "o" in targets
 
 
-def all_pairs(model, batch):
-    """Pairs of queries and keys where every row has a query."""
+def pairs_of(model, batch, lengths, positions=None):
+    """Pairs of queries and keys, those at `positions` or all: on a GPU the whole square, as tools.bench counts others'
+    code too (no lengths)."""
+    if lengths is not None and model.device.type == "cpu":
+        return dense.CausalAttention.pairs(lengths, positions)
     B, S = batch.shape
-    if model.device.type == "cpu":
-        return dense.CausalAttention.pairs(batch.lengths, None)
-    return B * S * S
+    queries = S if positions is None else positions.shape[1]
+    return B * queries * S

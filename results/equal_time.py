@@ -58,13 +58,13 @@ SMOLLM2 = ["config/smollm2.py", "--dtype=bfloat16", "--lora_targets=q,k,v,o", "-
 UPPER_MLPS = ['--mlp_sparsity={"17-28": 0.97}', "--map_rank=128"]
 NO_QUERIES = ['--attn_sparsity={"17-28": 1}', "--map_rank=128"]
 NO_QUERIES_LATER = [*NO_QUERIES, "--sparse_start=.15"]
+ALL_NO_QUERIES = ['--mlp_sparsity={"1-28": 0.97}', '--attn_sparsity={"1-28": 1}', "--map_rank=128"]
 LOWER_TOO = ['--mlp_sparsity={"1-28": 0.97}', "--map_rank=256", "--sparse_start=.15", "--sparse_end=.9"]
 # The embedded base's word problems, for SmolLM2.
 TINY_TASK = ["--dataset=tiny", "--prompt_format=plain", "--lr_schedule=linear"]
 # What its two bases in bf16 there have in common: the ratios too, which are config/smollm2.py's, UPPER_MLPS.
 STORIES = ["config/smollm2.py", "--dtype=bfloat16", *TINY_TASK, "--learning_rate=1e-3", "--eval_interval=40",
            "--save_interval=40", "--eval_examples=64", "--test_examples=200", "--max_new_tokens=32"]
-NO_QUERIES_BELOW = ['--mlp_sparsity={"1-28": 0.97}', '--attn_sparsity={"1-28": 1}', "--map_rank=128"]
 # What the two with long prompts have in common.
 LONG = ["--dataset=data/gsm8k_shots/6", "--batch_size=2", "--max_seq_len=1600", "--eval_interval=60",
         "--save_interval=20", "--max_new_tokens=0"]
@@ -145,8 +145,8 @@ BASES = dict(
         [*SMOLLM2, *LONG, "--dtype=float32", "--max_steps=120", "--warmup_steps=10", "--eval_interval=120"], 1,
         (90, 60), {
             ".97 in 17-28, no queries there": UPPER_MLPS + NO_QUERIES,
-            ".97 and no queries in 1-28, dense forward there": [*NO_QUERIES_BELOW, "--dense_forward=1-28"],
-            ".97 and no queries in 1-28, dense forward in 1-16": [*NO_QUERIES_BELOW, "--dense_forward=1-16"],
+            ".97 and no queries in 1-28, dense forward there": [*ALL_NO_QUERIES, "--dense_forward=1-28"],
+            ".97 and no queries in 1-28, dense forward in 1-16": [*ALL_NO_QUERIES, "--dense_forward=1-16"],
             "LoRA in 15-29, dense": ["--lora_from=15", "--mlp_sparsity=0"],
             "LoRA in 15-29, .97 in 17-28, no queries there": ["--lora_from=15", *UPPER_MLPS, *NO_QUERIES],
             "LoRA in 15-29, .97 in 17-28, no queries there, 200 steps": [

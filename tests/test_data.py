@@ -887,7 +887,7 @@ def test_files_then_flags(tmp_path):
     ("--mlp_sparsity=1", r"not a number in \[0, 1\)"), ("--mlp_sparsity=-.1", r"not a number in \[0, 1\)"),
     ("--attn_sparsity=[.5, 1.5]", r"attn_sparsity has the ratio 1.5"),
     ("--mlp_sparsity=[.5, 'x']", "has the ratio 'x'"),
-    ("--mlp_sparsity={'9-3': .5}", "has the key '9-3'"), ("--mlp_sparsity={'all': .5}", "has the key 'all'"),
+    ("--mlp_sparsity={'9-3': .5}", "names blocks by '9-3'"), ("--mlp_sparsity={'all': .5}", "names blocks by 'all'"),
     ("--mlp_sparsity={'1-4': .5, '3': .2}", "names block 3 twice"),
     ("--batch_size=0", "batch_size has to be at least 1, not 0"), ("--micro_batch_size=-1", "at least 0"),
     ("--max_seq_len=1", "max_seq_len has to be at least 2"), ("--max_steps=-1", "at least 0"),

@@ -80,6 +80,9 @@ def setup(cfg, n):
     if not cfg.lora_r:
         raise UserError("lora_r = 0 trains all weights, and weights that are trained run dense: "
                         "there is nothing to analyse")
+    if cfg.dense_forward:
+        raise UserError(f"dense_forward = {cfg.dense_forward!r} cannot be analysed: ratios are chosen by what both passes "
+                        "leave out; give --dense_forward= here, and the blocks to train.py")
     device = dist.setup(cfg)
     folder = resolve(cfg.model)
     tokenizer = data.tokenizer.load(folder)
@@ -87,12 +90,10 @@ def setup(cfg, n):
                              tokenizer)
     warm = n if cfg.predictor in ("measured", "energy") else 0
     batches = calibration(cfg, tokenizer, warm + 2 * n, device)
-    attn = []
-    backward_only = config.blocks(cfg.dense_forward, len(model.blocks), "dense_forward")
-    for i in range(len(model.blocks)):
-        whole = model.config.qk_norm or i in backward_only  # where a ratio between 0 and 1 cannot be
-        attn.append(float(has_maps(cfg)) if whole else .5)
-    predictor.attach(model, .5, attn, cfg.predictor_rank, cfg.predictor, cfg.map_rank, cfg.seed, cfg.dense_forward)
+    attn = .5
+    if model.config.qk_norm:  # which attn_sparsity between 0 and 1 would rescale
+        attn = 1.0 if has_maps(cfg) else 0.0
+    predictor.attach(model, .5, attn, cfg.predictor_rank, cfg.predictor, cfg.map_rank, cfg.seed)
     if warm:
         predictor.measure_more(model, batches[:warm])
         predictor.fix(model)
@@ -108,7 +109,7 @@ def ratios_by_part(model, cfg, ratios):
     out = {}
     for name, p in predictor.predictors(model):
         allowed = [r for r in ratios if r < 1]
-        if not p.is_mlp and (model.config.qk_norm or p.dense_forward):
+        if not p.is_mlp and model.config.qk_norm:
             allowed = []
         if not p.is_mlp and 1 in ratios and has_maps(cfg):
             allowed.append(1.0)
@@ -136,8 +137,8 @@ def calibration(cfg, tokenizer, n, device):
 
 def fingerprint(model, cfg, warm):
     """A hash of all that a measurement depends on but the batch: the weights and the predictor."""
-    key = hashlib.sha256(f"5 {cfg.predictor} {cfg.predictor_rank} {cfg.map_rank} {cfg.seed} {cfg.dtype} "
-                         f"{cfg.dense_forward} {list(map(digest, warm))}".encode())
+    key = hashlib.sha256(f"4 {cfg.predictor} {cfg.predictor_rank} {cfg.map_rank} {cfg.seed} {cfg.dtype} "
+                         f"{list(map(digest, warm))}".encode())
     for name, p in model.named_parameters():
         if not name.endswith("/A"):  # with B = 0 an adapter changes nothing; with a trained B, B differs too
             key.update(f"{name} {checksum(p if p.dim() == 2 else p[None])}".encode())
@@ -311,8 +312,7 @@ def published(L):
 
 def patterns(model):
     """{name: {part: relative ratio}} of what the choice is compared with."""
-    names = [name for name, p in predictor.predictors(model)
-             if p.is_mlp or not (model.config.qk_norm or p.dense_forward)]
+    names = [name for name, p in predictor.predictors(model) if p.is_mlp or not model.config.qk_norm]
     mlp, attn = published(len(model.blocks))
     late = {**{f"{i}.mlp": r for i, r in mlp.items()}, **{f"{i}.attn": r for i, r in attn.items()}}
     return {"uniform": dict.fromkeys(names, 1.0),
