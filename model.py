@@ -175,7 +175,9 @@ class Attention(Part):
             k, v = self.keys_and_values(x, batch, rope)
             if cache is not None:
                 cache.fill(k, v)
-            return self.read(x, batch.loss, batch, rope, k, v)
+            rows = batch.loss
+            cos, sin = rope
+            return self.read(x[rows], (cos[rows], sin[rows]), batch.places[rows], batch.shape, k, v, batch.lengths)
         every = slice(0, len(x))
         y = self.project(x, "qkv", keep, n, measurer)  # (T, Nq + 2 Nkv)
         q, k, v = self.grid(y, batch, rope, every, (H, K, K), H + K)  # (B, H, S, hd), twice (B, K, S, hd)
@@ -189,29 +191,29 @@ class Attention(Part):
         K = self.n_kv_heads
         return self.grid(self.project(x, "kv"), batch, rope, slice(0, len(x)), (K, K), K)
 
-    def read(self, x, rows, batch, rope, k, v):
-        """What rows `rows` (a slice) of the stream x (T, D) read from keys and values: (T', D)."""
+    def read(self, x, rope, places, shape, k, v, lengths, positions=None):
+        """What the queries of some rows x (T', D) read from all keys and values: (T', D). rope: theirs. places, shape:
+        where in which grid they lie. lengths, positions: of attend."""
         H = self.n_heads
-        [q] = self.grid(self.project(x[rows], "q"), batch, rope, rows, (H,), H)  # (B, H, S, hd)
-        a = attend(q, k, v, batch.lengths)  # (B, H, S, hd)
-        return self.output(to_rows(a, batch.places[rows]))
+        [q] = dense.RopeScatter.apply(self.project(x, "q"), *rope, places, H, self.head_dim, shape, (H,))
+        a = attend(q, k, v, lengths, positions)  # (B, H, as many as the grid has, hd)
+        return self.output(to_rows(a, places))
 
     def skip_queries(self, x, batch, rope, keep):
         """x (T, D) -> (T, D): only the dense rows have queries, in a grid of their own (B, Sd). With a dense forward
         the sparse rows have theirs too, but no backward through them."""
-        H, n = self.n_heads, batch.n_sparse
+        n = batch.n_sparse
         context, others = x.split([n, len(x) - n])  # (n, D), (T - n, D)
+        cos, sin = rope
         k, v = self.keys_and_values(x, batch, rope)  # (B, K, S, hd)
         exact = None
         if keep.dense_forward:
             with torch.no_grad():
-                exact = self.read(x, slice(0, n), batch, rope, k, v)  # (n, D)
+                exact = self.read(context, (cos[:n], sin[:n]), batch.places[:n], batch.shape, k, v, batch.lengths)
         instead = sparse.Map.apply(context, keep.map, exact)  # (n, D)
-        cos, sin = rope
-        [q] = dense.RopeScatter.apply(self.project(others, "q"), cos[n:], sin[n:], batch.dense_places, H, self.head_dim,
-                                      batch.dense_positions.shape, (H,))  # (B, H, Sd, hd)
-        a = attend(q, k, v, batch.dense_lengths, batch.dense_positions)  # (B, H, Sd, hd)
-        return torch.cat([instead, self.output(to_rows(a, batch.dense_places))])
+        y = self.read(others, (cos[n:], sin[n:]), batch.dense_places, batch.dense_positions.shape, k, v,
+                      batch.dense_lengths, batch.dense_positions)  # (T - n, D)
+        return torch.cat([instead, y])
 
     def decode(self, x, rope, cache):
         """One new token for each of B texts: x (B, D) -> (B, D). cache: this block's keys and values."""

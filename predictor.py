@@ -453,9 +453,9 @@ def attach(model, mlp_sparsity, attn_sparsity, rank=8, kind="svd", map_rank=64, 
     mlp_sparsity, attn_sparsity: a float for all blocks, or a list of n_layers floats in [0, 1), for attention [0, 1].
     rank: of the SVD. kind: one of KINDS. map_rank: of the map that `measured` fits, 0: none. dense_forward: blocks,
     "1-16" or "" for none, where only the backward is sparse. The last block stays dense: only its loss rows compute
-    anything but keys and values. Errors: UserError for an unknown kind, a bad ratio, no queries without a map, or attention
-    channels dropped where that cannot be: in a model with q/k norms, which would rescale what is left of a query, or
-    with a dense forward."""
+    anything but keys and values. Errors: UserError for an unknown kind, a bad ratio, no queries without a map, or
+    attention channels dropped where that cannot be: in a model with q/k norms, which would rescale what is left of a
+    query, or with a dense forward."""
     n = len(model.blocks)
     mlp = config.ratios(mlp_sparsity, n, "mlp_sparsity")
     attn = config.ratios(attn_sparsity, n, "attn_sparsity")
@@ -692,9 +692,9 @@ class Sums:
 def watch(model, batch):
     """Runs one sparse forward at the present ratios and returns, on the very inputs of each part, {name: {"held": the
     share of the true energy that the kept channels hold}}, of an MLP also "residual": how much of its output is
-    missing, |y - y'|^2 / |y|^2, mean over the rows; "without_map": the same without the map; "loudest": the largest
-    |y|^2 of a row over the median. A share near 1 - ratio means that the selection is no better than chance. An
-    attention without queries drops no channels, and is not in it."""
+    missing, |y - y'|^2 / |y|^2, mean over the rows; "without_map": the same without the map (neither with a dense
+    forward, where nothing is); "loudest": the largest |y|^2 of a row over the median. A share near 1 - ratio means that
+    the selection is no better than chance. An attention without queries drops no channels, and is not in it."""
     watched = [(name, p) for name, p in predictors(model) if not p.no_queries]
     for _, p in watched:
         p.selections = []
@@ -724,13 +724,13 @@ def quality(p, x, kept):
             shares.append(e[channels].sum() / e.sum())
         return {"held": float(torch.stack(shares).mean())}
     down = kernels.unpacked(part.down)  # (I, D)
-    dropped = true.index_fill(1, kept.channels, 0) @ down  # (n, D)
     size = (true @ down).float().square().sum(1)  # (n,)
     found = {
         "held": float(energies[kept.channels].sum() / energies.sum()),
         "loudest": float(size.max() / size.median())}
     if p.dense_forward:  # nothing is missing
         return found
+    dropped = true.index_fill(1, kept.channels, 0) @ down  # (n, D)
     missing = dropped
     if kept.map is not None:
         U, V, b = kept.map

@@ -71,8 +71,7 @@ class KeepAttention(NamedTuple):
 
 
 class SkipQueries(NamedTuple):
-    """An attention whose sparse rows make keys and values only (dense_forward: and go back through no others), for the
-    dense rows to read. What they would have read
+    """An attention whose sparse rows make keys and values only, for the dense rows to read. What they would have read
     themselves is replaced by a map of their normed input."""
     map: Optional[tuple] = None  # U (D, r), V (r, D), b (D,): (x U) V + b stands in
     dense_forward: bool = False  # only in the backward
@@ -247,8 +246,8 @@ class KeepInputs(Function):
 
 
 class Map(Function):
-    """The map that stands in for attention where sparse rows have no queries. x (n, D), (U, V, b) -> (x U) V + b, (n, D);
-    or y, if given: what attention itself made of x, so that only the backward goes through the map."""
+    """The map that stands in for attention where sparse rows have no queries. x (n, D), map (U, V, b) -> (x U) V + b;
+    or y (n, D), if given: what attention itself made of x, so that only the backward goes through the map."""
 
     @staticmethod
     def forward(ctx, x, map, y):
@@ -265,8 +264,8 @@ class Map(Function):
 
 
 # ---- MLP ---------------------------------------------------------------------------------------------------
-# The two functions below see rows of one kind only: all dense (keep None), or all sparse, with LoRA cut down to
-# the kept channels. C is I where all channels stay. SwiGLU calls them for each kind of rows.
+# The two functions below see rows of one kind only: all dense (keep None), or all sparse, for which they cut LoRA down
+# to the kept channels. C is I where all channels stay. SwiGLU calls them for each kind of rows.
 
 def mlp_forward(x, gate_up, down, keep, lora, s, y):
     """x (T, D) -> writes y (T, D). lora: A, B of gate, of up, of down. Returns what the backward needs: gu (T, 2C),

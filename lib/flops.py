@@ -72,7 +72,7 @@ def mapped(predictor, n, D, need):
 def attention(model, batch, targets, predictor, n, t, need, full):
     """-> (FLOPs of one block's attention, whether its output needs a gradient). targets: as of mlp. predictor: None
     where it runs dense. n sparse rows, t rows for queries and outputs; keys and values always have all T."""
-    c, T, (B, S) = model.config, len(batch.tokens), batch.shape
+    c, T = model.config, len(batch.tokens)
     D, R, G = c.hidden_size, model.lora_r, c.num_attention_heads // c.num_key_value_heads
     Nq, Nkv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
 

@@ -77,7 +77,7 @@ class Attend(Function):
     """Flash attention keeps its inputs, its output and a log-sum for each row."""
 
     @staticmethod
-    def forward(ctx, q, k, v, lengths):
+    def forward(ctx, q, k, v, lengths, positions=None):
         out = torch.empty_like(q)
         ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:3], dtype=torch.float32))
         return out
@@ -85,7 +85,7 @@ class Attend(Function):
     @staticmethod
     def backward(ctx, dout):
         q, k, v, _, _ = ctx.saved_tensors
-        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), None
+        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), None, None
 
 
 class Norm(Function):

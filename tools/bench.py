@@ -361,8 +361,8 @@ def main(argv):
     out = dict(command="python -m tools.bench " + shlex.join(argv), shape="{}x{}/{}".format(*shape), arch=name,
                dtype=cfg.dtype, lora=f"r {cfg.lora_r} on {cfg.lora_targets}", mlp_sparsity=cfg.mlp_sparsity,
                attn_sparsity=cfg.attn_sparsity, map_rank=cfg.map_rank, dense_forward=cfg.dense_forward,
-               recompute=cfg.recompute,
-               steps=own.steps, **bench_measure.machine(shared.device), load_before=load_before)
+               recompute=cfg.recompute, steps=own.steps,
+               **bench_measure.machine(shared.device), load_before=load_before)
     print(f"{name} {out['shape']} on {out['device']}, {out['threads']} threads, load {load_before}")
     unpadded = [r for r in rows if "padded" not in r.name]  # full length has nothing to pad
     out["full"] = bench_measure.measure(shared, unpadded, full, own.steps)
