@@ -142,11 +142,13 @@ BASES = dict(
         }),
     long_120=Base(
         "the same with 120 steps, fp32",
-        [*SMOLLM2, *LONG, "--dtype=float32", "--max_steps=120", "--warmup_steps=10", "--eval_interval=120"], 1,
+        [*SMOLLM2, *LONG, "--dtype=float32", "--max_steps=120", "--warmup_steps=10", "--eval_interval=120"], 2,
         (90, 60), {
             ".97 in 17-28, no queries there": UPPER_MLPS + NO_QUERIES,
             ".97 and no queries in 1-28, dense forward there": [*ALL_NO_QUERIES, "--dense_forward=1-28"],
             ".97 and no queries in 1-28, dense forward in 1-16": [*ALL_NO_QUERIES, "--dense_forward=1-16"],
+            ".97 and no queries in 1-28, dense forward in 1-16, dense from 90 % on": [
+                *ALL_NO_QUERIES, "--dense_forward=1-16", "--sparse_end=.9"],
             "LoRA in 15-29, dense": ["--lora_from=15", "--mlp_sparsity=0"],
             "LoRA in 15-29, .97 in 17-28, no queries there": ["--lora_from=15", *UPPER_MLPS, *NO_QUERIES],
             "LoRA in 15-29, .97 in 17-28, no queries there, 200 steps": [
