@@ -30,6 +30,7 @@ from typing import NamedTuple
 from config import UserError
 
 HERE = os.path.dirname(os.path.abspath(__file__))
+ROOT = os.path.dirname(HERE)
 
 
 class Example(NamedTuple):
@@ -141,6 +142,9 @@ def locate(name, split):
         path = os.path.abspath(name)
     folder = os.path.dirname(path)
     if os.path.dirname(folder) != HERE or not os.path.isfile(os.path.join(folder, "prepare.py")):
+        maker = os.path.join(os.path.dirname(name), "prepare.py")
+        if os.path.isfile(os.path.join(ROOT, maker)):
+            raise UserError(f"{name} has not been made yet: the head of {maker} says how")
         known = [f for f in sorted(os.listdir(HERE)) if os.path.isfile(os.path.join(HERE, f, "prepare.py"))]
         raise UserError(f"there is no {split!r} part of a data set {name!r}: give a JSON lines file or one "
                         f"of {', '.join(known)}")

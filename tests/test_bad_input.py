@@ -213,6 +213,7 @@ BAD = {
     "no such data": (flags("--dataset=/nowhere/d.jsonl"), "nowhere/d.jsonl"),
     "no such data set": (flags("--dataset=gsm9k"), "gsm9k.*gsm8k"),
     "validation data": (flags("--val_dataset=/nowhere/d.jsonl"), "nowhere/d.jsonl"),
+    "a variant that is not made": (lambda home, tmp: ["--dataset=data/gsm8k_shots/97"], "not been made yet: the head of data/gsm8k_shots/prepare.py"),
     "a directory without data": (lambda home, tmp: [f"--dataset={tmp}"], "there is no 'train' part|train.jsonl"),
     "empty data": (rows(raw=b""), "d.jsonl holds no examples"),
     "data of blank lines": (rows("", " "), "d.jsonl holds no examples"),
