@@ -2,7 +2,7 @@
 
     python -m results.equal_time tiny                   tiny_ablations: what each part is worth
     python -m results.equal_time stories --model=DIR    stories_240: longer; upper: see BASES
-    python -m results.equal_time smollm2 --model=DIR    first: python data/gsm8k_shots/prepare.py
+    python -m results.equal_time smollm2 --model=DIR    first: python data/gsm8k_shots/prepare.py; two_120: longer
     python -m results.equal_time long --model=DIR       first: the same with --shots=6; long_120: longer
     python -m results.equal_time qwen_long --model=DIR  likewise; qwen_stories: the word problems
 
@@ -155,6 +155,14 @@ BASES = dict(
             "LoRA in 15-29, .97 in 17-28, no queries there": ["--lora_from=15", *UPPER_MLPS, *NO_QUERIES],
             "LoRA in 15-29, .97 in 17-28, no queries there, 200 steps": [
                 "--lora_from=15", *UPPER_MLPS, *NO_QUERIES, "--max_steps=200", "--eval_interval=200"],
+        }),
+    two_120=Base(
+        "SmolLM2-135M-Instruct, GSM8K with two solved problems before each, 80 % context, 120 steps of 2, fp32",
+        [*SMOLLM2, "--dataset=gsm8k_shots", "--batch_size=2", "--max_seq_len=640", "--save_interval=20",
+         "--max_new_tokens=0", "--dtype=float32", "--max_steps=120", "--warmup_steps=10", "--eval_interval=120"], 1,
+        (90, 60), {
+            ".97 and no queries in 1-28, dense forward there": [*ALL_NO_QUERIES, "--dense_forward=1-28"],
+            ".97 and no queries in 1-28, dense forward in 1-16": [*ALL_NO_QUERIES, "--dense_forward=1-16"],
         }),
     qwen_long=Base(
         "Qwen2.5-Coder-0.5B-Instruct, GSM8K with six solved problems before each, 90 % context",
