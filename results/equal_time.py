@@ -371,6 +371,15 @@ def dense_curve(lines):
     return sorted((s["time"].mean, s["loss"]) for label, s in lines.items() if label.startswith(DENSE))
 
 
+def with_seeds_of(label, runs):
+    """The runs with the seeds of this label's, for what sets it beside dense LoRA: a seed may move all runs' losses by
+    more than what is compared. All runs, where dense LoRA lacks one of those seeds."""
+    seeds = {r["seed"] for r in runs if r["label"] == label}
+    if seeds <= {r["seed"] for r in runs if r["label"] == DENSE}:
+        return [r for r in runs if r["seed"] in seeds]
+    return runs
+
+
 def in_that_time(lines, time):
     """The loss (Mean) of dense LoRA with so many steps that it takes this time, on a line between two of its runs;
     None beyond them."""
@@ -424,9 +433,9 @@ HEAD = """# SparseLoRA against dense LoRA in the same time
 Written by results/equal_time.py, which says how; every run is a line of equal_time.json. Mean ± standard error over n
 seeds. FLOPs and time: of the whole run, over full-length dense LoRA's. Time: forward and backward, sparse and dense
 steps timed in turn on the same batches, and what the switch takes. Over dense: the loss less that of dense LoRA of the
-same seed. In that time: the loss of dense LoRA with fewer steps, on a line between two runs. Faster: dense LoRA's time
-for the sparse run's loss (on that line, or on its continuation to more steps), over the sparse run's time; < where
-dense LoRA's shortest run is better already. Rise: of a validation batch's loss at the switch.
+same seed. In that time: the loss of dense LoRA with fewer steps and the same seeds, on a line between two runs.
+Faster: dense LoRA's time for the sparse run's loss (on that line, or on its continuation to more steps), over the sparse
+run's time; < where dense LoRA's shortest run is better already. Rise: of a validation batch's loss at the switch.
 """
 
 
@@ -443,8 +452,9 @@ def markdown(everything):
         for label, s in lines.items():
             same_time, faster = None, ""
             if not label.startswith(DENSE):
-                same_time = in_that_time(lines, s["time"].mean)
-                faster = cell(speedup(lines, label), "{:.2f}") or at_most(lines, label)
+                same_seeds = lines_of(with_seeds_of(label, base["runs"]))
+                same_time = in_that_time(same_seeds, s["time"].mean)
+                faster = cell(speedup(same_seeds, label), "{:.2f}") or at_most(same_seeds, label)
             cells = [label, str(s["n"]), f"{s['flops'].mean:.0%}", cell(s["time"], "{:.1%}"),
                      cell(s["loss"], "{:.4f}"), cell(s.get("over"), "{:+.4f}"), cell(same_time, "{:.4f}"),
                      faster, cell(s.get("accuracy"), "{:.1%}"), cell(s.get("rise"), "{:+.3f}")]

@@ -112,6 +112,19 @@ def test_speedup_follows_the_line_of_the_runs_beside_it():
     assert equal_time.speedup(lines, "ahead") is None
 
 
+def test_like_is_compared_with_like():
+    """A sparse run of one seed is set beside dense LoRA's runs of that seed, not beside the mean of all."""
+    def run(label, seed, steps, loss):
+        return dict(label=label, seed=seed, steps=steps, time=steps, flops=steps, loss=loss)
+
+    runs = [run(DENSE, 0, 10, 1.0), run(DENSE, 1, 10, 3.0), run(DENSE + ", 5 steps", 0, 5, 2.0),
+            run(DENSE + ", 5 steps", 1, 5, 5.0), run("sparse", 0, 8, 1.2), run("other", 2, 8, 1.2)]
+    same_seed = equal_time.lines_of(equal_time.with_seeds_of("sparse", runs))
+    assert equal_time.in_that_time(same_seed, .8).mean == pytest.approx(1.4)
+    assert equal_time.speedup(same_seed, "sparse").mean == pytest.approx(.9 / .8)
+    assert equal_time.with_seeds_of("other", runs) == runs  # dense LoRA was never run with that seed
+
+
 def test_a_picture_without_dense_lora(runs, tmp_path):
     """Of what has finished, whatever has: here of a sparse run alone."""
     pytest.importorskip("matplotlib")
