@@ -149,7 +149,7 @@ BASES = dict(
             ".97 and no queries in 1-28, dense forward in 1-16": [*ALL_NO_QUERIES, "--dense_forward=1-16"],
             ".97 and no queries in 1-28, dense forward in 1-16, dense from 90 % on": [
                 *ALL_NO_QUERIES, "--dense_forward=1-16", "--sparse_end=.9"],
-            "dense LoRA, 60 steps, twice the learning rate": [
+            "60 steps of dense LoRA, twice the learning rate": [
                 "--mlp_sparsity=0", "--max_steps=60", "--learning_rate=1e-3"],
             "LoRA in 15-29, dense": ["--lora_from=15", "--mlp_sparsity=0"],
             "LoRA in 15-29, .97 in 17-28, no queries there": ["--lora_from=15", *UPPER_MLPS, *NO_QUERIES],
