@@ -27,10 +27,9 @@ import re
 import zlib
 from typing import NamedTuple
 
-from config import UserError
+from config import ROOT, UserError
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-ROOT = os.path.dirname(HERE)
 
 
 class Example(NamedTuple):

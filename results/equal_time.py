@@ -59,6 +59,12 @@ UPPER_MLPS = ['--mlp_sparsity={"17-28": 0.97}', "--map_rank=128"]
 NO_QUERIES = ['--attn_sparsity={"17-28": 1}', "--map_rank=128"]
 NO_QUERIES_LATER = [*NO_QUERIES, "--sparse_start=.15"]
 ALL_NO_QUERIES = ['--mlp_sparsity={"1-28": 0.97}', '--attn_sparsity={"1-28": 1}', "--map_rank=128"]
+# The lines with a dense forward, and what the two bases that have them add to SMOLLM2.
+DENSE_FORWARD = {
+    ".97 and no queries in 1-28, dense forward there": [*ALL_NO_QUERIES, "--dense_forward=1-28"],
+    ".97 and no queries in 1-28, dense forward in 1-16": [*ALL_NO_QUERIES, "--dense_forward=1-16"],
+}
+LONGER = ["--dtype=float32", "--max_steps=120", "--warmup_steps=10", "--eval_interval=120"]
 LOWER_TOO = ['--mlp_sparsity={"1-28": 0.97}', "--map_rank=256", "--sparse_start=.15", "--sparse_end=.9"]
 # The embedded base's word problems, for SmolLM2.
 TINY_TASK = ["--dataset=tiny", "--prompt_format=plain", "--lr_schedule=linear"]
@@ -142,11 +148,9 @@ BASES = dict(
         }),
     long_120=Base(
         "the same with 120 steps, fp32",
-        [*SMOLLM2, *LONG, "--dtype=float32", "--max_steps=120", "--warmup_steps=10", "--eval_interval=120"], 2,
-        (90, 60), {
+        [*SMOLLM2, *LONG, *LONGER], 2, (90, 60), {
             ".97 in 17-28, no queries there": UPPER_MLPS + NO_QUERIES,
-            ".97 and no queries in 1-28, dense forward there": [*ALL_NO_QUERIES, "--dense_forward=1-28"],
-            ".97 and no queries in 1-28, dense forward in 1-16": [*ALL_NO_QUERIES, "--dense_forward=1-16"],
+            **DENSE_FORWARD,
             ".97 and no queries in 1-28, dense forward in 1-16, dense from 90 % on": [
                 *ALL_NO_QUERIES, "--dense_forward=1-16", "--sparse_end=.9"],
             "60 steps of dense LoRA, twice the learning rate": [
@@ -159,11 +163,7 @@ BASES = dict(
     two_120=Base(
         "SmolLM2-135M-Instruct, GSM8K with two solved problems before each, 80 % context, 120 steps of 2, fp32",
         [*SMOLLM2, "--dataset=gsm8k_shots", "--batch_size=2", "--max_seq_len=640", "--save_interval=20",
-         "--max_new_tokens=0", "--dtype=float32", "--max_steps=120", "--warmup_steps=10", "--eval_interval=120"], 1,
-        (90, 60), {
-            ".97 and no queries in 1-28, dense forward there": [*ALL_NO_QUERIES, "--dense_forward=1-28"],
-            ".97 and no queries in 1-28, dense forward in 1-16": [*ALL_NO_QUERIES, "--dense_forward=1-16"],
-        }),
+         "--max_new_tokens=0", *LONGER], 1, (90, 60), DENSE_FORWARD),
     qwen_long=Base(
         "Qwen2.5-Coder-0.5B-Instruct, GSM8K with six solved problems before each, 90 % context",
         ["config/qwen.py", "--dtype=bfloat16", "--max_steps=60", "--eval_examples=64", "--test_examples=0", *LONG],
