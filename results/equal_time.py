@@ -3,7 +3,8 @@
     python -m results.equal_time tiny                   tiny_ablations: what each part is worth
     python -m results.equal_time stories --model=DIR    stories_240: longer; upper: see BASES
     python -m results.equal_time smollm2 --model=DIR    first: python data/gsm8k_shots/prepare.py; two_120: longer
-    python -m results.equal_time long --model=DIR       first: the same with --shots=6; long_120: longer
+    python -m results.equal_time long --model=DIR       first: the same with --shots=6; long_120: longer;
+                                                        long_120_1e3, long_120_2e3: at other learning rates
     python -m results.equal_time qwen_long --model=DIR  likewise; qwen_stories: the word problems
 
     BASE            one of BASES below: which runs there are; each is a train.py command line that can be pasted
@@ -74,6 +75,7 @@ STORIES = ["config/smollm2.py", "--dtype=bfloat16", *TINY_TASK, "--learning_rate
 # What the two with long prompts have in common.
 LONG = ["--dataset=data/gsm8k_shots/6", "--batch_size=2", "--max_seq_len=1600", "--eval_interval=60",
         "--save_interval=20", "--max_new_tokens=0"]
+LONG_120 = [*SMOLLM2, *LONG, *LONGER]
 
 BASES = dict(
     tiny=Base("the embedded base and its word problems, 86 % context", ["config/tiny.py"], 5, (195, 175, 155), {
@@ -148,18 +150,21 @@ BASES = dict(
         }),
     long_120=Base(
         "the same with 120 steps, fp32",
-        [*SMOLLM2, *LONG, *LONGER], 2, (90, 60), {
+        LONG_120, 2, (90, 60), {
             ".97 in 17-28, no queries there": UPPER_MLPS + NO_QUERIES,
             **DENSE_FORWARD,
             ".97 and no queries in 1-28, dense forward in 1-16, dense from 90 % on": [
                 *ALL_NO_QUERIES, "--dense_forward=1-16", "--sparse_end=.9"],
-            "60 steps of dense LoRA, twice the learning rate": [
-                "--mlp_sparsity=0", "--max_steps=60", "--learning_rate=1e-3"],
             "LoRA in 15-29, dense": ["--lora_from=15", "--mlp_sparsity=0"],
             "LoRA in 15-29, .97 in 17-28, no queries there": ["--lora_from=15", *UPPER_MLPS, *NO_QUERIES],
             "LoRA in 15-29, .97 in 17-28, no queries there, 200 steps": [
                 "--lora_from=15", *UPPER_MLPS, *NO_QUERIES, "--max_steps=200", "--eval_interval=200"],
         }),
+    long_120_1e3=Base(
+        "the same at twice the learning rate, 1e-3", [*LONG_120, "--learning_rate=1e-3"], 1, (90, 60), DENSE_FORWARD),
+    long_120_2e3=Base(
+        "the same at four times the learning rate, 2e-3", [*LONG_120, "--learning_rate=2e-3"], 1, (90, 60),
+        DENSE_FORWARD),
     two_120=Base(
         "SmolLM2-135M-Instruct, GSM8K with two solved problems before each, 80 % context, 120 steps of 2, fp32",
         [*SMOLLM2, "--dataset=gsm8k_shots", "--batch_size=2", "--max_seq_len=640", "--save_interval=20",
