@@ -1,7 +1,7 @@
 """Does it pay? SparseLoRA against dense LoRA that is stopped after the same time.
 
-    python -m results.equal_time tiny                   tiny_1e2: at another learning rate; tiny_ablations: what each
-                                                        part is worth
+    python -m results.equal_time tiny                   tiny_1e2, tiny_25e4: at other learning rates;
+                                                        tiny_ablations: what each part is worth
     python -m results.equal_time stories --model=DIR    stories_240: longer; upper: see BASES
     python -m results.equal_time smollm2 --model=DIR    first: python data/gsm8k_shots/prepare.py; two_120: longer
     python -m results.equal_time long --model=DIR       first: the same with --shots=6; long_120: longer;
@@ -85,7 +85,10 @@ BASES = dict(
         "svd": ["--predictor=svd"],
     }, by="test_loss"),
     tiny_1e2=Base(
-        "the same at twice the learning rate, 1e-2", ["config/tiny.py", "--learning_rate=1e-2"], 2, (195, 175, 155),
+        "the same at twice the learning rate, 1e-2", ["config/tiny.py", "--learning_rate=1e-2"], 1, (195, 175),
+        {"SparseLoRA": []}, by="test_loss"),
+    tiny_25e4=Base(
+        "the same at half the learning rate, 2.5e-3", ["config/tiny.py", "--learning_rate=2.5e-3"], 1, (195, 175),
         {"SparseLoRA": []}, by="test_loss"),
     tiny_ablations=Base(
         "the embedded base once more: what each part of the method is worth (beside other jobs: times say little)",
