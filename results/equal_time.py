@@ -85,10 +85,10 @@ BASES = dict(
         "svd": ["--predictor=svd"],
     }, by="test_loss"),
     tiny_1e2=Base(
-        "the same at twice the learning rate, 1e-2", ["config/tiny.py", "--learning_rate=1e-2"], 1, (195, 175),
+        "the embedded base at twice the learning rate, 1e-2", ["config/tiny.py", "--learning_rate=1e-2"], 1, (195, 175),
         {"SparseLoRA": []}, by="test_loss"),
     tiny_25e4=Base(
-        "the same at half the learning rate, 2.5e-3", ["config/tiny.py", "--learning_rate=2.5e-3"], 1, (195, 175),
+        "the embedded base at half the learning rate, 2.5e-3", ["config/tiny.py", "--learning_rate=2.5e-3"], 1, (195, 175),
         {"SparseLoRA": []}, by="test_loss"),
     tiny_ablations=Base(
         "the embedded base once more: what each part of the method is worth (beside other jobs: times say little)",
