@@ -377,8 +377,8 @@ def test_matmuls_compile(dtype, D, tmp_path):
     assert len(results) == 2 * (2 * 6 + 7)  # sm_80 and sm_90; nt compact and scattered, nn
 
 
-@pytest.mark.parametrize("dtype, D", [("bf16", 4096), *(pytest.param(*p, marks=pytest.mark.slow) for p in
-                                                        [("fp16", 4096), ("bf16", 576), ("fp32", 4096)])])
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype, D", [("bf16", 4096), ("fp16", 4096), ("bf16", 576), ("fp32", 4096)])
 def test_packed_products_compile(dtype, D, tmp_path):
     """The same for a weight in 4 bits, which is unpacked in registers."""
     results = compiled(tmp_path, "packed", dtype, D)

@@ -291,6 +291,7 @@ if __name__ == "__main__":
     print(f"{GOLDEN}: {GOLDEN.stat().st_size} bytes", file=sys.stderr)
 
 
+@pytest.mark.slow
 def test_two_ranks_equal_one_process(packed_home, tmp_path):
     train.main(options(packed_home, out_dir=tmp_path / "one", micro_batch_size=2))
     assert run_ranks(packed_home, out_dir=tmp_path / "two", micro_batch_size=2) == [0, 0]

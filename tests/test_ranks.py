@@ -74,7 +74,8 @@ PARALLEL = {"dense": dict(mlp_sparsity=0.0, attn_sparsity=0.0), "svd": dict(pred
             "no queries": dict(attn_sparsity=1, dense_forward="0")}
 
 
-@pytest.mark.parametrize("kind", ["dense", pytest.param("svd", marks=pytest.mark.slow), "measured", "no queries"])
+@pytest.mark.parametrize("kind", ["dense", pytest.param("svd", marks=pytest.mark.slow), "measured",
+                                  pytest.param("no queries", marks=pytest.mark.slow)])
 def test_two_ranks_equal_one_process(home, tmp_path, monkeypatch, kind):
     """48 examples in batches of 5: shares of 3 and 2, in the last batch of an epoch 2 and 1."""
     changes = dict(PARALLEL[kind], micro_batch_size=2)
@@ -166,7 +167,7 @@ def hook_signal(rank):
     train.update = lambda *a: (rank == 1 and next(calls) == 4 and term(), real(*a))[1]
 
 
-@pytest.mark.parametrize("ranks", [(2, 1), (1, 2), pytest.param((2, 3), marks=pytest.mark.slow)])
+@pytest.mark.parametrize("ranks", [(2, 1), *(pytest.param(ranks, marks=pytest.mark.slow) for ranks in [(1, 2), (2, 3)])])
 def test_resume_on_another_number_of_ranks(home, tmp_path, monkeypatch, ranks):
     """Stopped after 5 steps on some ranks (by a signal to one of them), gone on with on others; the same run but for rounding."""
     train.main(options(home, out_dir=tmp_path / "a"))
