@@ -61,7 +61,7 @@ UPPER_MLPS = ['--mlp_sparsity={"17-28": 0.97}', "--map_rank=128"]
 NO_QUERIES = ['--attn_sparsity={"17-28": 1}', "--map_rank=128"]
 NO_QUERIES_LATER = [*NO_QUERIES, "--sparse_start=.15"]
 ALL_NO_QUERIES = ['--mlp_sparsity={"1-28": 0.97}', '--attn_sparsity={"1-28": 1}', "--map_rank=128"]
-# The lines with a dense forward, and what the two bases that have them add to SMOLLM2.
+# The lines with a dense forward, and what the bases that have them add to SMOLLM2: 120 steps in fp32.
 DENSE_FORWARD = {
     ".97 and no queries in 1-28, dense forward there": [*ALL_NO_QUERIES, "--dense_forward=1-28"],
     ".97 and no queries in 1-28, dense forward in 1-16": [*ALL_NO_QUERIES, "--dense_forward=1-16"],
@@ -73,7 +73,7 @@ TINY_TASK = ["--dataset=tiny", "--prompt_format=plain", "--lr_schedule=linear"]
 # What its two bases in bf16 there have in common: the ratios too, which are config/smollm2.py's, UPPER_MLPS.
 STORIES = ["config/smollm2.py", "--dtype=bfloat16", *TINY_TASK, "--learning_rate=1e-3", "--eval_interval=40",
            "--save_interval=40", "--eval_examples=64", "--test_examples=200", "--max_new_tokens=32"]
-# What the two with long prompts have in common.
+# What the bases with long prompts have in common; LONG_120: those of SmolLM2 with 120 steps.
 LONG = ["--dataset=data/gsm8k_shots/6", "--batch_size=2", "--max_seq_len=1600", "--eval_interval=60",
         "--save_interval=20", "--max_new_tokens=0"]
 LONG_120 = [*SMOLLM2, *LONG, *LONGER]
