@@ -6,7 +6,8 @@
     python -m results.equal_time smollm2 --model=DIR    first: python data/gsm8k_shots/prepare.py; two_120: longer
     python -m results.equal_time long --model=DIR       first: the same with --shots=6; long_120: longer;
                                                         long_120_1e3, long_120_2e3: at other learning rates
-    python -m results.equal_time qwen_long --model=DIR  likewise; qwen_stories: the word problems
+    python -m results.equal_time qwen_long --model=DIR  likewise; qwen_long_fp32: with a dense forward; qwen_stories:
+                                                        the word problems
 
     BASE            one of BASES below: which runs there are; each is a train.py command line that can be pasted
     --seeds=0       of each run; 0: as many as BASES says
@@ -77,6 +78,7 @@ STORIES = ["config/smollm2.py", "--dtype=bfloat16", *TINY_TASK, "--learning_rate
 LONG = ["--dataset=data/gsm8k_shots/6", "--batch_size=2", "--max_seq_len=1600", "--eval_interval=60",
         "--save_interval=20", "--max_new_tokens=0"]
 LONG_120 = [*SMOLLM2, *LONG, *LONGER]
+QWEN_LONG = ["config/qwen.py", "--max_steps=60", "--eval_examples=64", "--test_examples=0", *LONG]
 
 BASES = dict(
     tiny=Base("the embedded base and its word problems, 86 % context", ["config/tiny.py"], 5, (195, 175, 155), {
@@ -178,12 +180,17 @@ BASES = dict(
          "--max_new_tokens=0", *LONGER], 1, (90, 60), DENSE_FORWARD),
     qwen_long=Base(
         "Qwen2.5-Coder-0.5B-Instruct, GSM8K with six solved problems before each, 90 % context",
-        ["config/qwen.py", "--dtype=bfloat16", "--max_steps=60", "--eval_examples=64", "--test_examples=0", *LONG],
-        3, (45, 36), {
+        [*QWEN_LONG, "--dtype=bfloat16"], 3, (45, 36), {
             ".97 in 12-22": [],  # as config/qwen.py has it
             ".97 in 12-22, no queries there": ['--attn_sparsity={"12-22": 1}'],
             ".97 in 12-22, no queries there, dense to 15 %": ['--attn_sparsity={"12-22": 1}', "--sparse_start=.15"],
             ".97 in 8-22, no queries there": ['--mlp_sparsity={"8-22": 0.97}', '--attn_sparsity={"8-22": 1}'],
+        }),
+    qwen_long_fp32=Base(
+        "Qwen2.5-Coder-0.5B-Instruct, GSM8K with six solved problems before each, 90 % context, fp32",
+        [*QWEN_LONG, "--dtype=float32"], 1, (45, 36), {
+            ".97 and no queries in 1-22, dense forward there": [
+                '--mlp_sparsity={"1-22": 0.97}', '--attn_sparsity={"1-22": 1}', "--dense_forward=1-22"],
         }),
     qwen_stories=Base(
         "Qwen2.5-Coder-0.5B-Instruct on the embedded base's word problems, 86 % context, 40 steps, fp32",
