@@ -43,7 +43,7 @@ from lib.architecture import ModelConfig
 from lib.files import load_weights, read_adapter, resolve, weight_files, write_safetensors, write_text
 from lib.flops import flops_by_part
 from lib.generate import generate
-from sparse import SkipQueries
+from sparse import LoudRows, SkipBackward, SkipQueries, loud_counts, loudest
 
 # cuDNN's attention, torch's first choice on an H100 since 2.11, makes a plan for every new shape, and here
 # nearly every batch and every generated token has one (tens of ms each, others say; UNMEASURED here).
@@ -68,6 +68,9 @@ class Part(nn.Module):
         self.lora_scale = 0.0  # alpha / R
         self.predictor = None
         self.channels = None  # the kept channels of the last forward, None when dense: to look at, nothing reads it
+        self.backward_sparsity = 0.0  # the share of sparse rows without a backward: predictor.attach sets it
+        self.skips_backward = False  # whether it is in force: LLaMA.set_sparsity
+        self.loud = None  # (rows that had a backward, their share of the gradient's energy), where watched
 
     def lora_of(self, targets):
         """[A, B, A, B, ...] of these targets, as sparse.py takes them: of rank 0 where a target has no LoRA."""
@@ -81,6 +84,16 @@ class Part(nn.Module):
                 like = dict(dtype=w.dtype, device=w.device)
                 out += [torch.empty(0, n_in, **like), torch.empty(n_out, 0, **like)]
         return out
+
+    def loudest(self, batch):
+        """-> as a SkipBackward has it: of a gradient dy (n, D) the loudest rows."""
+        def rows_of(dy):
+            rows = loudest(dy, batch, self.backward_sparsity)
+            if self.loud is not None:
+                energies = dy.float().square().sum(1)
+                self.loud = rows, energies[rows].sum() / energies.sum()
+            return rows
+        return rows_of
 
     def measurer(self, measure):
         """Who is shown what this part computes in a dense pass that measures: its predictor, or nobody."""
@@ -166,10 +179,12 @@ class Attention(Part):
                                        heads)
 
     def forward(self, x, batch, rope, keep, measurer, last, cache):
-        """x (T, D) -> (T, D), in the last block (T_loss, D). rope: cos, sin (T, hd/2). keep: KeepAttention, SkipQueries
-        or None. measurer: as in sparse.py. cache: a BlockCache to fill (generation), or None."""
+        """x (T, D) -> (T, D), in the last block (T_loss, D). rope: cos, sin (T, hd/2). keep: KeepAttention, SkipQueries,
+        SkipBackward or None. measurer: as in sparse.py. cache: a BlockCache to fill (generation), or None."""
         if isinstance(keep, SkipQueries):
             return self.skip_queries(x, batch, rope, keep)
+        if isinstance(keep, SkipBackward):
+            return self.skip_backward(x, batch, rope, keep)
         H, K, n = self.n_heads, self.n_kv_heads, batch.n_sparse
         if last:  # nothing reads the other rows' queries: with 3 of 512 tokens scored, 1.6 % of a sparse step
             k, v = self.keys_and_values(x, batch, rope)
@@ -215,6 +230,27 @@ class Attention(Part):
                       batch.dense_lengths, batch.dense_positions)  # (T - n, D)
         return torch.cat([instead, y])
 
+    def skip_backward(self, x, batch, rope, keep):
+        """x (T, D) -> (T, D), exactly; of the sparse rows only the loudest have a backward through queries and outputs.
+        The keys' and values' is that of all rows."""
+        n = batch.n_sparse
+        context, others = x.split([n, len(x) - n])  # (n, D), (T - n, D)
+        cos, sin = rope
+        k, v = self.keys_and_values(x, batch, rope)  # (B, K, S, hd)
+        counts = loud_counts(batch, self.backward_sparsity)
+
+        def read(rows, x, k, v):
+            if rows is None:
+                return self.read(x, (cos[:n], sin[:n]), batch.places[:n], batch.shape, k, v, batch.lengths)
+            places, positions = own_grid(batch.positions[rows], counts)
+            return self.read(x, (cos[rows], sin[rows]), places, positions.shape, k, v, counts, positions)
+
+        trained = [p for p in self.lora_of("qo") if p.requires_grad]
+        y = LoudRows.apply(read, keep.loudest, len(trained), context, k, v, *trained)  # (n, D)
+        rest = self.read(others, (cos[n:], sin[n:]), batch.dense_places, batch.dense_positions.shape, k, v,
+                         batch.dense_lengths, batch.dense_positions)  # (T - n, D)
+        return torch.cat([y, rest])
+
     def decode(self, x, rope, cache):
         """One new token for each of B texts: x (B, D) -> (B, D). cache: this block's keys and values."""
         H, K, hd, B = self.n_heads, self.n_kv_heads, self.head_dim, len(x)
@@ -255,6 +291,17 @@ def to_rows(a, places):
     return dense.Gather.apply(a.transpose(1, 2).flatten(2).flatten(0, 1), places)
 
 
+def own_grid(positions, counts):
+    """A grid for some rows of each text, counts of them, text after text, at these positions (c,) -> their places in
+    it, (c,): b W + number; and the positions as a grid, (B, W), 0 where there is no row."""
+    W = max(counts)
+    places = [b * W + torch.arange(c, device=positions.device) for b, c in enumerate(counts)]
+    places = torch.cat(places)
+    grid = positions.new_zeros(len(counts) * W)
+    grid[places] = positions
+    return places, grid.view(-1, W)
+
+
 class MLP(Part):
     def __init__(self, c, **kw):
         super().__init__()
@@ -265,9 +312,19 @@ class MLP(Part):
         self.down = weight(I, D, **kw)
 
     def forward(self, x, n=0, keep=None, measurer=None):
-        """x (T, D) -> (T, D). keep: a KeepMLP for the first n rows, or None. measurer: as in sparse.py."""
+        """x (T, D) -> (T, D). keep: a KeepMLP or a SkipBackward for the first n rows, or None. measurer: as in
+        sparse.py."""
+        if isinstance(keep, SkipBackward):
+            return self.skip_backward(x, n, keep)
         return sparse.SwiGLU.apply(x, self.gate_up, self.down, keep, n, self.lora_scale, measurer,
                                    *self.lora_of(self.shapes))
+
+    def skip_backward(self, x, n, keep):
+        """x (T, D) -> (T, D), exactly; of the first n rows only the loudest have a backward."""
+        context, others = x.split([n, len(x) - n])  # (n, D), (T - n, D)
+        trained = [p for p in self.lora_of(self.shapes) if p.requires_grad]
+        y = LoudRows.apply(lambda rows, x: self.forward(x), keep.loudest, len(trained), context, *trained)  # (n, D)
+        return torch.cat([y, self.forward(others)])
 
     def activations(self, x):
         """The true h = silu(g) u of x (n, D), LoRA included: (n, I)."""
@@ -316,34 +373,36 @@ class Block(nn.Module):
         """x (T, D) -> (T, D), in the last block (T_loss, D). measure: whether the predictors are shown what this
         dense pass computes. chosen: a Chosen, where a forward writes its channels and a recomputation reads them."""
         x = self.attention_half(x, batch, rope, last, measure, chosen, cache)
-        n = batch.n_sparse
-        if last:
-            n = 0
-        return self.mlp_half(x, n, measure, chosen)
+        return self.mlp_half(x, batch, last, measure, chosen)
 
     def attention_half(self, x, batch, rope, last, measure, chosen, cache=None):
         """x and what attention adds to it."""
         h = self.norm(x, self.attn_norm)
-        keep = self.choose("attn", h, batch.n_sparse, chosen)
+        keep = self.choose("attn", h, batch, batch.n_sparse, chosen)
         a = self.attn(h, batch, rope, keep, self.attn.measurer(measure), last, cache)
         if last:
             x = x[batch.loss]
         return x + a
 
-    def mlp_half(self, x, n, measure, chosen):
-        """x, whose first n rows are sparse, and what the MLP adds to it."""
+    def mlp_half(self, x, batch, last, measure, chosen):
+        """x and what the MLP adds to it."""
+        n = batch.n_sparse
+        if last:
+            n = 0
         h = self.norm(x, self.mlp_norm)
-        keep = self.choose("mlp", h, n, chosen)
+        keep = self.choose("mlp", h, batch, n, chosen)
         return x + self.mlp(h, n, keep, self.mlp.measurer(measure))
 
-    def choose(self, name, h, n, chosen):
+    def choose(self, name, h, batch, n, chosen):
         """What part `name` keeps for its normed input h (T, D), whose first n rows are sparse: None (all), KeepMLP,
-        KeepAttention or SkipQueries. Chosen in the forward, and only read in its recomputation."""
+        KeepAttention, SkipQueries or SkipBackward. Chosen in the forward, and only read in its recomputation."""
         if name not in chosen:
             part = getattr(self, name)
             keep = None
             if part.predictor is not None and part.predictor.c and n:
                 keep = part.predictor.select(h[:n])
+            elif part.skips_backward and n and torch.is_grad_enabled():
+                keep = SkipBackward(part.loudest(batch))
             part.channels = keep and keep.channels
             chosen[name] = keep
         return chosen[name]
@@ -591,6 +650,12 @@ class LLaMA(nn.Module):
         for b in self.blocks:
             for p in b.predictors():
                 p.switch(on)
+            for part in (b.attn, b.mlp):
+                part.skips_backward = bool(on) and part.backward_sparsity > 0
+
+    def can_be_sparse(self):
+        """Whether set_sparsity changes anything: whether a part has a ratio."""
+        return any(part.predictor is not None or part.backward_sparsity for part in self.parts())
 
     def rope(self, positions):
         """cos and sin (T, hd/2) of positions (T,), in fp32 (fp64 in an fp64 model)."""

@@ -447,7 +447,8 @@ class Predictor:
 
 # ---- the public functions ----------------------------------------------------------------------------------
 
-def attach(model, mlp_sparsity, attn_sparsity, rank=8, kind="svd", map_rank=64, seed=0, dense_forward=""):
+def attach(model, mlp_sparsity, attn_sparsity, rank=8, kind="svd", map_rank=64, seed=0, dense_forward="",
+           backward_sparsity=0.0):
     """Gives every block but the last a ratio and a way to choose channels, and switches sparsity fully on.
 
     mlp_sparsity, attn_sparsity: a float for all blocks, or a list of n_layers floats in [0, 1), for attention [0, 1].
@@ -455,7 +456,8 @@ def attach(model, mlp_sparsity, attn_sparsity, rank=8, kind="svd", map_rank=64, 
     "1-16" or "" for none, where only the backward is sparse. The last block stays dense: only its loss rows compute
     anything but keys and values. Errors: UserError for an unknown kind, a bad ratio, no queries without a map, or
     attention channels dropped where that cannot be: in a model with q/k norms, which would rescale what is left of a
-    query, or with a dense forward."""
+    query, or with a dense forward. backward_sparsity: as mlp_sparsity, the share of sparse rows without a backward, in
+    blocks where no channel is dropped."""
     n = len(model.blocks)
     mlp = config.ratios(mlp_sparsity, n, "mlp_sparsity")
     attn = config.ratios(attn_sparsity, n, "attn_sparsity")
@@ -474,9 +476,15 @@ def attach(model, mlp_sparsity, attn_sparsity, rank=8, kind="svd", map_rank=64, 
             raise UserError(f"dense_forward = {dense_forward!r} names block {i}, whose attn_sparsity is {attn[i]}: set "
                             "it to 0 there, or with predictor = 'measured' and a map to 1")
     model.selection_rng = torch.Generator(model.embed.device).manual_seed(seed)
+    backward = config.ratios(backward_sparsity, n, "backward_sparsity")
+    for i, block in enumerate(model.blocks[:-1]):
+        if backward[i] and (mlp[i] or attn[i]):
+            raise UserError(f"backward_sparsity has the ratio {backward[i]} for block {i}, where channels are skipped too "
+                            f"(mlp_sparsity {mlp[i]}, attn_sparsity {attn[i]}): set one or the other to 0 there")
     for i, block in enumerate(model.blocks):
         for part, ratio in ((block.attn, attn[i]), (block.mlp, mlp[i])):
             part.predictor = None
+            part.backward_sparsity = backward[i] if i < n - 1 else 0.0
             if ratio > 0 and i < n - 1:
                 part.predictor = Predictor(block, part, ratio, kind, map_rank, model.selection_rng, i in backward_only)
     if kind == "svd" and predictors(model):
@@ -612,7 +620,7 @@ def attention_halves(block, batches, ropes, xs):
 
 
 def mlp_halves(block, batches, xs):
-    return [block.mlp_half(x, b.n_sparse, measure=False, chosen={}) for x, b in zip(xs, batches)]
+    return [block.mlp_half(x, b, last=False, measure=False, chosen={}) for x, b in zip(xs, batches)]
 
 
 def fit_mlp(block, batches, middle, wanted):
@@ -709,6 +717,27 @@ def watch(model, batch):
     finally:
         for _, p in watched:
             p.selections = None
+
+
+def watch_backward(model, batch):
+    """{block: share} for the blocks with a backward_sparsity: of the gradient that comes to the sparse rows of this
+    batch, |dy|^2, the share of those that have a backward; mean of attention and MLP. A forward and a backward; the
+    gradients of the weights are left as they were."""
+    parts = [(i, part) for i, b in enumerate(model.blocks) for part in (b.attn, b.mlp) if part.skips_backward]
+    for _, part in parts:
+        part.loud = ()
+    try:
+        with torch.enable_grad():
+            x = model.embed.detach()[batch.tokens].requires_grad_()  # (T, D)
+            torch.autograd.grad(model.loss(batch, x=x), x)
+        shares = {}
+        for i, part in parts:
+            if part.loud:
+                shares.setdefault(i, []).append(float(part.loud[1]))
+        return {i: sum(s) / len(s) for i, s in shares.items()}
+    finally:
+        for _, part in parts:
+            part.loud = None
 
 
 def quality(p, x, kept):

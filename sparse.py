@@ -45,6 +45,8 @@ library matmul on a CPU.
 A weight may be a kernels.NF4, packed in 4 bits: then the products unpack what they read of it, in the forward and again
 in the backward, and what autograd keeps is the packed weight. Rows that were copied out are unpacked already.
 """
+import math
+from collections.abc import Callable
 from typing import NamedTuple, Optional
 
 import torch
@@ -76,6 +78,12 @@ class SkipQueries(NamedTuple):
     map: Optional[tuple] = None  # U (D, r), V (r, D), b (D,): (x U) V + b stands in
     dense_forward: bool = False  # only in the backward
     channels: tuple = ()  # as the others have it: none is dropped
+
+
+class SkipBackward(NamedTuple):
+    """A part whose sparse rows leave nothing out in the forward, and have a backward only where it is loud: LoudRows."""
+    loudest: Callable  # dy (n, D), the gradient of what the sparse rows came to -> the rows that have one, (c,) int64
+    channels: Optional[torch.Tensor] = None  # as the others have it: none is dropped
 
 
 class KeepMLP(NamedTuple):
@@ -385,3 +393,67 @@ class SwiGLU(Function):
             if train_down:
                 dw_down = weight_grad(h, dy)
         return dx, dw_gate_up, dw_down, None, None, None, None, *dlora
+
+
+# ---- the backward of the loudest rows ----------------------------------------------------------------------
+
+class LoudRows(Function):
+    """y = f(x), row by row, whose backward goes through the loudest rows only, those with the largest dy. The others
+    have dx = 0: of their gradient goes on what the residual stream carries past f. The forward keeps nothing but its
+    inputs; the backward makes f of the loud rows again and differentiates that.
+
+    f: called with rows (None: all n, or (c,) int64), x of these rows and others -> y of these rows. loudest: as in
+    SkipBackward. tensors: x (n, D); others, which f reads whole, as keys and values; and the last n_trained, which f
+    finds by itself: what it trains."""
+
+    @staticmethod
+    def forward(ctx, f, loudest, n_trained, *tensors):
+        end = len(tensors) - n_trained
+        ctx.f, ctx.loudest, ctx.trained = f, loudest, tensors[end:]
+        ctx.save_for_backward(*tensors[:end])
+        return f(None, *tensors[:end])
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, *others = ctx.saved_tensors
+        rows = ctx.loudest(dy)  # (c,)
+        inputs = []
+        for t, wanted in zip([x[rows], *others], ctx.needs_input_grad[3:]):
+            inputs.append(t.detach().requires_grad_(wanted))
+        with torch.enable_grad():
+            y = ctx.f(rows, *inputs)  # (c, D)
+        tensors = [*inputs, *ctx.trained]
+        found = iter(torch.autograd.grad(y, [t for t in tensors if t.requires_grad], dy[rows]))
+        gradients = [next(found) if t.requires_grad else None for t in tensors]
+        if gradients[0] is not None:
+            gradients[0] = torch.zeros_like(x).index_copy_(0, rows, gradients[0])
+        return None, None, None, *gradients
+
+
+def loudest(dy, batch, ratio):
+    """dy (n, D), the gradient of a batch's sparse rows -> the rows (c,) int64 that have the largest: of each text's m
+    sparse rows m (1 - ratio), rounded up. Text after text, each in its order. By text, so that it does not matter which
+    texts make a batch; and how many they are the host knows without waiting."""
+    B, S = batch.shape
+    n = batch.n_sparse
+    places = batch.places[:n]  # b S + position
+    high = torch.promote_types(dy.dtype, torch.float32)
+    size = dy.new_full((B * S,), -1, dtype=high)  # of each place; -1 where no sparse row is
+    size[places] = torch.linalg.vector_norm(dy, dim=1, dtype=high)
+    row_at = places.new_zeros(B * S)
+    row_at[places] = torch.arange(n, device=dy.device)
+    positions = size.view(B, S).argsort(1, descending=True)  # (B, S)
+    of_texts = []
+    for b, c in enumerate(loud_counts(batch, ratio)):
+        of_texts.append(b * S + positions[b, :c].sort().values)
+    return row_at[torch.cat(of_texts)]
+
+
+def loud_counts(batch, ratio):
+    """How many rows of each text loudest() finds: [int]."""
+    context = [whole - dense for whole, dense in zip(batch.lengths, batch.dense_lengths)]
+    return [number_loud(m, ratio) for m in context]
+
+
+def number_loud(m, ratio):
+    return math.ceil(round(m * (1 - ratio), 6))  # 6 digits: as predictor.number_kept

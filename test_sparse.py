@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 import data
 import kernels
 import predictor
+import sparse
 from config import UserError
 from lib import dense as dense_ops
 from lib import factors
@@ -72,8 +73,10 @@ def masked_loss(m, batch, channels):
     masked = Masked(m, batch)
     x = masked.weights["model.embed_tokens.weight"][batch.tokens]  # (T, D)
     for i, (attn, mlp) in enumerate(channels):
-        x = x + masked.attention(i, masked.norm(x, f"model.layers.{i}.input_layernorm"), attn)
-        x = x + masked.mlp(i, masked.norm(x, f"model.layers.{i}.post_attention_layernorm"), mlp)
+        y = masked.attention(i, masked.norm(x, f"model.layers.{i}.input_layernorm"), attn)
+        x = x + masked.loud_only(y, m.blocks[i].attn)
+        y = masked.mlp(i, masked.norm(x, f"model.layers.{i}.post_attention_layernorm"), mlp)
+        x = x + masked.loud_only(y, m.blocks[i].mlp)
     x = masked.norm(x, "model.norm")[batch.loss]
     head = masked.weights.get("lm_head.weight", masked.weights["model.embed_tokens.weight"])
     return (F.cross_entropy(x @ head.T, batch.targets, reduction="none") * batch.weights).sum()
@@ -102,6 +105,17 @@ class Masked:
             k[:self.batch.n_sparse] = 0
             k[:self.batch.n_sparse, idx] = 1
         return k
+
+    def loud_only(self, y, part):
+        """y, what a part adds, whose sparse rows have no gradient but for those that were loud."""
+        if not part.skips_backward or not part.loud:  # or nothing below needs a gradient
+            return y
+        rows, _ = part.loud
+        quiet = torch.ones(self.batch.n_sparse, dtype=torch.bool)
+        quiet[rows] = False
+        y = y.clone()
+        y[:len(quiet)][quiet] = y[:len(quiet)][quiet].detach()
+        return y
 
     def low_rank(self, x, name):
         if name + ".lora_A.weight" not in self.lora:
@@ -260,6 +274,64 @@ def test_dense_forward_needs_whole_attention():
         predictor.attach(build(), .5, [0, .5, 0], dense_forward="0-1")
     with pytest.raises(UserError, match="dense_forward names block 3, but the model's blocks are 0 to 2"):
         predictor.attach(build(), .5, 0, dense_forward="0-3")
+
+
+def watch_loud(m):
+    for part in m.parts():
+        part.loud = ()
+
+
+@pytest.mark.parametrize("split", ["output", "none", "random", "rectangle"])
+@pytest.mark.parametrize("kind, targets", [*((kind, ALL) for kind in KINDS), ("biases", "q,k,v,o"), ("grouped", "k"),
+                                           ("grouped", "down")])
+def test_backward_sparsity_equals_masked_dense(kind, targets, split):
+    """The loss is the dense model's; the gradient that of a model whose quiet rows are constants."""
+    m = build(targets=targets, **KINDS[kind])
+    sizes = [(9, 4), (15, 7), (24, 1), (70, 140)]
+    if split != "rectangle":  # which would leave no sparse row
+        sizes += [(2, 2), (0, 3)]
+    batch = batch_of(sizes, split=split, dense_first=2)
+    of_dense = grads(m.loss(batch), m)
+    predictor.attach(m, 0, 0, backward_sparsity=[.6, .9, .5])
+    watch_loud(m)
+    assert_same(m, batch)
+    dense_loss = masked_loss(m, batch, [(None, None)] * 3)
+    assert abs(m.loss(batch) - dense_loss) < 1e-12 * dense_loss
+    of_sparse = grads(m.loss(batch), m)
+    assert any((of_sparse[k] - g).abs().max() > 1e-3 for k, g in of_dense.items() if g is not None)
+    m.set_sparsity(0)
+    again = grads(m.loss(batch), m)
+    assert all(torch.equal(again[k], g) for k, g in of_dense.items() if g is not None)
+
+
+def test_the_loudest_rows():
+    """Of each text those with the largest gradient, rounded up; no dense row is among them."""
+    batch = batch_of(((9, 4), (5, 7), (14, 1), (2, 2)), dense_first=2)
+    B, S = batch.shape
+    dy = torch.randn(batch.n_sparse, 3)
+    rows = sparse.loudest(dy, batch, .6)
+    assert sparse.loud_counts(batch, .6) == [3, 1, 5, 0]  # of 6, 2, 11 and 0, for a text's last prompt token is in the loss
+    text = batch.places[:batch.n_sparse] // S
+    for b, c in enumerate(sparse.loud_counts(batch, .6)):
+        size = dy.norm(dim=1).masked_fill(text != b, -1)
+        mine = rows[text[rows] == b]
+        assert set(mine.tolist()) == set(size.topk(c).indices.tolist())
+        assert (batch.positions[mine].diff() > 0).all()
+
+
+def test_loud_rows_do_not_depend_on_the_batch():
+    """So accumulation and ranks change nothing."""
+    m, ex = build(), examples(((19, 4), (25, 7), (14, 1), (2, 2)))
+    predictor.attach(m, 0, 0, backward_sparsity=.7)
+    whole = grads(m.loss(data.collate(ex)), m)
+    parts = [grads(m.loss(data.collate(some)), m) for some in (ex[:1], ex[1:])]
+    for k, g in whole.items():
+        assert (g - parts[0][k] - parts[1][k]).abs().max() < 1e-9 * max(1, g.abs().max()), k
+
+
+def test_backward_sparsity_needs_whole_channels():
+    with pytest.raises(UserError, match="backward_sparsity has the ratio 0.9 for block 1, where channels are skipped too"):
+        predictor.attach(build(), [0, .5, 0], 0, backward_sparsity=.9)
 
 
 @pytest.mark.parametrize("split", ["output", "none", "random", "rectangle"])

@@ -175,7 +175,7 @@ def learning_rate(cfg, step, max_steps):
 def is_sparse(run, step):
     """The schedule: dense before sparse_start and from sparse_end on, sparse between; dense where no part has a
     ratio."""
-    if not predictor.predictors(run.model):
+    if not run.model.can_be_sparse():
         return False
     return in_sparse_part(run.cfg, step, run.max_steps)
 
@@ -263,7 +263,7 @@ def selection(run):
     they hold, how much of the MLPs' outputs is missing (of those whose forward is sparse), and how far sparsity moves
     the loss. A selection that fails shows here, but not one for the backward only. Leaves sparsity fully on."""
     model, cfg = run.model, run.cfg
-    if not predictor.predictors(model):
+    if not model.can_be_sparse():
         return {}
     rng = model.selection_rng.get_state()  # looking must not change the training
     some = run.tokenized["val"][:cfg.micro_batch_size or cfg.batch_size]
@@ -274,7 +274,13 @@ def selection(run):
     model.set_sparsity(1)
     sparse_loss = model.loss(batch).item() / total
     seen = predictor.watch(model, batch)
+    loud = predictor.watch_backward(model, batch)
     model.selection_rng.set_state(rng)
+    if loud:
+        say("  gradient energy of the context tokens that have a backward, by block:"
+            + "".join(f" {i}:{share:.2f}" for i, share in loud.items()))
+    if not predictor.predictors(model):
+        return dict(loud=loud, dense_loss=dense_loss, sparse_loss=sparse_loss)
     for kind in ("attn", "mlp"):
         shares = ""
         for name, v in seen.items():
@@ -409,13 +415,14 @@ def load_model(cfg, folder, device, tokenizer):
                         f"{c.sliding_window}: lower it")
     mlp = config.ratios(cfg.mlp_sparsity, L, "mlp_sparsity")
     attn = config.ratios(cfg.attn_sparsity, L, "attn_sparsity")
+    backward = config.ratios(cfg.backward_sparsity, L, "backward_sparsity")
     backward_only = config.blocks_of(cfg.dense_forward, L, "dense_forward")
     if backward_only and any(mlp + attn) and not any(mlp[i] or attn[i] for i in backward_only):
         raise UserError(f"dense_forward = {cfg.dense_forward!r} names only blocks that are dense in both passes: give "
                         "them a ratio in mlp_sparsity or attn_sparsity")
     if cfg.lora_r == 0:
         model.train_all()
-        mlp = attn = [0.0] * L  # a weight that is trained needs all its rows
+        mlp = attn = backward = [0.0] * L  # a weight that is trained needs all its rows
     elif cfg.init_adapter:
         load_adapter(model, cfg.init_adapter)
         say(f"goes on from {cfg.init_adapter}: rank {model.lora_r}, alpha {model.lora_alpha:g} on "
@@ -425,7 +432,7 @@ def load_model(cfg, folder, device, tokenizer):
         model.add_lora(cfg.lora_r, cfg.lora_alpha, cfg.lora_targets, first=cfg.lora_from)
     model.recompute = cfg.recompute
     predictor.attach(model, mlp, attn, cfg.predictor_rank, cfg.predictor, cfg.map_rank, cfg.seed + dist.rank(),
-                     cfg.dense_forward)
+                     cfg.dense_forward, backward)
     return model
 
 
@@ -599,7 +606,7 @@ def finish(run):
             result["test_loss"] = mean_loss(run.model, run.tokenized["test"][:cfg.test_examples], cfg, run.stop)
         result["after"], result["test_examples"] = accuracy(run.model, run.tokenizer, run.examples["test"],
                                                             cfg.test_examples, cfg, run.stop)
-    if predictor.predictors(run.model) and not predictor.measuring(run.model):
+    if run.model.can_be_sparse() and not predictor.measuring(run.model):
         result["time_ratio"] = time_ratio(run.model, (batches_of(run, step) for step in range(11)), run.stop)
         run.grad.zero_()
     info["finished"] = True
@@ -650,7 +657,7 @@ def say_plan(run):
         of_them = f" ({in_4_bits / 1e6:,.1f} M of them in 4 bits)"
     say(f"{cfg.model}: {frozen / 1e6:,.1f} M frozen{of_them} and {trained / 1e6:,.2f} M trained weights, "
         f"{run.max_steps} steps of {cfg.batch_size} examples")
-    if not predictor.predictors(model):
+    if not model.can_be_sparse():
         say("dense throughout")
         return
     model.set_sparsity(1)
@@ -661,7 +668,8 @@ def say_plan(run):
     if not steps:
         say("dense throughout: sparse_start and sparse_end leave no sparse step")
         return
-    say(f"dense for {steps[0]} steps, then sparse ({cfg.predictor}) until step {steps[-1] + 1}: "
+    how = f" ({cfg.predictor})" if predictor.predictors(model) else ""
+    say(f"dense for {steps[0]} steps, then sparse{how} until step {steps[-1] + 1}: "
         f"a sparse step computes {sparse / dense:.0%} of a dense one's {dense / 1e9:,.1f} GFLOP")
 
 

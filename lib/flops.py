@@ -2,14 +2,15 @@
 
 All that is computed, forward and backward, and nothing that is not: LoRA, the predictor, attention, the loss.
 A multiplication and an addition are two. Attention counts as the blocks that are computed on a CPU, and on a
-GPU, where it is fused, as the whole (B, S, S), as torch counts it; a recomputation is not counted. Equal to
-torch.utils.flop_counter's number (tests/test_bench.py).
+GPU, where it is fused, as the whole (B, S, S), as torch counts it; a block's recomputation is not counted. Equal to
+torch.utils.flop_counter's number (tests/test_bench.py), with backward_sparsity a little more.
 
 A product of n rows with (a, b) takes 2 n a b forward and as much again for its input's gradient, where that
 is needed, and for its weight's, where that is trained. With LoRA the input of the first block that has it needs none,
 and the blocks below have no backward.
 """
 from lib import dense
+from sparse import loud_counts
 
 
 def flops_by_part(model, batch, sparse_on=True):
@@ -27,8 +28,11 @@ def flops_by_part(model, batch, sparse_on=True):
         targets = ()  # that have LoRA
         if i >= model.lora_from:
             targets = model.lora_targets
-        out[f"{i}.attn"], need = attention(model, batch, targets, at_work(b.attn, sparse_on, n), n, t, need, full)
-        out[f"{i}.mlp"], need = mlp(model, targets, at_work(b.mlp, sparse_on, n), n, t, need, full)
+        loud = None  # how many sparse rows of each text have a backward, where not all have
+        if sparse_on and n and b.mlp.skips_backward:
+            loud = loud_counts(batch, b.mlp.backward_sparsity)
+        out[f"{i}.attn"], need = attention(model, batch, targets, at_work(b.attn, sparse_on, n), loud, n, t, need, full)
+        out[f"{i}.mlp"], need = mlp(model, targets, at_work(b.mlp, sparse_on, n), loud, n, t, need, full)
     out["head"] = 2 * T_loss * D * V * (2 + full)
     return out
 
@@ -41,11 +45,16 @@ def at_work(part, sparse_on, n):
     return None
 
 
-def mlp(model, targets, predictor, n, t, need, full):
+def mlp(model, targets, predictor, loud, n, t, need, full):
     """-> (FLOPs of one block's MLP, whether its output needs a gradient): n sparse rows of t. need: whether its input
-    needs one. targets: what has LoRA in this block."""
+    needs one. targets: what has LoRA in this block. loud: None, or how many sparse rows of each text have a backward,
+    which makes their forward again."""
     D, I, R = model.config.hidden_size, model.config.intermediate_size, model.lora_r
-    forward = work = t * I  # rows times channels, in the forward and in the backward
+    backward = need or full or any(x in targets for x in ("gate", "up", "down"))
+    up, down = t, t  # rows in the forward and in the backward
+    if loud is not None and backward:
+        up, down = t + sum(loud), t - n + sum(loud)
+    forward, work = up * I, down * I  # times channels
     f = 0
     if predictor is not None:
         work = n * predictor.c + (t - n) * I
@@ -53,13 +62,12 @@ def mlp(model, targets, predictor, n, t, need, full):
             forward = work
         f += predictor.flops(n)
         f += mapped(predictor, n, D, need)
-    backward = need or full or any(x in targets for x in ("gate", "up", "down"))
     f += 2 * D * (3 * forward + (backward + 2 * need + 3 * full) * work)  # 3 products; dh 1, dx 2, weights 3
     for target in ("gate", "up"):
         if target in targets:
-            f += 2 * R * ((2 + need) * t * D + forward + 2 * work)
+            f += 2 * R * (up * D + (1 + need) * down * D + forward + 2 * work)
     if "down" in targets:
-        f += 2 * R * (3 * t * D + forward + 2 * work)
+        f += 2 * R * (up * D + 2 * down * D + forward + 2 * work)
     return f, backward
 
 
@@ -69,9 +77,9 @@ def mapped(predictor, n, D, need):
     return 2 * n * predictor.rank_of_map() * 2 * D * passes
 
 
-def attention(model, batch, targets, predictor, n, t, need, full):
-    """-> (FLOPs of one block's attention, whether its output needs a gradient). targets: as of mlp. predictor: None
-    where it runs dense. n sparse rows, t rows for queries and outputs; keys and values always have all T."""
+def attention(model, batch, targets, predictor, loud, n, t, need, full):
+    """-> (FLOPs of one block's attention, whether its output needs a gradient). targets, loud: as of mlp. predictor:
+    None where it runs dense. n sparse rows, t rows for queries and outputs; keys and values always have all T."""
     c, T = model.config, len(batch.tokens)
     D, R, G = c.hidden_size, model.lora_r, c.num_attention_heads // c.num_key_value_heads
     Nq, Nkv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
@@ -82,10 +90,18 @@ def attention(model, batch, targets, predictor, n, t, need, full):
         return 2 * R * rows * ((2 + need) * n_in + 3 * n_out)
 
     lengths, positions, f = batch.lengths, None, 0  # of queries
+    inside = need or full or any(x in targets for x in "qkv")
+    if loud is not None and not (inside or "o" in targets):
+        loud = None
     no_queries = predictor is not None and predictor.no_queries
-    if no_queries:
+    if no_queries or loud is not None:
         t, lengths, positions = T - n, batch.dense_lengths, batch.dense_positions
+    pairs = pairs_of(model, batch, lengths, positions)
+    if no_queries:
         f += mapped(predictor, n, D, need)
+    if loud is not None:  # in both passes, beside the forward of all sparse rows
+        t += sum(loud)
+        pairs += loud_pairs(model, batch, loud)
     qkv = t * Nq + T * 2 * Nkv  # rows times channels
     o = t * Nq
     if predictor is not None and not no_queries:
@@ -94,15 +110,21 @@ def attention(model, batch, targets, predictor, n, t, need, full):
         f += predictor.flops(n)
     f += 2 * D * qkv * (1 + need + full)
     f += lora("q", t, D, Nq, need) + lora("k", T, D, Nkv, need) + lora("v", T, D, Nkv, need)
-    inside = need or full or any(x in targets for x in "qkv")
-    pairs = pairs_of(model, batch, lengths, positions)
     f += 2 * pairs * Nq * (2 + 5 * inside)  # 2 products forward, 5 backward
     f += 2 * D * o * (1 + inside + full) + lora("o", t, Nq, D, inside)
-    if no_queries and predictor.dense_forward:  # forward the sparse rows have queries after all
+    if loud is not None or no_queries and predictor.dense_forward:  # forward all sparse rows have queries
         f += 2 * n * 2 * D * Nq
         f += 2 * R * n * (D + Nq) * sum(x in targets for x in "qo")
         f += 2 * pairs_of(model, batch, batch.lengths) * Nq * 2
     return f, inside or "o" in targets
+
+
+def loud_pairs(model, batch, loud):
+    """Pairs of the loud rows' queries and keys: at most, for which rows are loud is known in the backward."""
+    B, S = batch.shape
+    if model.device.type == "cpu":
+        return sum(c * length for c, length in zip(loud, batch.lengths))
+    return B * max(loud) * S
 
 
 def pairs_of(model, batch, lengths, positions=None):

@@ -80,9 +80,13 @@ LONG = ["--dataset=data/gsm8k_shots/6", "--batch_size=2", "--max_seq_len=1600", 
 LONG_120 = [*SMOLLM2, *LONG, *LONGER]
 QWEN_LONG = ["config/qwen.py", "--max_steps=60", "--eval_examples=64", "--test_examples=0", *LONG]
 
+# Everything is computed in the forward; in the backward nine context tokens of ten are left out, from the first step on.
+BACKWARD = ["--mlp_sparsity=0", "--attn_sparsity=0", "--backward_sparsity=.9", "--sparse_start=0"]
+
 BASES = dict(
     tiny=Base("the embedded base and its word problems, 86 % context", ["config/tiny.py"], 5, (195, 175, 155), {
         "SparseLoRA": [],
+        "backward of a tenth": BACKWARD,
         "and no queries in 3-4": ['--attn_sparsity={"3-4": 1}'],
         "svd": ["--predictor=svd"],
     }, by="test_loss"),
@@ -160,6 +164,7 @@ BASES = dict(
     long_120=Base(
         "the same with 120 steps, fp32",
         LONG_120, 2, (90, 60), {
+            "backward of a tenth": BACKWARD,
             ".97 in 17-28, no queries there": UPPER_MLPS + NO_QUERIES,
             **DENSE_FORWARD,
             ".97 and no queries in 1-28, dense forward in 1-16, dense from 90 % on": [
@@ -170,14 +175,15 @@ BASES = dict(
                 "--lora_from=15", *UPPER_MLPS, *NO_QUERIES, "--max_steps=200", "--eval_interval=200"],
         }),
     long_120_1e3=Base(
-        "the same at twice the learning rate, 1e-3", [*LONG_120, "--learning_rate=1e-3"], 1, (90, 60), DENSE_FORWARD),
+        "the same at twice the learning rate, 1e-3", [*LONG_120, "--learning_rate=1e-3"], 1, (90, 60),
+        {"backward of a tenth": BACKWARD, **DENSE_FORWARD}),
     long_120_2e3=Base(
         "the same at four times the learning rate, 2e-3", [*LONG_120, "--learning_rate=2e-3"], 1, (90, 60),
         DENSE_FORWARD),
     two_120=Base(
         "SmolLM2-135M-Instruct, GSM8K with two solved problems before each, 80 % context, 120 steps of 2, fp32",
         [*SMOLLM2, "--dataset=gsm8k_shots", "--batch_size=2", "--max_seq_len=640", "--save_interval=20",
-         "--max_new_tokens=0", *LONGER], 1, (90, 60), DENSE_FORWARD),
+         "--max_new_tokens=0", *LONGER], 1, (90, 60), {"backward of a tenth": BACKWARD, **DENSE_FORWARD}),
     qwen_long=Base(
         "Qwen2.5-Coder-0.5B-Instruct, GSM8K with six solved problems before each, 90 % context",
         [*QWEN_LONG, "--dtype=bfloat16"], 3, (45, 36), {
@@ -189,6 +195,7 @@ BASES = dict(
     qwen_long_fp32=Base(
         "Qwen2.5-Coder-0.5B-Instruct, GSM8K with six solved problems before each, 90 % context, fp32",
         [*QWEN_LONG, "--dtype=float32"], 1, (45, 36), {
+            "backward of a tenth": BACKWARD,
             ".97 and no queries in 1-22, dense forward there": [
                 '--mlp_sparsity={"1-22": 0.97}', '--attn_sparsity={"1-22": 1}', "--dense_forward=1-22"],
         }),
