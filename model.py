@@ -215,17 +215,12 @@ class Attention(Part):
         return self.output(to_rows(a, places))
 
     def skip_queries(self, x, batch, rope, keep):
-        """x (T, D) -> (T, D): only the dense rows have queries, in a grid of their own (B, Sd). With a dense forward
-        the sparse rows have theirs too, but no backward through them."""
+        """x (T, D) -> (T, D): only the dense rows have queries, in a grid of their own (B, Sd)."""
         n = batch.n_sparse
         context, others = x.split([n, len(x) - n])  # (n, D), (T - n, D)
         cos, sin = rope
         k, v = self.keys_and_values(x, batch, rope)  # (B, K, S, hd)
-        exact = None
-        if keep.dense_forward:
-            with torch.no_grad():
-                exact = self.read(context, (cos[:n], sin[:n]), batch.places[:n], batch.shape, k, v, batch.lengths)
-        instead = sparse.Map.apply(context, keep.map, exact)  # (n, D)
+        instead = sparse.Map.apply(context, keep.map)  # (n, D)
         y = self.read(others, (cos[n:], sin[n:]), batch.dense_places, batch.dense_positions.shape, k, v,
                       batch.dense_lengths, batch.dense_positions)  # (T - n, D)
         return torch.cat([instead, y])

@@ -22,15 +22,16 @@ rows of W:
              for the kept ones (B_g[idx], B_u[idx], A_d[:, idx]): a sparse row adds to the gradient of what it
              computed, and to no other (without queries: to k's and v's)
 
-and the backward is the exact gradient of that forward (but see "Dense forward"):
+and the backward is the exact gradient of that forward:
 
     qkv      dx = dy[:, idx] W[idx]      o     dx[:, idx] = dy W[idx].T
     MLP      dh = dy Wd[idx].T    dg, du = swiglu'(dh, g, u)    dx = dg Wg[idx] + du Wu[idx] (+ (dy V.T) U.T)
     LoRA     dz = s dy B    dx += dz A    dA = dz.T x    dB = s dy.T z    with z = x A.T
 
-Dense forward: in some blocks a sparse row may leave nothing out in the forward, and only its backward is that of the
-kept channels and the map, at the values of the full forward. Then the loss is the dense model's, and what is left out
-is missing in the gradient only (predictor.py says why that pays).
+Loud rows: in some blocks (backward_sparsity) a sparse row leaves nothing out in the forward, and most sparse rows have no
+backward through attention and MLP: only those do whose gradient dy is largest. What comes to a block of the others' goes
+on past it, in the residual stream. Then the loss is the dense model's, and what is left out is missing in the gradient
+only (predictor.py says why that pays).
 
 (The paper's code drops the base branch's gradient in the attention projections; here it is kept.) Frozen
 weights get no gradient; with lora_r = 0 the weights themselves are trained, and dW = dy.T x is computed in
@@ -76,7 +77,6 @@ class SkipQueries(NamedTuple):
     """An attention whose sparse rows make keys and values only, for the dense rows to read. What they would have read
     themselves is replaced by a map of their normed input."""
     map: Optional[tuple] = None  # U (D, r), V (r, D), b (D,): (x U) V + b stands in
-    dense_forward: bool = False  # only in the backward
     channels: tuple = ()  # as the others have it: none is dropped
 
 
@@ -92,7 +92,6 @@ class KeepMLP(NamedTuple):
     gate_up: Keep  # the same as rows of the fused gate_up: 2C
     down: Keep  # and of down: C
     map: Optional[tuple] = None  # U (D, r), V (r, D), b (D,): they add (x U) V + b
-    dense_forward: bool = False  # only the backward drops anything
 
 
 # ---- the two products, all rows of a weight or the kept ones -----------------------------------------------
@@ -254,21 +253,18 @@ class KeepInputs(Function):
 
 
 class Map(Function):
-    """The map that stands in for attention where sparse rows have no queries. x (n, D), map (U, V, b) -> (x U) V + b;
-    or y (n, D), if given: what attention itself made of x, so that only the backward goes through the map."""
+    """The map that stands in for attention where sparse rows have no queries. x (n, D), map (U, V, b) -> (x U) V + b."""
 
     @staticmethod
-    def forward(ctx, x, map, y):
+    def forward(ctx, x, map):
         ctx.map = map
-        if y is not None:
-            return y
         U, V, b = map
         return torch.addmm(b, x @ U, V)
 
     @staticmethod
     def backward(ctx, dy):
         U, V, _ = ctx.map
-        return dy @ V.T @ U.T, None, None  # dx = (dy V.T) U.T
+        return dy @ V.T @ U.T, None  # dx = (dy V.T) U.T
 
 
 # ---- MLP ---------------------------------------------------------------------------------------------------
@@ -278,9 +274,6 @@ class Map(Function):
 def mlp_forward(x, gate_up, down, keep, lora, s, y):
     """x (T, D) -> writes y (T, D). lora: A, B of gate, of up, of down. Returns what the backward needs: gu (T, 2C),
     gate and up before the nonlinearity; LoRA's z of gate and up, and of down."""
-    if keep is not None and keep.dense_forward:
-        gu, z_gu, z_down = mlp_forward(x, gate_up, down, None, lora, s, y)
-        return kernels.columns(gu, keep.gate_up.idx), z_gu, z_down
     lora = kept_lora(lora, keep)
     gu = kept_nt(x, gate_up, keep and keep.gate_up)  # g = x Wg[idx].T, u = x Wu[idx].T
     z_gu = lora_forward(x, gu, gate_up_spans(gu), lora[:4], s)

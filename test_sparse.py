@@ -137,8 +137,6 @@ class Masked:
             n = self.batch.n_sparse
             whole = self.attention(i, x, None)
             instead = x[:n] @ (U @ V) + b
-            if self.m.blocks[i].attn.predictor.dense_forward:
-                instead = valued(instead, whole[:n])
             return torch.cat([instead, whole[n:]])
         H, K, hd = self.c.num_attention_heads, self.c.num_key_value_heads, self.c.head_dim
         at = f"model.layers.{i}.self_attn."
@@ -169,26 +167,13 @@ class Masked:
         at = f"model.layers.{i}.mlp."
         g = x @ self.weights[at + "gate_proj.weight"].T + self.low_rank(x, at + "gate_proj")
         u = x @ self.weights[at + "up_proj.weight"].T + self.low_rank(x, at + "up_proj")
-        all_h = g * torch.sigmoid(g) * u
-        h = all_h * self.mask(kept, self.c.intermediate_size)
+        h = g * torch.sigmoid(g) * u * self.mask(kept, self.c.intermediate_size)
         y = h @ self.weights[at + "down_proj.weight"].T + self.low_rank(h, at + "down_proj")
         if kept is not None and self.m.blocks[i].mlp.predictor.map is not None:
             U, V, b = self.m.blocks[i].mlp.predictor.map
             n = self.batch.n_sparse
             y = y + torch.cat([x[:n] @ (U @ V) + b, x.new_zeros(len(x) - n, len(b))])
-        if kept is not None and self.m.blocks[i].mlp.predictor.dense_forward:
-            # LoRA's last factor multiplies what was computed, and that is all of h A.T.
-            whole = all_h @ self.weights[at + "down_proj.weight"].T
-            y = valued(y - self.low_rank(h, at + "down_proj"), whole)
-            if at + "down_proj.lora_A.weight" in self.lora:
-                A, B = self.lora[at + "down_proj.lora_A.weight"], self.lora[at + "down_proj.lora_B.weight"]
-                y = y + self.m.lora_alpha / self.m.lora_r * valued(h @ A.T, all_h @ A.T) @ B.T
         return y
-
-
-def valued(y, value):
-    """Has this value, and y's gradient."""
-    return y + (value - y).detach()
 
 
 def grads(loss, m):
@@ -251,31 +236,6 @@ def test_no_queries_equals_masked_dense(kind, targets):
     assert_same(m, batch)
 
 
-@pytest.mark.parametrize("kind, how, targets", [*((kind, "measured", ALL) for kind in KINDS), ("biases", "svd", ALL),
-                                                ("biases", "measured", "q,k,v,o"), ("biases", "measured", "down")])
-def test_dense_forward_equals_masked_dense(kind, how, targets):
-    """The loss is the dense model's, and the gradient that of the kept channels and of the maps at its
-    values; block 1 is sparse in both passes in a second run."""
-    m, batch = build(targets=targets, **KINDS[kind]), batch_of(dense_first=2)
-    dense = m.loss(batch)
-    queries = 0 if how == "svd" else 1
-    for blocks in ("0-1", "0"):
-        predictor.attach(m, [.6, .6, 0], [queries, queries, 0], 4, how, map_rank=5, dense_forward=blocks)
-        if how == "measured":
-            predictor.measure(m, [batch, batch_of(seed=1, dense_first=2)])
-        assert_same(m, batch)
-        assert (abs(m.loss(batch) - dense) < 1e-12 * dense) == (blocks == "0-1")
-    of_sparse, of_dense = grads(m.loss(batch), m), grads(dense, m)
-    assert any((of_sparse[k] - of_dense[k]).abs().max() > 1e-3 for k in of_dense if of_dense[k] is not None)
-
-
-def test_dense_forward_needs_whole_attention():
-    with pytest.raises(UserError, match="names block 1, whose attn_sparsity is 0.5"):
-        predictor.attach(build(), .5, [0, .5, 0], dense_forward="0-1")
-    with pytest.raises(UserError, match="dense_forward names block 3, but the model's blocks are 0 to 2"):
-        predictor.attach(build(), .5, 0, dense_forward="0-3")
-
-
 def watch_loud(m):
     for part in m.parts():
         part.loud = ()
@@ -329,9 +289,14 @@ def test_loud_rows_do_not_depend_on_the_batch():
         assert (g - parts[0][k] - parts[1][k]).abs().max() < 1e-9 * max(1, g.abs().max()), k
 
 
-def test_backward_sparsity_needs_whole_channels():
-    with pytest.raises(UserError, match="backward_sparsity has the ratio 0.9 for block 1, where channels are skipped too"):
-        predictor.attach(build(), [0, .5, 0], 0, backward_sparsity=.9)
+def test_rows_of_some_parts_and_channels_of_others():
+    """A part that drops channels has the backward of its forward."""
+    m, batch = build(), batch_of(((9, 4), (15, 7), (24, 1)), dense_first=2)
+    predictor.attach(m, [0, .6, 0], [1, 0, 0], kind="measured", map_rank=5, backward_sparsity=.8)
+    predictor.measure(m, [batch])
+    assert [p.backward_sparsity for p in m.parts()] == [0, .8, .8, 0, 0, 0]
+    watch_loud(m)
+    assert_same(m, batch)
 
 
 @pytest.mark.parametrize("split", ["output", "none", "random", "rectangle"])
@@ -458,14 +423,16 @@ def test_what_is_measured_does_not_depend_on_micro_batches_or_recomputation(kind
             assert torch.allclose(t, other[k], rtol=1e-9, atol=1e-9 * t.abs().max()), k
 
 
-@pytest.mark.parametrize("kind, attn, dense_forward",
-                         [*((kind, .5, "") for kind in predictor.KINDS), ("measured", 1, ""), ("measured", 1, "0")])
-def test_recompute_changes_nothing(kind, attn, dense_forward):
+@pytest.mark.parametrize("kind, attn", [*((kind, .5) for kind in predictor.KINDS), ("measured", 1), ("backward", 0)])
+def test_recompute_changes_nothing(kind, attn):
     """Block inputs are kept, the rest is computed again, with the same channels (`random` would draw
     others)."""
     def run(recompute):
         m, batch = build(), batch_of()
-        predictor.attach(m, .6, attn, kind=kind, seed=3, dense_forward=dense_forward)
+        if kind == "backward":
+            predictor.attach(m, [.6, 0, 0], 0, kind="random", seed=3, backward_sparsity=[0, .8, 0])
+        else:
+            predictor.attach(m, .6, attn, kind=kind, seed=3)
         m.recompute = recompute
         if kind in ("measured", "energy"):
             predictor.measure(m, [batch])
@@ -584,13 +551,16 @@ def build_packed(**kw):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("how, attn, dense_forward", [("dense", 0, ""), ("svd", .5, ""), ("oracle", .5, ""),
-                                                      ("measured", .5, ""), ("measured", 1, ""), ("measured", 1, "0")])
-def test_4_bits_equal_masked_dense(kind, how, attn, dense_forward):
+@pytest.mark.parametrize("how, attn", [("dense", 0), ("svd", .5), ("oracle", .5), ("measured", .5), ("measured", 1),
+                                       ("backward", 0)])
+def test_4_bits_equal_masked_dense(kind, how, attn):
     """On the unpacked weights; channels that are gathered, and channels that were copied out, with a map."""
     m, batch = build_packed(**KINDS[kind]), batch_of(dense_first=2)
-    if how != "dense":
-        predictor.attach(m, .6, attn, rank=4, kind=how, map_rank=5, dense_forward=dense_forward)
+    if how == "backward":
+        predictor.attach(m, 0, 0, backward_sparsity=.8)
+        watch_loud(m)
+    elif how != "dense":
+        predictor.attach(m, .6, attn, rank=4, kind=how, map_rank=5)
     if how == "measured":
         predictor.measure(m, [batch])
     assert_same(m, batch)

@@ -260,27 +260,28 @@ def fit_on_measured(run):
 @torch.no_grad()
 def selection(run):
     """Prints, and returns, what the kept channels are worth on one validation batch: the share of the true energy that
-    they hold, how much of the MLPs' outputs is missing (of those whose forward is sparse), and how far sparsity moves
-    the loss. A selection that fails shows here, but not one for the backward only. Leaves sparsity fully on."""
+    they hold, how much of the MLPs' outputs is missing, and how far sparsity moves the loss; with a backward_sparsity,
+    the share of the gradient that is kept. A selection that fails shows here. Leaves sparsity fully on."""
     model, cfg = run.model, run.cfg
     if not model.can_be_sparse():
         return {}
-    rng = model.selection_rng.get_state()  # looking must not change the training
+    rng = model.selection_rng.get_state()  # looking must not change the training, and the random kinds draw
     some = run.tokenized["val"][:cfg.micro_batch_size or cfg.batch_size]
     batch = data.collate(some, cfg.split, 0, cfg.dense_first).to(run.device)
+    model.set_sparsity(1)
+    loud = predictor.watch_backward(model, batch)
+    if loud:
+        shares = "".join(f" {block}:{share:.2f}" for block, share in loud.items())
+        say(f"  gradient energy of the context tokens that have a backward, by block:{shares}")
+    if not predictor.predictors(model):
+        return dict(held={}, loud=loud)
     total = batch.weights.sum().item()
     model.set_sparsity(0)
     dense_loss = model.loss(batch).item() / total
     model.set_sparsity(1)
     sparse_loss = model.loss(batch).item() / total
     seen = predictor.watch(model, batch)
-    loud = predictor.watch_backward(model, batch)
     model.selection_rng.set_state(rng)
-    if loud:
-        say("  gradient energy of the context tokens that have a backward, by block:"
-            + "".join(f" {i}:{share:.2f}" for i, share in loud.items()))
-    if not predictor.predictors(model):
-        return dict(loud=loud, dense_loss=dense_loss, sparse_loss=sparse_loss)
     for kind in ("attn", "mlp"):
         shares = ""
         for name, v in seen.items():
@@ -302,7 +303,7 @@ def selection(run):
     what = "its loss" if mlps else "loss on one validation batch"
     say(f"  {what}: {dense_loss:.4f} dense, {sparse_loss:.4f} sparse ({sparse_loss - dense_loss:+.4f})")
     held = {name: v["held"] for name, v in seen.items()}
-    return dict(held=held, dense_loss=dense_loss, sparse_loss=sparse_loss)
+    return dict(held=held, loud=loud, dense_loss=dense_loss, sparse_loss=sparse_loss)
 
 
 # ---- the beginning -----------------------------------------------------------------------------------------
@@ -416,10 +417,6 @@ def load_model(cfg, folder, device, tokenizer):
     mlp = config.ratios(cfg.mlp_sparsity, L, "mlp_sparsity")
     attn = config.ratios(cfg.attn_sparsity, L, "attn_sparsity")
     backward = config.ratios(cfg.backward_sparsity, L, "backward_sparsity")
-    backward_only = config.blocks_of(cfg.dense_forward, L, "dense_forward")
-    if backward_only and any(mlp + attn) and not any(mlp[i] or attn[i] for i in backward_only):
-        raise UserError(f"dense_forward = {cfg.dense_forward!r} names only blocks that are dense in both passes: give "
-                        "them a ratio in mlp_sparsity or attn_sparsity")
     if cfg.lora_r == 0:
         model.train_all()
         mlp = attn = backward = [0.0] * L  # a weight that is trained needs all its rows
@@ -432,7 +429,7 @@ def load_model(cfg, folder, device, tokenizer):
         model.add_lora(cfg.lora_r, cfg.lora_alpha, cfg.lora_targets, first=cfg.lora_from)
     model.recompute = cfg.recompute
     predictor.attach(model, mlp, attn, cfg.predictor_rank, cfg.predictor, cfg.map_rank, cfg.seed + dist.rank(),
-                     cfg.dense_forward, backward)
+                     backward)
     return model
 
 

@@ -97,7 +97,6 @@ class Config:
     predictor_rank: int = option(8, at_least=1)  # of svd
     map_rank: int = 64  # measured: of the linear map that stands in for what is dropped, 0: none
     dense_first: int = 4  # tokens at the start of each text that are dense: attention sinks
-    dense_forward: str = ""  # blocks, "1-16", whose forward leaves nothing out: only their backward is sparse
     backward_sparsity: Ratios = 0.0  # the share of context tokens, those with least gradient, without a backward
     sparse_start: float = option(0.05, at_most=1)  # fraction of the training that runs dense first
     sparse_end: float = option(1.0, at_most=1)  # fraction after which it is dense again
@@ -256,7 +255,6 @@ def check(cfg):
     need("base_bits", not cfg.fsdp or cfg.base_bits == 16, "16 with fsdp: packed weights are not sharded")
     need("lora_from", cfg.lora_r or not cfg.lora_from, "0 where lora_r is 0: all weights are trained")
     need("init_adapter", cfg.lora_r or not cfg.init_adapter, "empty where lora_r is 0: there is no LoRA")
-    blocks_of(cfg.dense_forward, None, "dense_forward")
     need("sparse_end", cfg.sparse_end >= cfg.sparse_start, f"at least sparse_start ({cfg.sparse_start})")
 
 
@@ -299,11 +297,6 @@ def is_ratio(value, name):
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return False
     return 0 <= value < 1 or name == "attn_sparsity" and value == 1
-
-
-def blocks_of(value, n_layers, name):
-    """The blocks that an option names, "1-16" or "5", "" for none. UserError: as of block_range."""
-    return block_range(value, n_layers, name) if value else range(0)
 
 
 def block_range(key, n_layers, name):

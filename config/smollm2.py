@@ -26,8 +26,8 @@ lora_targets = "q,k,v,o,gate,up,down"
 # Before any training (results/selection.md) this keeps .985 of the gradient's direction. A faster one, .87 of it:
 # mlp_sparsity = {"1-28": 0.97} with map_rank = 256; so far dense LoRA of its time was better (results/equal_time.md).
 # Between the two in FLOPs: {"1-16": 0.5, "17-28": 0.97}.
-# Where prompts are long, leave out more, but in the backward only: mlp_sparsity = {"1-28": 0.97}, attn_sparsity =
-# {"1-28": 1}, no queries there, and dense_forward = "1-28" (results/equal_time.md, long_120).
+# Where prompts are long, leave context tokens out of the backward only: mlp_sparsity = 0, backward_sparsity = .9
+# (config/shots.py).
 # Where the loss falls fast at first, sparse_start = .15: maps then meet an adapter that has settled (there, stories).
 mlp_sparsity = {"17-28": 0.97}
 map_rank = 128

@@ -28,11 +28,9 @@ def flops_by_part(model, batch, sparse_on=True):
         targets = ()  # that have LoRA
         if i >= model.lora_from:
             targets = model.lora_targets
-        loud = None  # how many sparse rows of each text have a backward, where not all have
-        if sparse_on and n and b.mlp.skips_backward:
-            loud = loud_counts(batch, b.mlp.backward_sparsity)
-        out[f"{i}.attn"], need = attention(model, batch, targets, at_work(b.attn, sparse_on, n), loud, n, t, need, full)
-        out[f"{i}.mlp"], need = mlp(model, targets, at_work(b.mlp, sparse_on, n), loud, n, t, need, full)
+        attn, mlp = (working(part, batch, sparse_on, n) for part in (b.attn, b.mlp))
+        out[f"{i}.attn"], need = of_attention(model, batch, targets, *attn, n, t, need, full)
+        out[f"{i}.mlp"], need = of_mlp(model, targets, *mlp, n, t, need, full)
     out["head"] = 2 * T_loss * D * V * (2 + full)
     return out
 
@@ -45,7 +43,15 @@ def at_work(part, sparse_on, n):
     return None
 
 
-def mlp(model, targets, predictor, loud, n, t, need, full):
+def working(part, batch, sparse_on, n):
+    """at_work(), and how many sparse rows of each text have a backward through this part, None where all have."""
+    loud = None
+    if sparse_on and n and part.skips_backward:
+        loud = loud_counts(batch, part.backward_sparsity)
+    return at_work(part, sparse_on, n), loud
+
+
+def of_mlp(model, targets, predictor, loud, n, t, need, full):
     """-> (FLOPs of one block's MLP, whether its output needs a gradient): n sparse rows of t. need: whether its input
     needs one. targets: what has LoRA in this block. loud: None, or how many sparse rows of each text have a backward,
     which makes their forward again."""
@@ -58,8 +64,7 @@ def mlp(model, targets, predictor, loud, n, t, need, full):
     f = 0
     if predictor is not None:
         work = n * predictor.c + (t - n) * I
-        if not predictor.dense_forward:
-            forward = work
+        forward = work
         f += predictor.flops(n)
         f += mapped(predictor, n, D, need)
     f += 2 * D * (3 * forward + (backward + 2 * need + 3 * full) * work)  # 3 products; dh 1, dx 2, weights 3
@@ -73,12 +78,11 @@ def mlp(model, targets, predictor, loud, n, t, need, full):
 
 def mapped(predictor, n, D, need):
     """FLOPs of a part's map on n sparse rows: (x U) V, and (dy V.T) U.T where the input needs a gradient."""
-    passes = need + (not predictor.dense_forward)
-    return 2 * n * predictor.rank_of_map() * 2 * D * passes
+    return 2 * n * predictor.rank_of_map() * 2 * D * (1 + need)
 
 
-def attention(model, batch, targets, predictor, loud, n, t, need, full):
-    """-> (FLOPs of one block's attention, whether its output needs a gradient). targets, loud: as of mlp. predictor:
+def of_attention(model, batch, targets, predictor, loud, n, t, need, full):
+    """-> (FLOPs of one block's attention, whether its output needs a gradient). targets, loud: as of_mlp has them. predictor:
     None where it runs dense. n sparse rows, t rows for queries and outputs; keys and values always have all T."""
     c, T = model.config, len(batch.tokens)
     D, R, G = c.hidden_size, model.lora_r, c.num_attention_heads // c.num_key_value_heads
@@ -91,8 +95,8 @@ def attention(model, batch, targets, predictor, loud, n, t, need, full):
 
     lengths, positions, f = batch.lengths, None, 0  # of queries
     inside = need or full or any(x in targets for x in "qkv")
-    if loud is not None and not (inside or "o" in targets):
-        loud = None
+    if loud is not None and not (inside or "o" in targets):  # nothing here has a backward
+        loud = [0] * len(loud)
     no_queries = predictor is not None and predictor.no_queries
     if no_queries or loud is not None:
         t, lengths, positions = T - n, batch.dense_lengths, batch.dense_positions
@@ -112,7 +116,7 @@ def attention(model, batch, targets, predictor, loud, n, t, need, full):
     f += lora("q", t, D, Nq, need) + lora("k", T, D, Nkv, need) + lora("v", T, D, Nkv, need)
     f += 2 * pairs * Nq * (2 + 5 * inside)  # 2 products forward, 5 backward
     f += 2 * D * o * (1 + inside + full) + lora("o", t, Nq, D, inside)
-    if loud is not None or no_queries and predictor.dense_forward:  # forward all sparse rows have queries
+    if loud is not None:
         f += 2 * n * 2 * D * Nq
         f += 2 * R * n * (D + Nq) * sum(x in targets for x in "qo")
         f += 2 * pairs_of(model, batch, batch.lengths) * Nq * 2

@@ -5,9 +5,8 @@
     python -m results.equal_time stories --model=DIR    stories_240: longer; upper: see BASES
     python -m results.equal_time smollm2 --model=DIR    first: python data/gsm8k_shots/prepare.py; two_120: longer
     python -m results.equal_time long --model=DIR       first: the same with --shots=6; long_120: longer;
-                                                        long_120_1e3, long_120_2e3: at other learning rates
-    python -m results.equal_time qwen_long --model=DIR  likewise; qwen_long_fp32: with a dense forward; qwen_stories:
-                                                        the word problems
+                                                        long_120_1e3: at a better learning rate
+    python -m results.equal_time qwen_long --model=DIR  likewise; qwen_long_fp32; qwen_stories: the word problems
 
     BASE            one of BASES below: which runs there are; each is a train.py command line that can be pasted
     --seeds=0       of each run; 0: as many as BASES says
@@ -61,12 +60,7 @@ SMOLLM2 = ["config/smollm2.py", "--dtype=bfloat16", "--lora_targets=q,k,v,o", "-
 UPPER_MLPS = ['--mlp_sparsity={"17-28": 0.97}', "--map_rank=128"]
 NO_QUERIES = ['--attn_sparsity={"17-28": 1}', "--map_rank=128"]
 NO_QUERIES_LATER = [*NO_QUERIES, "--sparse_start=.15"]
-ALL_NO_QUERIES = ['--mlp_sparsity={"1-28": 0.97}', '--attn_sparsity={"1-28": 1}', "--map_rank=128"]
-# The lines with a dense forward, and what the bases that have them add to SMOLLM2: 120 steps in fp32.
-DENSE_FORWARD = {
-    ".97 and no queries in 1-28, dense forward there": [*ALL_NO_QUERIES, "--dense_forward=1-28"],
-    ".97 and no queries in 1-28, dense forward in 1-16": [*ALL_NO_QUERIES, "--dense_forward=1-16"],
-}
+# What the bases of 120 steps add to SMOLLM2.
 LONGER = ["--dtype=float32", "--max_steps=120", "--warmup_steps=10", "--eval_interval=120"]
 LOWER_TOO = ['--mlp_sparsity={"1-28": 0.97}', "--map_rank=256", "--sparse_start=.15", "--sparse_end=.9"]
 # The embedded base's word problems, for SmolLM2.
@@ -166,9 +160,6 @@ BASES = dict(
         LONG_120, 2, (90, 60), {
             "backward of a tenth": BACKWARD,
             ".97 in 17-28, no queries there": UPPER_MLPS + NO_QUERIES,
-            **DENSE_FORWARD,
-            ".97 and no queries in 1-28, dense forward in 1-16, dense from 90 % on": [
-                *ALL_NO_QUERIES, "--dense_forward=1-16", "--sparse_end=.9"],
             "LoRA in 15-29, dense": ["--lora_from=15", "--mlp_sparsity=0"],
             "LoRA in 15-29, .97 in 17-28, no queries there": ["--lora_from=15", *UPPER_MLPS, *NO_QUERIES],
             "LoRA in 15-29, .97 in 17-28, no queries there, 200 steps": [
@@ -176,14 +167,11 @@ BASES = dict(
         }),
     long_120_1e3=Base(
         "the same at twice the learning rate, 1e-3", [*LONG_120, "--learning_rate=1e-3"], 1, (90, 60),
-        {"backward of a tenth": BACKWARD, **DENSE_FORWARD}),
-    long_120_2e3=Base(
-        "the same at four times the learning rate, 2e-3", [*LONG_120, "--learning_rate=2e-3"], 1, (90, 60),
-        DENSE_FORWARD),
+        {"backward of a tenth": BACKWARD}),
     two_120=Base(
         "SmolLM2-135M-Instruct, GSM8K with two solved problems before each, 80 % context, 120 steps of 2, fp32",
         [*SMOLLM2, "--dataset=gsm8k_shots", "--batch_size=2", "--max_seq_len=640", "--save_interval=20",
-         "--max_new_tokens=0", *LONGER], 1, (90, 60), {"backward of a tenth": BACKWARD, **DENSE_FORWARD}),
+         "--max_new_tokens=0", *LONGER], 1, (90, 60), {"backward of a tenth": BACKWARD}),
     qwen_long=Base(
         "Qwen2.5-Coder-0.5B-Instruct, GSM8K with six solved problems before each, 90 % context",
         [*QWEN_LONG, "--dtype=bfloat16"], 3, (45, 36), {
@@ -196,8 +184,6 @@ BASES = dict(
         "Qwen2.5-Coder-0.5B-Instruct, GSM8K with six solved problems before each, 90 % context, fp32",
         [*QWEN_LONG, "--dtype=float32"], 1, (45, 36), {
             "backward of a tenth": BACKWARD,
-            ".97 and no queries in 1-22, dense forward there": [
-                '--mlp_sparsity={"1-22": 0.97}', '--attn_sparsity={"1-22": 1}', "--dense_forward=1-22"],
         }),
     qwen_stories=Base(
         "Qwen2.5-Coder-0.5B-Instruct on the embedded base's word problems, 86 % context, 40 steps, fp32",

@@ -5,7 +5,8 @@ gradient. The central figure.
 
     --name=smollm2         of this model and task in the tables; without it they are only written anew
     --kinds=measured,svd   predictors; with --ratios=.5,.75,.9,.97,.99 and --ranks=0,16,64,256. alone: measured, but each
-                           map fitted as if no other part were sparse; measured:LO-HI: and no queries in these blocks
+                           map fitted as if no other part were sparse; measured:LO-HI: and no queries in these blocks;
+                           backward: the ratios are backward_sparsity's
     --blocks=LO-HI         where the MLPs are sparse; default: all inner blocks but the first
     --fit=8 --test=4       batches to measure on, and others to look at
     --option=value         everything else is train.py's
@@ -87,7 +88,9 @@ def measure_all(cfg, own, store):
                  context=sum(b.n_sparse for b in test) / sum(len(b.tokens) for b in test))
     attached = None
     for kind, ratio, rank in todo:
-        if kind != attached:
+        if kind == "backward":
+            predictor.attach(model, 0, 0, backward_sparsity=[ratio * one for one in among(lo, hi)])
+        elif kind != attached:
             attached = kind
             how, _, blocks = kind.partition(":")
             if kind == "alone":
@@ -129,6 +132,8 @@ def grouped(store):
             kind = f"measured, map {rank}"
         elif kind.startswith("measured:"):
             kind = f"measured, map {rank}, no queries in {kind.partition(':')[2]}"
+        elif kind == "backward":
+            kind = "backward of few tokens"
         elif kind == "alone":
             kind = f"measured, map {rank} fitted alone"
         groups.setdefault((name, blocks), {}).setdefault(kind, {})[float(ratio)] = v

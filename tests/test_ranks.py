@@ -71,10 +71,10 @@ def assert_close_runs(a, b):
 
 
 PARALLEL = {"dense": dict(mlp_sparsity=0.0, attn_sparsity=0.0), "svd": dict(predictor="svd"), "measured": {},
-            "no queries": dict(attn_sparsity=1, dense_forward="0")}
+            "no queries": dict(attn_sparsity=1), "backward": dict(mlp_sparsity=0.0, attn_sparsity=0.0, backward_sparsity=.7)}
 
 
-@pytest.mark.parametrize("kind", ["dense", pytest.param("svd", marks=pytest.mark.slow), "measured",
+@pytest.mark.parametrize("kind", ["dense", pytest.param("svd", marks=pytest.mark.slow), "measured", "backward",
                                   pytest.param("no queries", marks=pytest.mark.slow)])
 def test_two_ranks_equal_one_process(home, tmp_path, monkeypatch, kind):
     """48 examples in batches of 5: shares of 3 and 2, in the last batch of an epoch 2 and 1."""
@@ -104,7 +104,7 @@ def hook_answers(rank):
 
 
 @pytest.mark.parametrize("kind", [pytest.param("dense", marks=pytest.mark.slow), pytest.param("svd", marks=pytest.mark.slow),
-                                  "measured", pytest.param("no queries", marks=pytest.mark.slow)])
+                                  "measured", "backward", pytest.param("no queries", marks=pytest.mark.slow)])
 def test_fsdp_equals_data_parallel(home, tmp_path, kind):
     """Bit for bit, with a rank that has one micro-batch less, and with recomputation; both ranks generate the same texts."""
     changes = dict(PARALLEL[kind], micro_batch_size=2, recompute=kind == "measured")

@@ -28,7 +28,8 @@ from tests.testing import (ROOT, at_step, crash, cut, env, equal, flip, make_bas
 
 # ---- resume ------------------------------------------------------------------------------------------------
 
-KINDS = {"measured": {}, "no queries": dict(attn_sparsity=1, dense_forward="0"), "random": dict(predictor="random"), "svd": dict(predictor="svd"),
+KINDS = {"measured": {}, "no queries": dict(attn_sparsity=1), "backward": dict(mlp_sparsity=0.0, attn_sparsity=0.0, backward_sparsity=.7),
+         "random": dict(predictor="random"), "svd": dict(predictor="svd"),
          "no warm-up": dict(sparse_start=0.0, split="random"), "all weights": dict(lora_r=0, learning_rate=1e-3, weight_decay=0.1)}
 
 

@@ -28,9 +28,10 @@ Rows, one step of each in turn, round by round:
     + MLP, svd               ours, sparse: channels chosen in every step, as published
     + MLP, measured          channels that were measured before, their rows copied out; without a map
     + MLP, measured + map    the same channels, and the low-rank map that stands in for the dropped ones
-    ..., dense forward       the same, with only the backward sparse in the config's dense_forward
     + attention, ...         the same with sparse attention too, where the config has ratios for it; without queries
                              (a ratio of 1) only the row with a map
+    + backward               every row computes everything in the forward; in the backward the config's
+                             backward_sparsity, instead of channels
     ... + 4 bits             with --base_bits=4, after each row of ours: the same on the same base, packed in 4 bits
 
 The columns: tools/bench_report.py. A row that cannot run says why. Nothing is filled in.
@@ -177,19 +178,24 @@ class Ours:
     that `measured` measures on; with and without a map they are the same, and so are the channels."""
     ours = True
 
-    def __init__(self, name, shared, mlp, attn, kind="svd", map_rank=0, measure_on=(), dense_forward="", packed=False):
+    def __init__(self, name, shared, mlp, attn, kind="svd", map_rank=0, measure_on=(), backward=0.0, packed=False):
         self.name, self.shared, self.packed, model = name, shared, packed, shared.model
         shared.use(packed)
-        predictor.attach(model, mlp, attn, shared.cfg.predictor_rank, kind, map_rank, dense_forward=dense_forward)
+        predictor.attach(model, mlp, attn, shared.cfg.predictor_rank, kind, map_rank,
+                         backward_sparsity=backward)
         if kind == "measured":
             predictor.measure(model, measure_on)
-        self.own = {part: part.predictor for b in model.blocks for part in (b.attn, b.mlp)}
+        self.own = {part: part.predictor for part in model.parts()}
+        self.backward = {part: part.backward_sparsity for part in model.parts()}
 
     def select(self):
         torch.backends.cuda.enable_cudnn_sdp(False)  # as model.py sets it
         self.shared.use(self.packed)
         for part, own in self.own.items():
             part.predictor = own
+        for part, ratio in self.backward.items():
+            part.backward_sparsity = ratio
+            part.skips_backward = ratio > 0
 
     def batch(self, tokenized):
         cfg = self.shared.cfg
@@ -332,9 +338,8 @@ def make_rows(shared, length, tokenized, words=("",), compile=False):
             add(Ours, f"{part}, measured", mlp, attn, "measured", 0, see)
         if on and (1 in attn or any(mlp) and cfg.map_rank):
             add(Ours, f"{part}, measured + map", mlp, attn, "measured", cfg.map_rank, see)
-            if cfg.dense_forward:
-                add(Ours, f"{part}, measured + map, dense forward", mlp, attn, "measured", cfg.map_rank, see,
-                    cfg.dense_forward)
+    if cfg.backward_sparsity:
+        add(Ours, "+ backward", zero, zero, backward=cfg.backward_sparsity)
     if not rows:
         raise UserError(f"--rows={','.join(words)} is in no row's name: there are {'; '.join(names)}")
     return rows
@@ -360,7 +365,7 @@ def main(argv):
     rows = make_rows(shared, shape[1], full[0], own.rows.split(","), own.compile)
     out = dict(command="python -m tools.bench " + shlex.join(argv), shape="{}x{}/{}".format(*shape), arch=name,
                dtype=cfg.dtype, lora=f"r {cfg.lora_r} on {cfg.lora_targets}", mlp_sparsity=cfg.mlp_sparsity,
-               attn_sparsity=cfg.attn_sparsity, map_rank=cfg.map_rank, dense_forward=cfg.dense_forward,
+               attn_sparsity=cfg.attn_sparsity, map_rank=cfg.map_rank, backward_sparsity=cfg.backward_sparsity,
                recompute=cfg.recompute, steps=own.steps,
                **bench_measure.machine(shared.device), load_before=load_before)
     print(f"{name} {out['shape']} on {out['device']}, {out['threads']} threads, load {load_before}")

@@ -19,6 +19,7 @@ import config
 import kernels
 import predictor
 from lib.flops import at_work
+from sparse import loud_counts
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler says when it starts and stops
 
@@ -164,11 +165,15 @@ def traffic(model, batch):
         numbers += 22 * t * c.hidden_size + 8 * t * c.intermediate_size
         p = at_work(b.mlp, True, n)
         if p is not None:
-            passes = 5 if p.dense_forward else 8
-            numbers -= passes * n * (c.intermediate_size - p.c)
+            numbers -= 8 * n * (c.intermediate_size - p.c)
         p = at_work(b.attn, True, n)
         if p is not None and p.no_queries:
-            t -= n / 2 if p.dense_forward else n
+            t -= n
+        if b.mlp.skips_backward and n:
+            loud = sum(loud_counts(batch, b.mlp.backward_sparsity))
+            numbers -= (5 * (n - loud) - 3 * loud) * c.intermediate_size  # the loud rows' forward is made twice
+        if b.attn.skips_backward and n:
+            t -= n / 2 - sum(loud_counts(batch, b.attn.backward_sparsity))
         numbers += 8 * c.head_dim * (t * c.num_attention_heads + T * c.num_key_value_heads)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return model.embed.element_size() * (numbers + 5 * T_loss * c.vocab_size) + 28 * trained

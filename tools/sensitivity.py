@@ -80,9 +80,9 @@ def setup(cfg, n):
     if not cfg.lora_r:
         raise UserError("lora_r = 0 trains all weights, and weights that are trained run dense: "
                         "there is nothing to analyse")
-    if cfg.dense_forward:
-        raise UserError(f"dense_forward = {cfg.dense_forward!r} cannot be analysed: ratios are chosen by what both passes "
-                        "leave out; give --dense_forward= here, and the blocks to train.py")
+    if cfg.backward_sparsity:
+        raise UserError(f"backward_sparsity = {cfg.backward_sparsity!r} cannot be analysed: it needs no ratios by block; "
+                        "give --backward_sparsity=0 here")
     device = dist.setup(cfg)
     folder = resolve(cfg.model)
     tokenizer = data.tokenizer.load(folder)
