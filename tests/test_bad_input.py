@@ -134,7 +134,7 @@ BAD = {
     "prompt format": (flags("--prompt_format=llama2"), "prompt_format has to be one of plain"),
     "dtype": (flags("--dtype=float8"), "dtype has to be one of float32"),
     "half for trained weights": (flags("--lora_r=0", "--dtype=bfloat16"), "dtype has to be float32 where lora_r is 0"),
-    "backward of no row": (flags("--backward_sparsity=1"), "backward_sparsity has the ratio 1, which is not a number in"),
+    "backward of no row": (flags("--backward_sparsity=1"), "backward_sparsity has the ratio 1.0, which is not a number in"),
     "ends before it starts": (flags("--sparse_start=.5", "--sparse_end=.4"), "sparse_end has to be at least sparse_start"),
     "ratio 1": (flags("--mlp_sparsity=1.0"), r"mlp_sparsity has the ratio 1.0, which is not a number in \[0, 1\)"),
     "ratio below 0": (flags("--attn_sparsity=-.1"), "attn_sparsity has the ratio -0.1"),
