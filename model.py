@@ -43,7 +43,7 @@ from lib.architecture import ModelConfig
 from lib.files import load_weights, read_adapter, resolve, weight_files, write_safetensors, write_text
 from lib.flops import flops_by_part
 from lib.generate import generate
-from sparse import LoudRows, SkipBackward, SkipQueries, loud_counts, loudest
+from sparse import LoudRows, SkipBackward, SkipQueries, loud_counts, loudest_rows
 
 # cuDNN's attention, torch's first choice on an H100 since 2.11, makes a plan for every new shape, and here
 # nearly every batch and every generated token has one (tens of ms each, others say; UNMEASURED here).
@@ -70,7 +70,7 @@ class Part(nn.Module):
         self.channels = None  # the kept channels of the last forward, None when dense: to look at, nothing reads it
         self.backward_sparsity = 0.0  # the share of sparse rows without a backward: predictor.attach sets it
         self.skips_backward = False  # whether it is in force: LLaMA.set_sparsity
-        self.loud = None  # (rows that had a backward, their share of the gradient's energy), where watched
+        self.loud = None  # () where a backward is to note here which rows it had, and their share of |dy|^2
 
     def lora_of(self, targets):
         """[A, B, A, B, ...] of these targets, as sparse.py takes them: of rank 0 where a target has no LoRA."""
@@ -86,9 +86,9 @@ class Part(nn.Module):
         return out
 
     def loudest(self, batch):
-        """-> as a SkipBackward has it: of a gradient dy (n, D) the loudest rows."""
+        """-> what SkipBackward wants: a function of a gradient dy (n, D) that finds its loudest rows (c,)."""
         def rows_of(dy):
-            rows = loudest(dy, batch, self.backward_sparsity)
+            rows = loudest_rows(dy, batch, self.backward_sparsity)
             if self.loud is not None:
                 energies = dy.float().square().sum(1)
                 self.loud = rows, energies[rows].sum() / energies.sum()
@@ -396,7 +396,7 @@ class Block(nn.Module):
             keep = None
             if part.predictor is not None and part.predictor.c and n:
                 keep = part.predictor.select(h[:n])
-            elif part.skips_backward and n and torch.is_grad_enabled():
+            elif part.skips_backward and n and torch.is_grad_enabled() and (h.requires_grad or len(part.lora)):
                 keep = SkipBackward(part.loudest(batch))
             part.channels = keep and keep.channels
             chosen[name] = keep
@@ -645,8 +645,8 @@ class LLaMA(nn.Module):
         for b in self.blocks:
             for p in b.predictors():
                 p.switch(on)
-            for part in (b.attn, b.mlp):
-                part.skips_backward = bool(on) and part.backward_sparsity > 0
+        for part in self.parts():
+            part.skips_backward = bool(on) and part.backward_sparsity > 0
 
     def can_be_sparse(self):
         """Whether set_sparsity changes anything: whether a part has a ratio."""

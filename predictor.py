@@ -51,11 +51,11 @@ That saves q, o and, for those rows, the products of queries and keys.
 Rows instead of channels. What the forward leaves out moves the loss alike on every batch: a bias, which no number of
 steps averages away. What the backward leaves out does so far less. And in the backward nothing need be predicted: the
 gradient that comes to a block says by itself which context tokens matter, and they are few. (SmolLM2, GSM8K behind six
-solved problems, a trained adapter: of |dy|^2 over 1,000 context tokens a text a tenth of them has .92 to .97 in the lower
-half of the blocks, .97 to 1.00 in the upper.) So with a `backward_sparsity` of .9 the forward is exact, and in each
-block the loudest tenth of a text's context tokens has a backward (sparse.LoudRows). That saves less than half of a
-dense step, but in every block from the first on. (There, cosine / error over norm / FLOPs of a step: a tenth
-.987 / .16 / .58, a twentieth .977 / .22 / .56; MLP .97 and no queries in 17-28, r = 128, .84 / .59 / .67.)
+solved problems, a trained adapter: of |dy|^2 over 1,000 context tokens a text a tenth of them has .92 to .97 in the
+lower half of the blocks, .97 to 1.00 in the upper.) So with a `backward_sparsity` of .9 the forward is exact, and in
+each block the loudest tenth of a text's context tokens has a backward (sparse.LoudRows). That saves less than half of
+a dense step, but in every block from the first on. (There, cosine / error over norm / FLOPs of a step: a tenth
+.987 / .16 / .65; MLP .97 and no queries in 17-28, r = 128, .84 / .59 / .67.)
 
 Attention's channels hang together: q and k are kept in rotary pairs (d, d + hd/2) of a key/value head, the
 same for every query head that reads it; a value channel's output-projection rows are those of every query
@@ -451,10 +451,10 @@ def attach(model, mlp_sparsity, attn_sparsity, rank=8, kind="svd", map_rank=64, 
 
     mlp_sparsity, attn_sparsity: a float for all blocks, or a list of n_layers floats in [0, 1), for attention [0, 1].
     rank: of the SVD. kind: one of KINDS. map_rank: of the map that `measured` fits, 0: none. backward_sparsity: as
-    mlp_sparsity, the share of sparse rows without a backward through a part that drops no channels. The last block
-    stays dense: only its loss rows compute anything but keys and values. Errors: UserError for an unknown kind, a bad ratio, no queries without a map, or
-    attention channels dropped where that cannot be: in a model with q/k norms, which would rescale what is left of a
-    query."""
+    mlp_sparsity, the share of sparse rows without a backward, through parts whose other ratio is 0. The last block
+    stays dense: only its loss rows compute anything but keys and values. Errors: UserError for an unknown kind, a bad
+    ratio, no queries without a map, or attention channels dropped in a model with q/k norms, which would rescale what is
+    left of a query."""
     n = len(model.blocks)
     mlp = config.ratios(mlp_sparsity, n, "mlp_sparsity")
     attn = config.ratios(attn_sparsity, n, "attn_sparsity")
@@ -693,8 +693,8 @@ def watch(model, batch):
     """Runs one sparse forward at the present ratios and returns, on the very inputs of each part, {name: {"held": the
     share of the true energy that the kept channels hold}}, of an MLP also "residual": how much of its output is
     missing, |y - y'|^2 / |y|^2, mean over the rows; "without_map": the same without the map; "loudest": the largest
-    |y|^2 of a row over the median. A share near 1 - ratio means that
-    the selection is no better than chance. An attention without queries drops no channels, and is not in it."""
+    |y|^2 of a row over the median. A share near 1 - ratio means that the selection is no better than chance. An
+    attention without queries drops no channels, and is not in it."""
     watched = [(name, p) for name, p in predictors(model) if not p.no_queries]
     for _, p in watched:
         p.selections = []
@@ -713,8 +713,8 @@ def watch(model, batch):
 
 def watch_backward(model, batch):
     """{block: share} for the blocks with a backward_sparsity: of the gradient that comes to the sparse rows of this
-    batch, |dy|^2, the share of those that have a backward; mean of attention and MLP. A forward and a backward; the
-    gradients of the weights are left as they were."""
+    batch, |dy|^2, the share of those that have a backward; mean of attention and MLP. A forward and a backward as in
+    training; LoRA's gradients are left as they were."""
     parts = [(i, part) for i, b in enumerate(model.blocks) for part in (b.attn, b.mlp) if part.skips_backward]
     if not parts:
         return {}
@@ -722,8 +722,7 @@ def watch_backward(model, batch):
         part.loud = ()
     try:
         with torch.enable_grad():
-            x = model.embed.detach()[batch.tokens].requires_grad_()  # (T, D)
-            torch.autograd.grad(model.loss(batch, x=x), x)
+            torch.autograd.grad(model.loss(batch), list(model.lora_parameters().values()))
         shares = {}
         for i, part in parts:
             if part.loud:

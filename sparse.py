@@ -28,10 +28,10 @@ and the backward is the exact gradient of that forward:
     MLP      dh = dy Wd[idx].T    dg, du = swiglu'(dh, g, u)    dx = dg Wg[idx] + du Wu[idx] (+ (dy V.T) U.T)
     LoRA     dz = s dy B    dx += dz A    dA = dz.T x    dB = s dy.T z    with z = x A.T
 
-Loud rows: in some blocks (backward_sparsity) a sparse row leaves nothing out in the forward, and most sparse rows have no
-backward through attention and MLP: only those do whose gradient dy is largest. What comes to a block of the others' goes
-on past it, in the residual stream. Then the loss is the dense model's, and what is left out is missing in the gradient
-only (predictor.py says why that pays).
+Loud rows: in some blocks (backward_sparsity) a sparse row leaves nothing out in the forward, and most sparse rows have
+no backward through attention and MLP: only those do whose gradient dy is largest. The others have dx = 0, and their
+gradient goes on in the residual stream alone. So the loss is the dense model's, and only the gradient lacks something
+(predictor.py says why that pays).
 
 (The paper's code drops the base branch's gradient in the attention projections; here it is kept.) Frozen
 weights get no gradient; with lora_r = 0 the weights themselves are trained, and dW = dy.T x is computed in
@@ -391,9 +391,9 @@ class SwiGLU(Function):
 # ---- the backward of the loudest rows ----------------------------------------------------------------------
 
 class LoudRows(Function):
-    """y = f(x), row by row, whose backward goes through the loudest rows only, those with the largest dy. The others
-    have dx = 0: of their gradient goes on what the residual stream carries past f. The forward keeps nothing but its
-    inputs; the backward makes f of the loud rows again and differentiates that.
+    """y = f(x), whose backward goes through the loudest rows only, those with the largest dy. The others have dx = 0.
+    Row t of y depends on row t of x and on what else f reads. The forward keeps nothing but its inputs; the backward
+    makes f of the loud rows again and differentiates that.
 
     f: called with rows (None: all n, or (c,) int64), x of these rows and others -> y of these rows. loudest: as in
     SkipBackward. tensors: x (n, D); others, which f reads whole, as keys and values; and the last n_trained, which f
@@ -423,7 +423,7 @@ class LoudRows(Function):
         return None, None, None, *gradients
 
 
-def loudest(dy, batch, ratio):
+def loudest_rows(dy, batch, ratio):
     """dy (n, D), the gradient of a batch's sparse rows -> the rows (c,) int64 that have the largest: of each text's m
     sparse rows m (1 - ratio), rounded up. Text after text, each in its order. By text, so that it does not matter which
     texts make a batch; and how many they are the host knows without waiting."""
@@ -443,10 +443,10 @@ def loudest(dy, batch, ratio):
 
 
 def loud_counts(batch, ratio):
-    """How many rows of each text loudest() finds: [int]."""
-    context = [whole - dense for whole, dense in zip(batch.lengths, batch.dense_lengths)]
-    return [number_loud(m, ratio) for m in context]
-
-
-def number_loud(m, ratio):
-    return math.ceil(round(m * (1 - ratio), 6))  # 6 digits: as predictor.number_kept
+    """How many rows of each text loudest_rows() finds, one at least where it has a sparse row: [int]."""
+    counts = []
+    for whole, dense in zip(batch.lengths, batch.dense_lengths):
+        m = whole - dense
+        loud = math.ceil(round(m * (1 - ratio), 6))  # 6 digits: as predictor.number_kept
+        counts.append(min(m, max(1, loud)))
+    return counts

@@ -269,8 +269,8 @@ def test_the_loudest_rows():
     batch = batch_of(((9, 4), (5, 7), (14, 1), (2, 2)), dense_first=2)
     B, S = batch.shape
     dy = torch.randn(batch.n_sparse, 3)
-    rows = sparse.loudest(dy, batch, .6)
-    assert sparse.loud_counts(batch, .6) == [3, 1, 5, 0]  # of 6, 2, 11 and 0, for a text's last prompt token is in the loss
+    rows = sparse.loudest_rows(dy, batch, .6)
+    assert sparse.loud_counts(batch, .6) == [3, 1, 5, 0]  # of 6, 2, 11 and 0
     text = batch.places[:batch.n_sparse] // S
     for b, c in enumerate(sparse.loud_counts(batch, .6)):
         size = dy.norm(dim=1).masked_fill(text != b, -1)
@@ -287,6 +287,16 @@ def test_loud_rows_do_not_depend_on_the_batch():
     parts = [grads(m.loss(data.collate(some)), m) for some in (ex[:1], ex[1:])]
     for k, g in whole.items():
         assert (g - parts[0][k] - parts[1][k]).abs().max() < 1e-9 * max(1, g.abs().max()), k
+
+
+@pytest.mark.parametrize("kw, dtype, tol", [(dict(model_type="qwen3"), torch.float64, 1e-9), ({}, torch.bfloat16, .02),
+                                            (dict(lora_from=1), torch.float64, 1e-9)])
+def test_where_all_rows_are_loud_the_gradient_is_the_dense_one(kw, dtype, tol):
+    m, batch = build(dtype=dtype, **kw), batch_of(((9, 4), (15, 7), (24, 1), (2, 2)), dense_first=2)
+    dense = grads(m.loss(batch), m)
+    predictor.attach(m, 0, 0, backward_sparsity=1e-9)
+    for name, g in grads(m.loss(batch), m).items():
+        assert (g - dense[name]).norm() <= tol * dense[name].norm(), name
 
 
 def test_rows_of_some_parts_and_channels_of_others():

@@ -1,6 +1,6 @@
 # Long prompts, short answers: SmolLM2 on GSM8K. python train.py config/smollm2.py config/shots.py
 # Six solved problems before each, 92 % context. First the data: python data/gsm8k_shots/prepare.py --shots=6
-# Dense LoRA, to compare: --mlp_sparsity=0 --attn_sparsity=0 --out_dir=out/shots_dense
+# Dense LoRA, to compare: --backward_sparsity=0 --out_dir=out/shots_dense
 
 dataset = "data/gsm8k_shots/6"
 out_dir = "out/shots"

@@ -42,7 +42,7 @@ class Batch(NamedTuple):
     n_sparse: int  # rows 0 to n_sparse are sparse
     loss: slice  # the rows in the loss
     lengths: tuple  # rows of each example
-    # where sparse rows have no queries, those of the dense rows stand in a grid of their own, (B, Sd):
+    # where sparse rows have no queries, or few a backward, those of the dense rows have a grid of their own, (B, Sd):
     dense_places: Optional[torch.Tensor] = None  # (T - n_sparse,) b * Sd + number among the example's dense rows
     dense_positions: Optional[torch.Tensor] = None  # (B, Sd) place in its example
     dense_lengths: tuple = ()  # dense rows of each example

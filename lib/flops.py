@@ -57,10 +57,10 @@ def of_mlp(model, targets, predictor, loud, n, t, need, full):
     which makes their forward again."""
     D, I, R = model.config.hidden_size, model.config.intermediate_size, model.lora_r
     backward = need or full or any(x in targets for x in ("gate", "up", "down"))
-    up, down = t, t  # rows in the forward and in the backward
+    rows, back = t, t  # in the forward and in the backward
     if loud is not None and backward:
-        up, down = t + sum(loud), t - n + sum(loud)
-    forward, work = up * I, down * I  # times channels
+        rows, back = t + sum(loud), t - n + sum(loud)
+    forward, work = rows * I, back * I  # times channels
     f = 0
     if predictor is not None:
         work = n * predictor.c + (t - n) * I
@@ -70,9 +70,9 @@ def of_mlp(model, targets, predictor, loud, n, t, need, full):
     f += 2 * D * (3 * forward + (backward + 2 * need + 3 * full) * work)  # 3 products; dh 1, dx 2, weights 3
     for target in ("gate", "up"):
         if target in targets:
-            f += 2 * R * (up * D + (1 + need) * down * D + forward + 2 * work)
+            f += 2 * R * (rows * D + (1 + need) * back * D + forward + 2 * work)
     if "down" in targets:
-        f += 2 * R * (up * D + 2 * down * D + forward + 2 * work)
+        f += 2 * R * (rows * D + 2 * back * D + forward + 2 * work)
     return f, backward
 
 
@@ -82,8 +82,9 @@ def mapped(predictor, n, D, need):
 
 
 def of_attention(model, batch, targets, predictor, loud, n, t, need, full):
-    """-> (FLOPs of one block's attention, whether its output needs a gradient). targets, loud: as of_mlp has them. predictor:
-    None where it runs dense. n sparse rows, t rows for queries and outputs; keys and values always have all T."""
+    """-> (FLOPs of one block's attention, whether its output needs a gradient). targets, loud: as of_mlp has them.
+    predictor: None where it runs dense. n sparse rows, t rows for queries and outputs; keys and values always have all
+    T."""
     c, T = model.config, len(batch.tokens)
     D, R, G = c.hidden_size, model.lora_r, c.num_attention_heads // c.num_key_value_heads
     Nq, Nkv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
@@ -95,8 +96,8 @@ def of_attention(model, batch, targets, predictor, loud, n, t, need, full):
 
     lengths, positions, f = batch.lengths, None, 0  # of queries
     inside = need or full or any(x in targets for x in "qkv")
-    if loud is not None and not (inside or "o" in targets):  # nothing here has a backward
-        loud = [0] * len(loud)
+    if not (inside or "o" in targets):  # nothing here has a backward
+        loud = None
     no_queries = predictor is not None and predictor.no_queries
     if no_queries or loud is not None:
         t, lengths, positions = T - n, batch.dense_lengths, batch.dense_positions

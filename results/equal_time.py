@@ -250,7 +250,7 @@ def train(r):
 def dense_step(r, n=7):
     """A dense step of a run whose LoRA is in some blocks, over one with LoRA in all: {"time", "flops"}. Time: of forward
     and backward, median over n batches in turn."""
-    cfg = replace(config.load(r.command[2:]), mlp_sparsity=0.0, attn_sparsity=0.0)
+    cfg = replace(config.load(r.command[2:]), mlp_sparsity=0.0, attn_sparsity=0.0, backward_sparsity=0.0)
     torch.set_num_threads(1)
     folder, device = resolve(cfg.model), torch.device("cpu")
     tokenizer = data.tokenizer.load(folder)

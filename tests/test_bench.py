@@ -131,7 +131,7 @@ def test_flops_of_a_sparse_backward(targets, first):
     dense, sparse = m.flops(b)
     exact = counted(lambda: m.loss(b).backward())
     assert exact <= sparse < 1.01 * exact
-    assert sparse < dense or targets == "down"  # where blocks without a backward split their queries for nothing
+    assert sparse < dense
 
 
 def test_memory_is_counted_without_memory():

@@ -195,7 +195,7 @@ class Ours:
             part.predictor = own
         for part, ratio in self.backward.items():
             part.backward_sparsity = ratio
-            part.skips_backward = ratio > 0
+        self.shared.model.set_sparsity(1)
 
     def batch(self, tokenized):
         cfg = self.shared.cfg
@@ -324,8 +324,8 @@ def make_rows(shared, length, tokenized, words=("",), compile=False):
         names.append(name)
         if any(word in name for word in words):
             rows.append(kind(name, shared, *args, **kw))
-        if kind is Ours and cfg.base_bits == 4 and not kw:
-            add(kind, f"{name} + 4 bits", *args, packed=True)
+        if kind is Ours and cfg.base_bits == 4 and "packed" not in kw:
+            add(kind, f"{name} + 4 bits", *args, packed=True, **kw)
 
     add(HuggingFace, "HF + PEFT")
     add(HuggingFace, f"HF + PEFT, padded to {length}", length)

@@ -81,8 +81,8 @@ def setup(cfg, n):
         raise UserError("lora_r = 0 trains all weights, and weights that are trained run dense: "
                         "there is nothing to analyse")
     if cfg.backward_sparsity:
-        raise UserError(f"backward_sparsity = {cfg.backward_sparsity!r} cannot be analysed: it needs no ratios by block; "
-                        "give --backward_sparsity=0 here")
+        raise UserError(f"backward_sparsity = {cfg.backward_sparsity!r} cannot be analysed, and needs no ratios by "
+                        "block: give --backward_sparsity=0 here")
     device = dist.setup(cfg)
     folder = resolve(cfg.model)
     tokenizer = data.tokenizer.load(folder)
