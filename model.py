@@ -214,16 +214,20 @@ class Attention(Part):
         a = attend(q, k, v, lengths, positions)  # (B, H, as many as the grid has, hd)
         return self.output(to_rows(a, places))
 
+    def read_dense_rows(self, x, batch, rope, k, v):
+        """What the dense rows x (T - n, D) of a batch read, in a grid of their own: (T - n, D). rope: of all rows."""
+        cos, sin = rope
+        n = batch.n_sparse
+        return self.read(x, (cos[n:], sin[n:]), batch.dense_places, batch.dense_positions.shape, k, v,
+                         batch.dense_lengths, batch.dense_positions)
+
     def skip_queries(self, x, batch, rope, keep):
         """x (T, D) -> (T, D): only the dense rows have queries, in a grid of their own (B, Sd)."""
         n = batch.n_sparse
         context, others = x.split([n, len(x) - n])  # (n, D), (T - n, D)
-        cos, sin = rope
         k, v = self.keys_and_values(x, batch, rope)  # (B, K, S, hd)
         instead = sparse.Map.apply(context, keep.map)  # (n, D)
-        y = self.read(others, (cos[n:], sin[n:]), batch.dense_places, batch.dense_positions.shape, k, v,
-                      batch.dense_lengths, batch.dense_positions)  # (T - n, D)
-        return torch.cat([instead, y])
+        return torch.cat([instead, self.read_dense_rows(others, batch, rope, k, v)])
 
     def skip_backward(self, x, batch, rope, keep):
         """x (T, D) -> (T, D), exactly; of the sparse rows only the loudest have a backward through queries and outputs.
@@ -242,9 +246,7 @@ class Attention(Part):
 
         trained = [p for p in self.lora_of("qo") if p.requires_grad]
         y = LoudRows.apply(read, keep.loudest, len(trained), context, k, v, *trained)  # (n, D)
-        rest = self.read(others, (cos[n:], sin[n:]), batch.dense_places, batch.dense_positions.shape, k, v,
-                         batch.dense_lengths, batch.dense_positions)  # (T - n, D)
-        return torch.cat([y, rest])
+        return torch.cat([y, self.read_dense_rows(others, batch, rope, k, v)])
 
     def decode(self, x, rope, cache):
         """One new token for each of B texts: x (B, D) -> (B, D). cache: this block's keys and values."""

@@ -63,8 +63,7 @@ def of_mlp(model, targets, predictor, loud, n, t, need, full):
     forward, work = rows * I, back * I  # times channels
     f = 0
     if predictor is not None:
-        work = n * predictor.c + (t - n) * I
-        forward = work
+        forward = work = n * predictor.c + (t - n) * I
         f += predictor.flops(n)
         f += mapped(predictor, n, D, need)
     f += 2 * D * (3 * forward + (backward + 2 * need + 3 * full) * work)  # 3 products; dh 1, dx 2, weights 3
