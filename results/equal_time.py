@@ -166,12 +166,12 @@ BASES = dict(
                 "--lora_from=15", *UPPER_MLPS, *NO_QUERIES, "--max_steps=200", "--eval_interval=200"],
         }),
     long_120_1e3=Base(
-        "the same at twice the learning rate, 1e-3", [*LONG_120, "--learning_rate=1e-3"], 1, (90, 60),
+        "the same at twice the learning rate, 1e-3", [*LONG_120, "--learning_rate=1e-3"], 2, (90, 60),
         {"backward of a tenth": BACKWARD}),
     two_120=Base(
         "SmolLM2-135M-Instruct, GSM8K with two solved problems before each, 80 % context, 120 steps of 2, fp32",
         [*SMOLLM2, "--dataset=gsm8k_shots", "--batch_size=2", "--max_seq_len=640", "--save_interval=20",
-         "--max_new_tokens=0", *LONGER], 1, (90, 60), {"backward of a tenth": BACKWARD}),
+         "--max_new_tokens=0", *LONGER], 2, (90, 60), {"backward of a tenth": BACKWARD}),
     qwen_long=Base(
         "Qwen2.5-Coder-0.5B-Instruct, GSM8K with six solved problems before each, 90 % context",
         [*QWEN_LONG, "--dtype=bfloat16"], 3, (45, 36), {
@@ -182,7 +182,7 @@ BASES = dict(
         }),
     qwen_long_fp32=Base(
         "Qwen2.5-Coder-0.5B-Instruct, GSM8K with six solved problems before each, 90 % context, fp32",
-        [*QWEN_LONG, "--dtype=float32"], 1, (45, 36), {
+        [*QWEN_LONG, "--dtype=float32"], 2, (45, 36), {
             "backward of a tenth": BACKWARD,
         }),
     qwen_stories=Base(
