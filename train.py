@@ -39,6 +39,8 @@ from lib.log import Log, clock, finite, say
 from lib.signals import Interrupted, Signals
 from model import LLaMA, ModelConfig, load_adapter
 
+TIMED_STEPS = 11  # that are timed at the end of a run, sparse and dense in turn
+
 
 @dataclass
 class Run:
@@ -604,7 +606,7 @@ def finish(run):
         result["after"], result["test_examples"] = accuracy(run.model, run.tokenizer, run.examples["test"],
                                                             cfg.test_examples, cfg, run.stop)
     if run.model.can_be_sparse() and not predictor.measuring(run.model):
-        result["time_ratio"] = time_ratio(run.model, (batches_of(run, step) for step in range(11)), run.stop)
+        result["time_ratio"] = time_ratio(run.model, (batches_of(run, step) for step in range(TIMED_STEPS)), run.stop)
         run.grad.zero_()
     info["finished"] = True
     save(run)

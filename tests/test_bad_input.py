@@ -262,12 +262,11 @@ def test_bad_input(home, tmp_path, capsys, monkeypatch, name):
     assert name == "weights that are not numbers" or (tree(tmp_path), tree(home)) == before and not (tmp_path / "out").exists()
 
 
-SHELL = ["unknown flag", "unknown name in a file", "ratio 1", "block that is not there", "cuda", "pickle", "weights cut off", "unknown architecture",
-         "not UTF-8", "empty response", "all too long", "adapter for a deeper base"]
+SHELL = ["unknown flag", "block that is not there", "cuda", "weights cut off", "not UTF-8", "adapter for a deeper base"]
 
 
 def test_bad_input_in_a_shell(home, tmp_path):
-    """A dozen of them through `python train.py`, in processes of their own."""
+    """Some of them through `python train.py`, in processes of their own."""
     def try_one(name):
         tmp = tmp_path / name
         tmp.mkdir()

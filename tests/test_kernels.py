@@ -25,6 +25,8 @@ DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * CUDA
 ROWS, CHANNELS, N = (1, 6, 42, 123), (16, 48, 96), 96  # C = N is among them
 on_kernels = pytest.mark.skipif(not (CUDA or K.INTERPRET), reason="needs a GPU or TRITON_INTERPRET=1")
 SHAPES = [(t, c) for t in ROWS for c in CHANNELS] + [(0, 16), (6, 0), (0, 0)]
+if not CUDA:  # the interpreter is slow: each number of rows and of channels, not each pair
+    SHAPES = [(1, 16), (6, 48), (42, 96), (123, 48), (0, 16), (6, 0), (0, 0)]
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 
 
@@ -161,9 +163,9 @@ def check_scores(T, r, I, dtype):
 
 @on_kernels
 @dtypes
-@pytest.mark.parametrize("n_rot, n_heads, hd", [(3, 4, 8), (10, 12, 20), (0, 2, 16), (2, 2, 16)])
+@pytest.mark.parametrize("n_rot, n_heads, hd", [(10, 12, 20), (0, 2, 16), (2, 2, 16)])
 def test_rope(n_rot, n_heads, hd, dtype):
-    for T, holes in [(1, 0), (6, 5), (42, 0), (123, 4), (0, 3), (0, 0)]:
+    for T, holes in [(1, 0), (6, 5), (123, 4), (0, 3), (0, 0)]:
         check_rope(T, holes, n_rot, n_heads, hd, dtype)
 
 
@@ -185,7 +187,7 @@ def test_in_the_interpreter():
         pytest.skip("the tests above have run, or there is no triton")
     env = dict(os.environ, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
     command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k"]
-    halves = [[*command, f"not compile and {half}"] for half in ("float16", "not float16")]
+    halves = [[*command, f"not compile and not without_triton and {half}"] for half in ("float16", "not float16")]
     passed = 0
     for output in at_once(halves, env):
         passed += int(re.search(r"(\d+) passed", output)[1])
@@ -291,14 +293,14 @@ def compile_kernel(arch, kernel, types, odd, constants, stages=3, warps=4):
                 shared=out.metadata.shared, registers=registers, spilled=stack + local)
 
 
-def compile_matmuls(arch, dtype, D):
+def compile_matmuls(arch, dtype, D, only_scattered=0):
     """dtype: "bf16", "fp16", "fp32" (TF32) or "exact" (fp32)."""
     precision, dtype = "tf32" if dtype == "fp32" else "ieee", "fp32" if dtype == "exact" else dtype
     types = dict(x=f"*{dtype}", w=f"*{dtype}", idx="*i64", bias=f"*{dtype}", y=f"*{dtype}")
     odd = ["T", "T_BUCKET", "C_BUCKET"]
     x = SimpleNamespace(dtype=torch.float32 if dtype == "fp32" else torch.bfloat16)
-    for tuner, modes in ((K.nt_kernel, (dict(SCATTER=False, BIAS=False), dict(SCATTER=True, BIAS=True))),
-                         (K.nn_kernel, ({},))):
+    compact, scattered = dict(SCATTER=False, BIAS=False), dict(SCATTER=True, BIAS=True)
+    for tuner, modes in ((K.nt_kernel, (compact, scattered)[only_scattered:]), (K.nn_kernel, ({},))):
         for mode in modes:
             for config in K.fitting(tuner.configs, dict(PRECISION=precision, x=x)):
                 yield compile_kernel(arch, tuner.fn, types, odd,
@@ -363,18 +365,19 @@ def compiled(tmp_path, *args):
     return [json.loads(line) for line in lines if line.startswith("{")]
 
 
-@pytest.mark.parametrize("dtype, D", [("bf16", 4096), *(pytest.param(*p, marks=pytest.mark.slow) for p in
-                                                        [("fp16", 4096), ("bf16", 576), ("fp32", 4096)])])
-def test_matmuls_compile(dtype, D, tmp_path):
+@pytest.mark.parametrize("dtype, D, only_scattered", [
+    ("bf16", 4096, 1), *(pytest.param(*p, 0, marks=pytest.mark.slow) for p in
+                         [("bf16", 4096), ("fp16", 4096), ("bf16", 576), ("fp32", 4096)])])
+def test_matmuls_compile(dtype, D, only_scattered, tmp_path):
     """Tensor cores, 16-byte asynchronous copies into two or more tiles, memory the chip has, no spills."""
-    results = compiled(tmp_path, "matmuls", dtype, D)
+    results = compiled(tmp_path, "matmuls", dtype, D, only_scattered)
     for r in results:
         assert r["wgmma" if r["arch"] == 90 else "mma"] > 0, r
         if dtype != "fp32":  # TF32 turns w on its way, 4 bytes a copy; tuning drops the tiles that do not fit
             assert r["async16"] > 0, r
             assert r["shared"] <= LIMITS[r["arch"]] and r["spilled"] == 0, r
         assert r["shared"] >= 2 * (r["BLOCK_M"] + r["BLOCK_N"]) * r["BLOCK_K"] * 2, r
-    assert len(results) == 2 * (2 * 6 + 7)  # sm_80 and sm_90; nt compact and scattered, nn
+    assert len(results) == 2 * ((2 - only_scattered) * 6 + 7)  # sm_80 and sm_90; nt compact and scattered, nn
 
 
 @pytest.mark.slow

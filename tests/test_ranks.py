@@ -74,8 +74,13 @@ PARALLEL = {"dense": dict(mlp_sparsity=0.0, attn_sparsity=0.0), "svd": dict(pred
             "no queries": dict(attn_sparsity=1), "backward": dict(mlp_sparsity=0.0, attn_sparsity=0.0, backward_sparsity=.7)}
 
 
-@pytest.mark.parametrize("kind", ["dense", pytest.param("svd", marks=pytest.mark.slow), "measured", "backward",
-                                  pytest.param("no queries", marks=pytest.mark.slow)])
+def kinds(*fast):
+    """Those of PARALLEL; the others are slow."""
+    return pytest.mark.parametrize("kind", [kind if kind in fast else pytest.param(kind, marks=pytest.mark.slow)
+                                            for kind in PARALLEL])
+
+
+@kinds("measured", "backward")
 def test_two_ranks_equal_one_process(home, tmp_path, monkeypatch, kind):
     """48 examples in batches of 5: shares of 3 and 2, in the last batch of an epoch 2 and 1."""
     changes = dict(PARALLEL[kind], micro_batch_size=2)
@@ -103,8 +108,7 @@ def hook_answers(rank):
     LLaMA.generate = generate
 
 
-@pytest.mark.parametrize("kind", [pytest.param("dense", marks=pytest.mark.slow), pytest.param("svd", marks=pytest.mark.slow),
-                                  "measured", "backward", pytest.param("no queries", marks=pytest.mark.slow)])
+@kinds("measured")
 def test_fsdp_equals_data_parallel(home, tmp_path, kind):
     """Bit for bit, with a rank that has one micro-batch less, and with recomputation; both ranks generate the same texts."""
     changes = dict(PARALLEL[kind], micro_batch_size=2, recompute=kind in ("measured", "backward"))
@@ -229,17 +233,25 @@ def test_a_rank_that_dies_or_hangs_ends_the_job(home, tmp_path, hook, fsdp):
     assert time.time() - begun < 60 and newest(tmp_path / "a")[1]["step"] in (3, 6)
 
 
+def torchrun(script, home, out):
+    """The real launcher: a run of 2 processes on the command line."""
+    launcher = [str(Path(sys.executable).parent / "torchrun"), "--nproc_per_node=2", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
+    flags = [str(home / "c.py"), f"--out_dir={out}", "--max_steps=4", "--test_examples=0", "--eval_interval=0"]
+    return subprocess.run([*launcher, str(script), *flags], capture_output=True, text=True, env=env())
+
+
 def test_torchrun(home, tmp_path):
-    """The real launcher: a run of 2 processes on the command line, and one whose rank 1 dies."""
-    torchrun = [str(Path(sys.executable).parent / "torchrun"), "--nproc_per_node=2", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
-    flags = [str(home / "c.py"), f"--out_dir={tmp_path}/a", "--max_steps=4", "--test_examples=0", "--eval_interval=0"]
-    done = subprocess.run([*torchrun, str(ROOT / "train.py"), *flags], capture_output=True, text=True, env=env())
+    done = torchrun(ROOT / "train.py", home, tmp_path / "a")
     assert done.returncode == 0 and done.stdout.count("step    3/4") == 1, done.stderr[-2000:]
+
+
+@pytest.mark.slow
+def test_torchrun_with_a_rank_that_dies(home, tmp_path):
     (tmp_path / "dies.py").write_text("import os, sys\nimport train\nreal = train.update\n"
                                       "calls = iter(range(100))\ndef update(*a):\n    if os.environ['RANK'] == '1' and next(calls) == 2:\n        os._exit(3)\n    return real(*a)\n"
                                       "train.update = update\ntrain.cli(sys.argv[1:])\n")
     begun = time.time()
-    done = subprocess.run([*torchrun, str(tmp_path / "dies.py"), *flags, f"--out_dir={tmp_path}/b"], capture_output=True, text=True, env=env())
+    done = torchrun(tmp_path / "dies.py", home, tmp_path / "b")
     assert done.returncode == 1 and time.time() - begun < 60
     assert "lost the others" in done.stderr or "exitcode  : 3" in done.stderr.replace("exitcode : 3", "exitcode  : 3")
 

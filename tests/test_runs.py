@@ -33,7 +33,7 @@ KINDS = {"measured": {}, "no queries": dict(attn_sparsity=1), "backward": dict(m
          "no warm-up": dict(sparse_start=0.0, split="random"), "all weights": dict(lora_r=0, learning_rate=1e-3, weight_decay=0.1)}
 
 
-@pytest.mark.parametrize("kind", [pytest.param(kind, marks=pytest.mark.slow) if kind in ("random", "svd") else kind
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=pytest.mark.slow) if kind in ("random", "svd", "no warm-up") else kind
                                   for kind in KINDS])
 def test_stopped_and_resumed_equals_uninterrupted(home, tmp_path, monkeypatch, kind, capsys):
     """Stopped by a signal in the warm-up, right before an evaluation, and in the sparse part: the same bits in the end."""

@@ -17,6 +17,7 @@ from model import LLaMA, ModelConfig
 from lib import state
 
 ROOT = Path(__file__).resolve().parent.parent
+train.TIMED_STEPS = 2  # eleven take as long as the twelve steps of a run
 SIZES = dict(model_type="llama", vocab_size=832, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
              num_key_value_heads=2, head_dim=16, rms_norm_eps=1e-5, rope_theta=10000.0, tie_word_embeddings=True, eos_token_id=738)
 OPTIONS = dict(prompt_format="plain", device="cpu", dtype="float32", threads=1, max_seq_len=64, batch_size=5, micro_batch_size=3, max_steps=12,
