@@ -172,15 +172,15 @@ def markdown(store):
 
 
 def draw(store, path):
-    """Cosine against FLOPs, a panel a model and range of blocks with more than one ratio, a line a predictor (not the
-    maps that are fitted alone: they lie on the others'). Nothing without matplotlib."""
+    """Cosine against FLOPs, a panel a model and range of blocks where more than one predictor has more than one ratio,
+    a line a predictor (not the maps that are fitted alone: they lie on the others'). Nothing without matplotlib."""
     try:
         import matplotlib
     except ImportError:
         return
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    groups = {k: rows for k, rows in grouped(store).items() if any(len(row) > 1 for row in rows.values())}
+    groups = {k: rows for k, rows in grouped(store).items() if sum(len(row) > 1 for row in rows.values()) > 1}
     if not groups:
         return
     fig, axes = plt.subplots(1, len(groups), figsize=(4.4 * len(groups), 4.2), squeeze=False, sharey=True,
