@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 import train
 from model import LLaMA
 from lib import dist
-from tests.testing import ROOT, at_step, env, equal, metrics, newest, options, start, term, weights
+from tests.testing import ROOT, at_step, env, equal, kinds, metrics, newest, options, start, term, weights
 
 
 def rank_child(home, changes, rank, world, port, hook):
@@ -74,13 +74,7 @@ PARALLEL = {"dense": dict(mlp_sparsity=0.0, attn_sparsity=0.0), "svd": dict(pred
             "no queries": dict(attn_sparsity=1), "backward": dict(mlp_sparsity=0.0, attn_sparsity=0.0, backward_sparsity=.7)}
 
 
-def kinds(*fast):
-    """Those of PARALLEL; the others are slow."""
-    return pytest.mark.parametrize("kind", [kind if kind in fast else pytest.param(kind, marks=pytest.mark.slow)
-                                            for kind in PARALLEL])
-
-
-@kinds("measured", "backward")
+@kinds(PARALLEL, fast=("measured", "backward"))
 def test_two_ranks_equal_one_process(home, tmp_path, monkeypatch, kind):
     """48 examples in batches of 5: shares of 3 and 2, in the last batch of an epoch 2 and 1."""
     changes = dict(PARALLEL[kind], micro_batch_size=2)
@@ -108,7 +102,7 @@ def hook_answers(rank):
     LLaMA.generate = generate
 
 
-@kinds("measured")
+@kinds(PARALLEL, fast=("measured",))
 def test_fsdp_equals_data_parallel(home, tmp_path, kind):
     """Bit for bit, with a rank that has one micro-batch less, and with recomputation; both ranks generate the same texts."""
     changes = dict(PARALLEL[kind], micro_batch_size=2, recompute=kind in ("measured", "backward"))

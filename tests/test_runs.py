@@ -22,7 +22,7 @@ from config import UserError
 from model import LLaMA
 from lib import dist, evaluate, log, state
 from lib.signals import Signals
-from tests.testing import (ROOT, at_step, crash, cut, env, equal, flip, make_base, metrics, metrics_lines, newest,
+from tests.testing import (ROOT, at_step, crash, cut, env, equal, flip, kinds, make_base, metrics, metrics_lines, newest,
                            options, same_run, start, term, tree, weights)
 
 
@@ -33,8 +33,7 @@ KINDS = {"measured": {}, "no queries": dict(attn_sparsity=1), "backward": dict(m
          "no warm-up": dict(sparse_start=0.0, split="random"), "all weights": dict(lora_r=0, learning_rate=1e-3, weight_decay=0.1)}
 
 
-@pytest.mark.parametrize("kind", [pytest.param(kind, marks=pytest.mark.slow) if kind in ("random", "svd", "no warm-up") else kind
-                                  for kind in KINDS])
+@kinds(KINDS, fast=("measured", "no queries", "backward", "all weights"))
 def test_stopped_and_resumed_equals_uninterrupted(home, tmp_path, monkeypatch, kind, capsys):
     """Stopped by a signal in the warm-up, right before an evaluation, and in the sparse part: the same bits in the end."""
     changes = KINDS[kind]

@@ -8,6 +8,7 @@ import shutil
 import signal
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -23,6 +24,12 @@ SIZES = dict(model_type="llama", vocab_size=832, hidden_size=32, intermediate_si
 OPTIONS = dict(prompt_format="plain", device="cpu", dtype="float32", threads=1, max_seq_len=64, batch_size=5, micro_batch_size=3, max_steps=12,
                learning_rate=1e-2, eval_interval=4, eval_examples=6, save_interval=3, test_examples=4, max_new_tokens=4, lora_r=4, lora_alpha=8.0,
                lora_targets="q,k,v,o,gate,up,down", mlp_sparsity=0.5, attn_sparsity=0.5, predictor="measured", sparse_start=0.25)
+
+
+def kinds(every, fast):
+    """The argument `kind` of a test: each of `every`, those that are not in `fast` marked slow."""
+    return pytest.mark.parametrize("kind", [kind if kind in fast else pytest.param(kind, marks=pytest.mark.slow)
+                                            for kind in every])
 
 
 def make_base(folder, **sizes):
