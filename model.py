@@ -231,7 +231,7 @@ class Attention(Part):
 
     def skip_backward(self, x, batch, rope, keep):
         """x (T, D) -> (T, D), exactly; of the sparse rows only the loudest have a backward through queries and outputs.
-        The keys' and values' is that of all rows."""
+        All rows' keys and values have one, from the rows that do and from the dense rows."""
         n = batch.n_sparse
         context, others = x.split([n, len(x) - n])  # (n, D), (T - n, D)
         cos, sin = rope

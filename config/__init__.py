@@ -97,7 +97,7 @@ class Config:
     predictor_rank: int = option(8, at_least=1)  # of svd
     map_rank: int = 64  # measured: of the linear map that stands in for what is dropped, 0: none
     dense_first: int = 4  # tokens at the start of each text that are dense: attention sinks
-    backward_sparsity: Ratios = 0.0  # where those are 0: of context tokens without a backward, of least gradient
+    backward_sparsity: Ratios = 0.0  # where those are 0: of context tokens left out of the backward; .6 or more
     sparse_start: float = option(0.05, at_most=1)  # fraction of the training that runs dense first
     sparse_end: float = option(1.0, at_most=1)  # fraction after which it is dense again
     split: Literal["output", "none", "random", "rectangle"] = "output"  # dense tokens; output: scored ones

@@ -148,7 +148,7 @@ BASES = dict(
             ".97 in 1-28": ['--mlp_sparsity={"1-28": 0.97}', "--map_rank=256"],
         }),
     long=Base(
-        "SmolLM2-135M-Instruct, GSM8K with six solved problems before each, 90 % context",
+        "SmolLM2-135M-Instruct, GSM8K with six solved problems before each, 92 % context",
         [*SMOLLM2, *LONG], 2, (48, 42), {
             ".97 in 17-28": UPPER_MLPS,
             "no queries in 17-28": ["--mlp_sparsity=0", *NO_QUERIES],
@@ -173,7 +173,7 @@ BASES = dict(
         [*SMOLLM2, "--dataset=gsm8k_shots", "--batch_size=2", "--max_seq_len=640", "--save_interval=20",
          "--max_new_tokens=0", *LONGER], 2, (90, 60), {"backward of a tenth": BACKWARD}),
     qwen_long=Base(
-        "Qwen2.5-Coder-0.5B-Instruct, GSM8K with six solved problems before each, 90 % context",
+        "Qwen2.5-Coder-0.5B-Instruct, GSM8K with six solved problems before each, 92 % context",
         [*QWEN_LONG, "--dtype=bfloat16"], 3, (45, 36), {
             ".97 in 12-22": [],  # as config/qwen.py has it
             ".97 in 12-22, no queries there": ['--attn_sparsity={"12-22": 1}'],
@@ -181,7 +181,7 @@ BASES = dict(
             ".97 in 8-22, no queries there": ['--mlp_sparsity={"8-22": 0.97}', '--attn_sparsity={"8-22": 1}'],
         }),
     qwen_long_fp32=Base(
-        "Qwen2.5-Coder-0.5B-Instruct, GSM8K with six solved problems before each, 90 % context, fp32",
+        "Qwen2.5-Coder-0.5B-Instruct, GSM8K with six solved problems before each, 92 % context, fp32",
         [*QWEN_LONG, "--dtype=float32"], 2, (45, 36), {
             "backward of a tenth": BACKWARD,
         }),
